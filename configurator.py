@@ -1,0 +1,143 @@
+"""
+Settings: defaults <- config files <- flags.
+
+    python train.py config/trm.py --inner_steps=8 --out_dir=out/deep
+
+The defaults are the fields of a dataclass at the top of the script that uses them, each with its type and a comment. A
+config file is Python (your own code: it is executed) whose top-level names override the defaults; several are read from
+left to right. Flags override files, wherever they stand. A name that is not a setting, or a value that is not of its
+setting's type, is an error that says what was expected.
+
+    python configurator.py config/trm.py    # print what a config means
+"""
+
+import difflib
+import inspect
+import math
+import re
+import sys
+import types
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+
+def configure(cls, argv, prog='train.py'):
+    """Builds `cls`, a dataclass, from its defaults, config files and flags.
+
+    Shapes: argv, a list such as ['config/trm.py', '--n_layer=2'] -> (settings, sources), an instance of `cls` and a dict
+        that says for every setting that was given where it comes from.
+    Raises: ValueError for an unknown name, a value of the wrong type or out of range, a flag that is not --key=value;
+        FileNotFoundError for a missing config file; SystemExit after printing --help.
+    """
+    if '-h' in argv or '--help' in argv:
+        print(help_text(cls, prog))
+        raise SystemExit(0)
+    settings = {f.name: f for f in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values, sources = {}, {}
+    files = [arg for arg in argv if not arg.startswith('-')]
+    flags = [arg for arg in argv if arg.startswith('-')]
+
+    for file in files:
+        for key, value in read_config_file(file, settings).items():
+            values[key], sources[key] = check_type(key, value, hints[key], file), file
+    for flag in flags:
+        key, equals, text = flag.removeprefix('--').partition('=')
+        if not flag.startswith('--') or not equals:
+            raise ValueError(f'{flag}: a flag is written --key=value, for example --{flag.lstrip("-").split("=")[0]}=VALUE '
+                             f'(one word, no space; true or false for a switch)')
+        if key not in settings:
+            raise ValueError(f'--{key}: no such setting{nearest(key, settings)}; --help lists them all')
+        values[key], sources[key] = parse(key, text, hints[key]), 'flag'
+
+    return cls(**values), sources
+
+
+def read_config_file(file, settings):
+    """Runs a config file in a namespace of its own and returns its top-level names that are settings, as a dict."""
+    path = Path(file)
+    if not path.is_file():
+        hint = f' (flags are written --key=value: did you mean --{file}?)' if '=' in file else ''
+        raise FileNotFoundError(f'{file}: no such config file{hint}; the ready ones are in config/')
+    namespace = {}
+    try:
+        exec(compile(path.read_text(), file, 'exec'), namespace)
+    except SyntaxError as e:
+        raise ValueError(f'{file}, line {e.lineno}: not Python: {e.msg}') from None
+    namespace = {k: v for k, v in namespace.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)}
+    for key in namespace:
+        if key not in settings:
+            raise ValueError(f'{file}: {key}: no such setting{nearest(key, settings)}; '
+                             f'--help lists them all, and a helper name may start with _')
+    return namespace
+
+
+def check_type(key, value, kind, file):
+    """A value from a config file, already Python: checks that it is of the setting's type; an int may stand for a float."""
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed or (type(value) is float and not math.isfinite(value)):
+        raise ValueError(f'{file}: {key} = {value!r}: expected {spell(kind)}, got {type(value).__name__}')
+    return value
+
+
+def parse(key, text, kind):
+    """The value of a flag, still text, as the setting's type. A string is taken as it stands."""
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in allowed and text == 'None':
+        return None
+    try:
+        if bool in allowed:
+            return {'true': True, 'false': False}[text.lower()]
+        if int in allowed:
+            number = float(text) if re.search('[eE]', text) else int(text)  # 1e5 is a whole number, 32.5 is not
+            if number == int(number):
+                return int(number)
+        elif float in allowed:
+            if math.isfinite(float(text)):
+                return float(text)
+        else:
+            return text
+    except (ValueError, KeyError, OverflowError):
+        pass
+    raise ValueError(f'--{key}={text}: expected {spell(kind)}')
+
+
+def spell(kind):
+    words = {bool: 'true or false', int: 'a whole number', float: 'a finite number', str: 'text', type(None): 'None'}
+    return ' or '.join(words[k] for k in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)))
+
+
+def nearest(key, names):
+    close = difflib.get_close_matches(key, names, n=1)
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+def help_text(cls, prog):
+    """Every setting with type, default and the comment beside it, under the comments that head its group in the source."""
+    lines = [f'usage: python {prog} [config/FILE.py ...] [--key=value ...]', '']
+    for line in inspect.getsource(cls).splitlines()[2:]:
+        if setting := re.match(r'    (\w+): ([^=#]+?) = (.+?)\s+# (.*)', line):
+            key, kind, default, comment = setting.groups()
+            lines.append(f'  --{key + "=" + default:36} {kind:12} {comment}')
+        elif heading := re.match(r'    # (.*)', line):
+            lines += ['', heading[1]]
+        elif re.match(r'    def ', line):
+            break
+    return '\n'.join(lines)
+
+
+def echo(settings, sources):
+    """The settings that differ from their defaults, a line each, with where they come from."""
+    changed = [f for f in fields(settings) if getattr(settings, f.name) != f.default]
+    return '\n'.join(f'{f.name} = {getattr(settings, f.name)!r} ({sources.get(f.name, "derived")})' for f in changed)
+
+
+if __name__ == '__main__':
+    from train import TrainConfig
+    try:
+        print(echo(*configure(TrainConfig, sys.argv[1:], 'configurator.py')))
+    except (ValueError, FileNotFoundError) as e:
+        sys.exit(f'error: {e}')

@@ -1,0 +1,558 @@
+"""
+Pictures, questions and answers: on disk, as tokens, as batches.
+
+A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a question:
+
+    image      the encoded file as bytes, or {bytes, path} as the Hugging Face writes it, or a path below the folder
+    question   a string; null where the row has only a caption
+    answer     a string, or a list of reference answers (the first one is trained on)
+    caption    optional; a row without a question becomes "describe this picture" with the caption as its answer
+    sample_id  optional, any string; names the row in messages and predictions
+    type       optional; results are broken down by it
+
+Any such folder trains: `python train.py config/trm.py --dataset=FOLDER`. This page has, in reading order, the `shapes`
+pictures (drawn from a seed, no download), the importers, the tokenizer, and batches.
+
+    python data.py shapes --show                                     # draw a contact sheet to look at
+    python data.py shapes --out=data/shapes4 --max_hops=4            # draw a dataset with other settings
+    python data.py easyvqa --source=easy_vqa/data --out=data/easyvqa # import a published dataset
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiktoken
+import torch
+from PIL import Image, ImageDraw
+
+from configurator import configure
+
+SPLITS = ('train', 'val', 'test')
+
+# ----------------------------------------------------------------------------
+# shapes: scenes, pictures and captions
+
+COLORS = {  # name -> RGB; the eight colours of CLEVR
+    'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (45, 75, 215), 'yellow': (235, 205, 40),
+    'purple': (140, 50, 180), 'cyan': (50, 200, 205), 'brown': (130, 80, 40), 'gray': (125, 125, 125)}
+SHAPES = ('circle', 'square', 'triangle', 'cross')
+SIZES = {'small': 4.5, 'big': 7.5}  # name -> half width in pixels
+SIDES = ('left of', 'right of', 'above', 'below')
+
+
+@dataclass
+class ShapesConfig:
+    out: str = 'data/shapes'  # folder to write the dataset to
+    n_train: int = 24000      # pictures in train.parquet; about eight questions each
+    n_val: int = 1000         # pictures in val.parquet
+    n_test: int = 1000        # pictures in test.parquet
+    image_px: int = 64        # side of the square picture, in pixels
+    min_objects: int = 2      # objects in a picture, at least
+    max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
+    min_hops: int = 1         # shortest chain of relations asked for
+    max_hops: int = 2         # longest chain of relations asked for, up to 4
+    describe: float = 0.25    # share of the pictures that also ask for their caption
+    seed: int = 1337          # the same seed draws the same dataset, byte for byte
+    show: bool = False        # write a contact sheet (shapes.png) to look at instead of a dataset
+
+    def __post_init__(self):
+        if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
+            raise ValueError(f'min_objects={self.min_objects}, max_objects={self.max_objects}: expected '
+                             f'1 <= min_objects <= max_objects <= {len(COLORS) * len(SHAPES)}')
+        if not 1 <= self.min_hops <= self.max_hops <= 4:
+            raise ValueError(f'min_hops={self.min_hops}, max_hops={self.max_hops}: expected 1 <= min_hops <= max_hops <= 4')
+        if self.image_px < 32:
+            raise ValueError(f'image_px={self.image_px}: expected at least 32, the objects are up to 15 pixels wide')
+
+
+def draw_scene(rng, config):
+    """A random scene: objects with unique (colour, shape) pairs, at free positions, two pixels apart at least.
+
+    Units: x, y (centre) and r (half width) in pixels.
+    Raises: ValueError when `max_objects` do not fit into `image_px`.
+    """
+    n = rng.randint(config.min_objects, config.max_objects)
+    pairs = rng.sample([(c, s) for c in COLORS for s in SHAPES], n)
+    for _ in range(100):  # a crowded draw starts over
+        scene = []
+        for color, shape in pairs:
+            size = rng.choice(tuple(SIZES))
+            r = SIZES[size]
+            for _ in range(50):
+                x, y = (rng.uniform(r + 1, config.image_px - r - 1) for _ in 'xy')
+                if all(math.hypot(x - o['x'], y - o['y']) > r + o['r'] + 2 for o in scene):
+                    scene.append(dict(color=color, shape=shape, size=size, x=x, y=y, r=r))
+                    break
+        if len(scene) == n:
+            return scene
+    raise ValueError(f'max_objects={config.max_objects} objects do not fit into image_px={config.image_px}: '
+                     f'lower max_objects or raise image_px')
+
+
+def draw_picture(scene, rng, image_px):
+    """Draws a scene with Pillow, drawn at twice the size and reduced, on a pale ground, colours a little off."""
+    jitter = lambda rgb, by: tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
+    picture = Image.new('RGB', (2 * image_px, 2 * image_px), jitter((236, 236, 236), 16))
+    draw = ImageDraw.Draw(picture)
+    for o in scene:
+        x, y, r, fill = 2 * o['x'], 2 * o['y'], 2 * o['r'], jitter(COLORS[o['color']], 10)
+        if o['shape'] == 'circle':
+            draw.ellipse((x - r, y - r, x + r, y + r), fill)
+        elif o['shape'] == 'square':
+            draw.rectangle((x - .9 * r, y - .9 * r, x + .9 * r, y + .9 * r), fill)
+        elif o['shape'] == 'triangle':
+            draw.polygon((x, y - r, x - r, y + .8 * r, x + r, y + .8 * r), fill)
+        else:
+            draw.rectangle((x - r, y - .35 * r, x + r, y + .35 * r), fill)
+            draw.rectangle((x - .35 * r, y - r, x + .35 * r, y + r), fill)
+    return picture.reduce(2)
+
+
+def name(o):
+    return f"{o['color']} {o['shape']}"
+
+
+def describe(scene):
+    """The caption that the `describe` questions ask for: every object, from left to right."""
+    parts = [f"a {o['size']} {name(o)}" for o in sorted(scene, key=lambda o: o['x'])]
+    return ' and '.join([', '.join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
+
+
+def locate(scene, rng, image_px, n=4):
+    """Phrases to align the encoder with: `n` objects, repeated if there are fewer, each with its place on a 16 x 16 board.
+
+    'big red circle at e12' stands in the fifth column and the twelfth row, counted from the top left.
+    """
+    objects = rng.sample(scene, len(scene))
+    for o in (objects * n)[:n]:
+        column, row = (int(o[axis] * 16 / image_px) for axis in 'xy')
+        yield f"{o['size']} {name(o)} at {'abcdefghijklmnop'[column]}{row + 1}"
+
+
+# ----------------------------------------------------------------------------
+# shapes: questions. Every type lists all the questions that a scene allows, as (question, answer) pairs.
+
+def side_of(a, b):
+    """The side of object a on which object b lies, or None where that is doubtful (within 10 degrees of a diagonal)."""
+    dx, dy = b['x'] - a['x'], b['y'] - a['y']
+    if abs(math.degrees(math.atan2(abs(dy), abs(dx))) - 45) < 10:
+        return None
+    return SIDES[dx > 0] if abs(dx) > abs(dy) else SIDES[2 + (dy > 0)]
+
+
+def only_neighbours(scene):
+    """For every object and side: the index of the only object on that side, if there is just one and no doubtful one."""
+    edges = []
+    for a in scene:
+        found = {side: [] for side in SIDES}
+        for j, b in enumerate(scene):
+            if b is not a:
+                side = side_of(a, b)
+                touched = [side] if side else [SIDES[b['x'] > a['x']], SIDES[2 + (b['y'] > a['y'])]]
+                for s in touched:
+                    found[s].append(j if side else None)
+        edges.append({s: js[0] for s, js in found.items() if len(js) == 1 and js[0] is not None})
+    return edges
+
+
+def unique(scene, key):
+    counts = Counter(o[key] for o in scene)
+    return [o for o in scene if counts[o[key]] == 1]
+
+
+def ask_color(scene):
+    return [(f"what color is the {o['shape']}?", o['color']) for o in unique(scene, 'shape')]
+
+
+def ask_shape(scene):
+    return [(f"what shape is the {o['color']} object?", o['shape']) for o in unique(scene, 'color')]
+
+
+def ask_exist(scene):
+    """Absent pairs are made of a colour and a shape that are both there."""
+    present = {(o['color'], o['shape']) for o in scene}
+    return [(f'is there a {c} {s}?', 'yes' if (c, s) in present else 'no')
+            for c in dict.fromkeys(o['color'] for o in scene) for s in dict.fromkeys(o['shape'] for o in scene)]
+
+
+def group_counts(scene):
+    """How many objects of each shape, colour and size there are, under the words a question uses: {key: {words: count}}."""
+    return {'shape': {s + 's': sum(o['shape'] == s for o in scene) for s in SHAPES if s != 'cross'}
+                     | {'crosses': sum(o['shape'] == 'cross' for o in scene)},
+            'color': {c + ' objects': sum(o['color'] == c for o in scene) for c in COLORS},
+            'size': {z + ' objects': sum(o['size'] == z for o in scene) for z in SIZES}}
+
+
+def ask_count(scene):
+    return [(f'how many {words} are there?', str(count))
+            for counts in group_counts(scene).values() for words, count in counts.items()]
+
+
+def ask_compare(scene):
+    """Two groups of the same kind, both present; a draw is a no."""
+    return [(f'are there more {a} than {b}?', 'yes' if m > n else 'no')
+            for counts in group_counts(scene).values()
+            for a, m in counts.items() for b, n in counts.items() if a != b and m and n]
+
+
+def ask_relation(scene):
+    return [(f'is the {name(a)} {side} the {name(b)}?', 'yes' if side_of(b, a) == side else 'no')
+            for a in scene for b in scene if a is not b and side_of(b, a) for side in SIDES]
+
+
+def ask_hops(scene, hops):
+    """Follow `hops` sides from a named object to another, every step to the only object on that side, none visited twice."""
+    edges = only_neighbours(scene)
+    paths = [([i], f'the {name(o)}') for i, o in enumerate(scene)]
+    for _ in range(hops):
+        paths = [(visited + [j], f'the object {side} {words}') for visited, words in paths
+                 for side, j in edges[visited[-1]].items() if j not in visited]
+    return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, words in paths for key in ('color', 'shape')]
+
+
+ASK = {'color': ask_color, 'shape': ask_shape, 'exist': ask_exist, 'count': ask_count, 'compare': ask_compare,
+       'relation': ask_relation}
+
+
+def hop_type(hops):
+    return f"{hops} hop{'s' * (hops > 1)}"
+
+
+def shapes_rows(split, n, config):
+    """Yields the rows of n pictures: one question of every type that the scene allows, and the caption of some.
+
+    Balance: of a type's questions, one is asked whose answer was given least so far, so a blind guess gains little.
+    Fewer scenes have long chains, so those that do are asked for two of them.
+    """
+    ask = ASK | {hop_type(h): lambda scene, h=h: ask_hops(scene, h) for h in range(config.min_hops, config.max_hops + 1)}
+    given = {type: Counter() for type in ask}
+    for i in range(n):
+        rng = random.Random(f'{config.seed}/{split}/{i}')
+        scene = draw_scene(rng, config)
+        buffer = io.BytesIO()
+        draw_picture(scene, rng, config.image_px).save(buffer, 'PNG', compress_level=1)
+        row = dict(image=buffer.getvalue(), caption=describe(scene))
+        for type, questions in ask.items():
+            candidates = questions(scene)
+            for k in range(2 if type.endswith('hops') else 1):
+                if candidates:
+                    least = min(given[type][answer] for _, answer in candidates)
+                    question, answer = rng.choice([qa for qa in candidates if given[type][qa[1]] == least])
+                    candidates.remove((question, answer))
+                    given[type][answer] += 1
+                    yield row | dict(question=question, answer=answer, type=type,
+                                     sample_id=f'{split}-{i}-{type}-{k}'.replace(' ', ''))
+        if rng.random() < config.describe:
+            yield row | dict(question=None, answer=None, type='describe', sample_id=f'{split}-{i}-describe')
+
+
+# ----------------------------------------------------------------------------
+# datasets on disk
+
+SCHEMA = pa.schema([('image', pa.binary()), ('question', pa.string()), ('answer', pa.string()), ('caption', pa.string()),
+                    ('sample_id', pa.string()), ('type', pa.string())])
+
+
+def write_dataset(out, rows_of_split, counts=None):
+    """Writes {split: iterable of rows} to the folder `out`, which appears whole or not at all.
+
+    Raises: FileExistsError when `out` is there already.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f'{out}: already there; delete it or choose another --out')
+    partial = out.with_name(f'.{out.name}.{os.getpid()}.partial')
+    partial.mkdir(parents=True)
+    for split, rows in rows_of_split.items():
+        start, n, batch = time.time(), 0, []
+        with pq.ParquetWriter(partial / f'{split}.parquet', SCHEMA, use_dictionary=True) as writer:
+            for row in rows:
+                batch.append(row)
+                if len(batch) == 2000:  # a row group: a picture asked several times is stored once in it
+                    writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
+                    n, batch = n + len(batch), []
+                    print(f'\r{out}: {split} | {n} questions | {time.time() - start:.0f} s', end='', flush=True)
+            writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
+        print(f'\r{out}: {split} | {n + len(batch)} questions | {time.time() - start:.0f} s')
+    os.replace(partial, out)
+
+
+def draw_shapes(config):
+    """Draws train, val and test to `config.out`; no scene is in two of them: a scene's split is part of its seed, and its
+    places are drawn to fractions of a pixel."""
+    sizes = dict(train=config.n_train, val=config.n_val, test=config.n_test)
+    write_dataset(config.out, {split: shapes_rows(split, n, config) for split, n in sizes.items()})
+
+
+def contact_sheet(config, columns=6, rows=4, scale=3):
+    """Draws pictures with their questions and answers under them, to look at -> a Pillow picture."""
+    from eval import picture_sheet
+    tiles = {}
+    for row in shapes_rows('train', columns * rows, config):
+        picture = Image.open(io.BytesIO(row['image']))
+        _, lines = tiles.setdefault(row['image'], (picture, []))
+        lines.append(f"{row['question']} {row['answer']}" if row['question'] else row['caption'])
+    return picture_sheet(list(tiles.values()), columns=columns, scale=scale)
+
+
+def read_rows(folder, split):
+    """Reads a split: every row with a question or a caption, each different picture once.
+
+    Shapes: -> Rows, lists as long as the split has rows, but `pictures`, which `picture` points into.
+    Raises: FileNotFoundError without the file; ValueError naming file, row and reason where a row cannot be used.
+    """
+    path = Path(folder) / f'{split}.parquet'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
+                                f'(python data.py --help says how to draw or import one)')
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as e:
+        raise ValueError(f'{path}: not a parquet file: {e}') from None
+    columns = {key: table[key].to_pylist() if key in table.column_names else [None] * len(table) for key in SCHEMA.names}
+    for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
+        if not set(needed) & set(table.column_names):
+            raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(table.column_names)}')
+
+    rows, bad, picture_of = Rows(path), [], {}
+    for i, (image, question, answer, caption, sample_id, type) in enumerate(zip(*columns.values())):
+        if question is None and caption:
+            question, answer, type = drawn_prompt(i), caption, type or 'describe'
+        image = read_image(image, folder)
+        references = [answer] if isinstance(answer, str) else answer
+        if not isinstance(image, bytes):
+            bad.append((i, image))
+        elif not isinstance(question, str) or not question.strip():
+            bad.append((i, f'the question is {"empty" if isinstance(question, str) else "no text"}'))
+        elif not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
+            bad.append((i, 'the answer is empty or no text'))
+        else:
+            if image not in picture_of:
+                picture_of[image] = len(rows.pictures)
+                rows.pictures.append(image)
+                rows.picture_name.append(f'{path}, row {i}')
+            rows.picture.append(picture_of[image])
+            rows.question.append(question)
+            rows.references.append(references)
+            rows.type.append(type or 'all')
+            rows.sample_id.append(sample_id or f'row {i}')
+    report_bad(path, bad, len(table), 'remove or repair them')
+    return rows
+
+
+class Rows:
+    """A split in memory, see `read_rows`."""
+
+    def __init__(self, path):
+        self.path, self.pictures, self.picture_name = path, [], []  # picture files as bytes, each once, and where they stand
+        self.picture, self.question, self.references, self.type, self.sample_id = [], [], [], [], []
+
+    def __len__(self):
+        return len(self.question)
+
+
+PROMPTS = ('what is in this image?', 'describe this image.', 'what do you see?', 'describe the picture.')
+
+
+def drawn_prompt(i):
+    """The question of a row that has only a caption: the same row always gets the same one."""
+    return PROMPTS[i % len(PROMPTS)]
+
+
+def read_image(image, folder):
+    """The bytes of a picture file from what the image column holds, or a string that says what is wrong with it."""
+    if isinstance(image, dict):
+        image = image.get('bytes') or image.get('path')
+    if isinstance(image, str):
+        path = (Path(folder) / image).resolve()
+        if not path.is_relative_to(Path(folder).resolve()):
+            return f'the image path {image!r} leaves the folder'
+        image = path.read_bytes() if path.is_file() else f'there is no image file {path}'
+    return image or 'the image is empty'
+
+
+def report_bad(path, bad, n, remedy):
+    """Raises: ValueError that counts the bad rows, names the first ones and says what to do; nothing where there are none."""
+    if bad:
+        first = '; '.join(f'row {i}: {reason}' for i, reason in bad[:3])
+        raise ValueError(f'{path}: {len(bad)} of {n} rows cannot be used: {first}{"; ..." * (len(bad) > 3)}: {remedy}')
+
+
+# ----------------------------------------------------------------------------
+# tokenizer
+
+WORDS = r'\s?[^\W\d_]+|\s?\d{1,3}|\s?[^\w\s]+|_+|\s+'  # a word, a number, signs: each with the space before it
+
+
+class Tokenizer:
+    """A byte-level BPE run by tiktoken, with <pad>, <bos> and <eos> behind its own tokens; text never encodes to those.
+
+    `state` is of plain types and lives in the checkpoint: {'name': 'gpt2'} or {'name': 'bpe', 'tokens': hex strings by id}.
+    """
+
+    def __init__(self, state):
+        self.state = state
+        if state['name'] == 'gpt2':
+            try:
+                self.bpe = tiktoken.get_encoding('gpt2')
+            except OSError as e:  # requests' errors are OSErrors
+                raise ValueError(f'tokenizer=gpt2: its files are not here and cannot be downloaded ({type(e).__name__}); put them '
+                                 f'in the folder that TIKTOKEN_CACHE_DIR names, or train one with --tokenizer=bpe') from None
+        else:
+            ranks = {bytes.fromhex(token): id for id, token in enumerate(state['tokens'])}
+            self.bpe = tiktoken.Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+        n = self.bpe.n_vocab
+        self.pad_id, self.bos_id, self.eos_id, self.vocab_size = n, n + 1, n + 2, n + 3
+
+    def encode(self, text):
+        return self.bpe.encode_ordinary(text)
+
+    def decode(self, ids):
+        """The text of ids up to <eos>; what is not text is left out."""
+        ids = list(ids)
+        ids = ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
+        return self.bpe.decode([i for i in ids if i < self.pad_id], errors='replace').strip()
+
+
+def train_bpe(texts, vocab_size):
+    """Trains a byte-level BPE -> the state of a `Tokenizer`. The pair that is met most often becomes a token, again and
+    again, until there are `vocab_size` tokens or no pair is met twice. The same texts give the same tokenizer.
+
+    Source: Sennrich 2016; bytes as in GPT-2.
+    """
+    import re
+    counts = Counter(word for text in texts for word in re.findall(WORDS, text))
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
+    tokens = [bytes([b]) for b in range(256)]
+    pairs, where = Counter(), {}
+    for i, (word, n) in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += n
+            where.setdefault(pair, set()).add(i)
+    while len(tokens) + 3 < vocab_size and pairs:
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        tokens.append(best[0] + best[1])
+        for i in sorted(where.pop(best)):  # only the words that hold the pair change
+            word, n = words[i]
+            for pair in zip(word, word[1:]):
+                pairs[pair] -= n
+            j = 0
+            while j < len(word) - 1:
+                if (word[j], word[j + 1]) == best:
+                    word[j:j + 2] = [best[0] + best[1]]
+                j += 1
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+                where.setdefault(pair, set()).add(i)
+        del pairs[best]
+    return {'name': 'bpe', 'tokens': [token.hex() for token in tokens]}
+
+
+# ----------------------------------------------------------------------------
+# batches
+
+class Questions:
+    """A split as tokens, and its batches: the batch of a step depends on (seed, split, step) and nothing else.
+
+    Rows are sorted into buckets by the length of their answer (2, 4, 8, ... tokens), so that a caption does not pad a
+    hundred one-word answers. An epoch shuffles every bucket, cuts it into batches and shuffles these.
+    Raises: ValueError naming the rows whose question or answer is longer than its limit, unless `truncate`.
+    """
+
+    def __init__(self, rows, tokenizer, max_question_tokens=32, max_answer_tokens=32, truncate=False):
+        self.rows, self.tokenizer, self.cut, bad = rows, tokenizer, 0, []
+        self.questions = [tokenizer.encode(text) for text in rows.question]
+        self.answers = [tokenizer.encode(references[0]) + [tokenizer.eos_id] for references in rows.references]
+        for i in range(len(rows)):
+            for key, tokens, most in (('question', self.questions[i], max_question_tokens), ('answer', self.answers[i], max_answer_tokens)):
+                if len(tokens) > most:
+                    bad.append((i, f'the {key} has {len(tokens)} tokens, more than max_{key}_tokens={most}'))
+                    del tokens[most:]
+        if truncate:
+            self.cut = len(bad)
+        else:
+            report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
+        buckets = {}
+        for i, answer in enumerate(self.answers):
+            buckets.setdefault(max(2, 1 << (len(answer) - 1).bit_length()), []).append(i)
+        self.buckets = [np.array(rows) for _, rows in sorted(buckets.items())]
+        self.epoch_plan = (None, None)
+
+    def steps_per_epoch(self, batch_size):
+        return sum(max(1, len(bucket) // batch_size) for bucket in self.buckets)
+
+    def rows_of_step(self, step, batch_size, seed):
+        """The rows of a training batch; every row comes once an epoch, but for the last ones of a bucket that fill no batch."""
+        epoch, k = divmod(step, self.steps_per_epoch(batch_size))
+        if self.epoch_plan[0] != (seed, epoch, batch_size):  # drawn again whenever another epoch begins
+            rng = np.random.default_rng([seed, epoch])
+            plan = []
+            for bucket in self.buckets:
+                order = rng.permutation(bucket)
+                plan += [order[j * batch_size:(j + 1) * batch_size] for j in range(max(1, len(order) // batch_size))]
+            self.epoch_plan = (seed, epoch, batch_size), [plan[j] for j in rng.permutation(len(plan))]
+        return self.epoch_plan[1][k]
+
+    def rows_in_order(self, batch_size):
+        """Yields all rows once, for evaluation, bucket by bucket."""
+        for bucket in self.buckets:
+            yield from (bucket[i:i + batch_size] for i in range(0, len(bucket), batch_size))
+
+    def batch(self, rows):
+        """Shapes: -> question (B, Q) padded on the right, answer (B, A) that starts with <bos>, targets (B, A) that end with
+        <eos> and have -100 as padding, picture (B,) to index pictures or features with."""
+        bos, pad = self.tokenizer.bos_id, self.tokenizer.pad_id
+        return dict(
+            question=padded([self.questions[i] for i in rows], pad),
+            answer=padded([[bos] + self.answers[i][:-1] for i in rows], pad),
+            targets=padded([self.answers[i] for i in rows], -100),
+            picture=torch.tensor([self.rows.picture[i] for i in rows]))
+
+
+def padded(lists, value):
+    longest = max(map(len, lists))
+    return torch.tensor([tokens + [value] * (longest - len(tokens)) for tokens in lists])
+
+
+class DrawnCaptions:
+    """Pictures with captions for the alignment, drawn when they are asked for: no picture comes twice."""
+
+    def __init__(self, config, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+
+    def scenes(self, split, step, batch_size, seed):
+        """Shapes: -> scenes, a list of B, and pixels (B, 3, S, S) uint8; a pure function of its arguments."""
+        rng = random.Random(f'align/{seed}/{split}/{step}')
+        scenes = [draw_scene(rng, self.config) for _ in range(batch_size)]
+        pictures = [np.array(draw_picture(scene, rng, self.config.image_px)) for scene in scenes]
+        return scenes, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), rng
+
+    def batch(self, split, step, batch_size, seed):
+        """Shapes: -> pixels (B, 3, S, S) uint8; caption (B, P, L), P phrases of up to L tokens, padded with -100; left_out
+        (B, P, L) bool, every other word or so."""
+        scenes, pixels, rng = self.scenes(split, step, batch_size, seed)
+        phrases = [self.tokenizer.encode(phrase) for scene in scenes for phrase in locate(scene, rng, self.config.image_px)]
+        caption = padded(phrases, -100).unflatten(0, (batch_size, -1))
+        left_out = torch.rand(caption.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))) < .5
+        return dict(pixels=pixels, caption=caption, left_out=left_out)
+
+
+def caption_sample(config, n=3000):
+    """Phrases as the alignment draws them, for its tokenizer."""
+    for i in range(n):
+        rng = random.Random(f'tokenizer/{config.seed}/{i}')
+        yield from locate(draw_scene(rng, config), rng, config.image_px)

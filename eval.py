@@ -1,0 +1,469 @@
+"""
+Evaluation: Exact Match, token F1 and token accuracy by question type; retrieval for the encoder; answering; pictures.
+
+    python eval.py --out_dir=out/trm                                          # the test split again, with all its files
+    python eval.py --out_dir=out/trm --image=cat.jpg --question="what is it?" # one picture of your own
+    python eval.py --compare=out/trm,out/plain                                # finished runs side by side
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import string
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+from configurator import configure
+from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
+from encoder import Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array
+from model import ModelConfig, build_model
+
+FORMAT = 1  # of checkpoints; raised when their content changes
+
+
+@dataclass
+class EvalConfig:
+    out_dir: str = 'out/trm'        # the run to evaluate
+    split: str = 'test'             # val or test
+    dataset: str | None = None      # another dataset folder than the one of the run
+    image: str | None = None        # a picture file: answer `question` about it instead
+    question: str | None = None     # the question about `image`
+    compare: str | None = None      # run folders, separated by commas: print their results as one table instead
+    inner_steps: int | None = None  # test-time depth: another number of inner steps than in training
+    outer_steps: int | None = None  # the same for the outer steps
+    temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
+    top_k: int | None = None        # with a temperature: draw from the k likeliest only
+    seed: int = 1337                # of the drawing
+    batch_size: int = 256           # rows at a time
+    device: str = 'auto'            # auto (a GPU if there is one), cpu, cuda, ...
+
+    def __post_init__(self):
+        if self.split not in ('train', 'val', 'test'):
+            raise ValueError(f'split={self.split}: expected train, val or test')
+        if (self.image is None) != (self.question is None):
+            raise ValueError('--image and --question belong together: both or neither')
+
+
+# ----------------------------------------------------------------------------
+# metrics
+
+def normalize_answer(text):
+    """Lower case, without ASCII punctuation, articles and extra space. Source: SQuAD v2.0, evaluate-v2.0.py."""
+    text = ''.join(ch for ch in text.lower() if ch not in string.punctuation)
+    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+def exact_match(prediction, references):
+    """1.0 if the prediction equals a reference after normalisation, else 0.0. `references`: a string or a list of strings."""
+    return max(float(normalize_answer(prediction) == reference) for reference in gold_answers(references))
+
+
+def token_f1(prediction, references):
+    """Overlap of normalised tokens, the best over the references, in 0..1; two empty answers agree, one empty one does not."""
+    def f1(gold):
+        a, b = normalize_answer(prediction).split(), gold.split()
+        if not a or not b:
+            return float(a == b)
+        common = sum((Counter(a) & Counter(b)).values())
+        return 2 * common / (len(a) + len(b))
+    return max(f1(gold) for gold in gold_answers(references))
+
+
+def gold_answers(references):
+    """The normalised references; those that are empty then do not count, unless all are."""
+    references = [references] if isinstance(references, str) else references
+    return [gold for r in references if (gold := normalize_answer(r))] or ['']
+
+
+# ----------------------------------------------------------------------------
+# a split, evaluated
+
+@torch.no_grad()
+def teacher_forced(decoder, questions, vision_of, rows, device):
+    """Losses and hits of every target of some rows. Shapes: -> loss (B, A) nats, hit (B, A) bool, real (B, A) bool."""
+    batch = {key: t.to(device) for key, t in questions.batch(rows).items()}
+    logits, _ = decoder(vision_of(batch['picture']), batch['question'], batch['answer'])
+    real = batch['targets'] >= 0
+    loss = F.cross_entropy(logits.transpose(1, 2).float(), batch['targets'], ignore_index=-100, reduction='none')
+    return loss, (logits.argmax(-1) == batch['targets']) & real, real
+
+
+def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_size=250):
+    """Loss and Exact Match of a split without generating: greedy generation gives exactly the reference if and only if
+    every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only."""
+    loss = count = right = n = 0
+    order = random.Random(0).sample(range(len(questions.rows)), min(most_rows, len(questions.rows)))
+    order.sort(key=lambda i: len(questions.answers[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        losses, hit, real = teacher_forced(decoder, questions, vision_of, rows, device)
+        asked = torch.tensor([questions.rows.type[i] != 'describe' for i in rows], device=device)
+        loss, count = loss + losses.sum().item(), count + real.sum().item()
+        right, n = right + ((hit == real).all(1) & asked).sum().item(), n + asked.sum().item()
+    return {'loss': loss / count, 'em': right / max(n, 1)}
+
+
+def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
+    """Answers a whole split -> metrics, a dict, and predictions, a list of dicts in the order of the split.
+
+    'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as Exact Match means
+    little for them; 'em_types' is the mean over the question types.
+    """
+    rows, tokenizer, done, start, tokens = questions.rows, questions.tokenizer, 0, time.time(), 0
+    predictions = [None] * len(rows)
+    for indices in questions.rows_in_order(batch_size):
+        loss, hit, real = teacher_forced(decoder, questions, vision_of, indices, device)
+        batch = {key: t.to(device) for key, t in questions.batch(indices).items()}
+        longest = max(len(questions.answers[i]) for i in indices)
+        most_tokens = max(8, 2 * longest)  # rows of like length come together; a model that babbles is cut here
+        answers = decoder.generate(vision_of(batch['picture']), batch['question'], most_tokens, **sampling)
+        for k, i in enumerate(indices):
+            text = tokenizer.decode(answers[k].tolist())
+            tokens += (answers[k] != tokenizer.pad_id).sum().item()
+            predictions[i] = dict(
+                sample_id=rows.sample_id[i], type=rows.type[i], question=rows.question[i], prediction=text,
+                references=rows.references[i], em=exact_match(text, rows.references[i]), f1=token_f1(text, rows.references[i]),
+                loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item())
+        done += len(indices)
+        seconds = time.time() - start
+        print(f'\revaluating | {done}/{len(rows)} | eta {clock(seconds / done * (len(rows) - done))} ', end='', flush=True)
+    print()
+    by_type = {type: summary([p for p in predictions if p['type'] == type]) for type in sorted(set(rows.type), key=type_order)}
+    asked = [p for p in predictions if p['type'] != 'describe'] or predictions
+    question_types = [t for t in by_type if t != 'describe'] or list(by_type)
+    metrics = summary(asked) | dict(em_types=sum(by_type[t]['em'] for t in question_types) / len(question_types),
+                                    by_type=by_type, tokens_per_s=tokens / seconds, eval_s=seconds)
+    return metrics, predictions
+
+
+def summary(predictions):
+    n, tokens = len(predictions), sum(p['tokens'] for p in predictions)
+    mean = lambda key, of: sum(p[key] for p in predictions) / of
+    return dict(n=n, em=mean('em', n), f1=mean('f1', n), token_accuracy=mean('hits', tokens), loss=mean('loss', tokens))
+
+
+def type_order(type):
+    order = ('color', 'shape', 'exist', 'count', 'compare', 'relation')
+    return (order.index(type) if type in order else 9 + (type == 'describe'), type)
+
+
+def result_table(metrics):
+    """The result by question type, as text."""
+    line = lambda key, m: f"{key:12} | {m['n']:6} | {m['em']:.3f} | {m['f1']:.3f} | {m['token_accuracy']:.3f}"
+    head = f"{'type':12} | {'n':>6} | {'em':5} | {'f1':5} | token accuracy"
+    questions = {t: m for t, m in metrics['by_type'].items() if t != 'describe'}
+    captions = {t: m for t, m in metrics['by_type'].items() if t == 'describe'}
+    return '\n'.join([head, '-' * len(head), *(line(t, m) for t, m in questions.items()), line('all', metrics),
+                      f"{'mean of types':21} | {metrics['em_types']:.3f}", *(line(t, m) for t, m in captions.items())])
+
+
+def clock(seconds):
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02}'
+
+
+# ----------------------------------------------------------------------------
+# the encoder: retrieval, and what its tokens tell
+
+@torch.no_grad()
+def retrieval(pooled, text, prefixes):
+    """Finds each caption's picture among all, and each picture's caption. Shapes: pooled and text (n, D)
+    -> {prefix: {'R@1', 'R@5', 'R@10'}}, the mean over both directions."""
+    results = {}
+    for d in prefixes:
+        sims = F.normalize(pooled[:, :d], dim=1) @ F.normalize(text[:, :d], dim=1).T
+        rank = torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in (sims, sims.T)])  # how many are nearer than the right one
+        results[d] = {f'R@{k}': (rank < k).float().mean().item() for k in (1, 5, 10)}
+    return results
+
+
+def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
+    """What can be read from the frozen tokens: a small network per token says which (colour, shape) pairs are there and where.
+
+    -> pair_f1 and exact_scene (share of pictures with every pair right), in 0..1, and place_error_px, the mean distance in
+    pixels between true and read places, all on pictures that the probe was not trained on.
+    """
+    pairs = [(c, s) for c in COLORS for s in SHAPES]
+
+    def tokens_and_scenes(split, n):
+        tokens, there, place = [], torch.zeros(n, len(pairs)), torch.zeros(n, len(pairs), 2)
+        for step in range(n // 250):
+            scenes, pixels, _ = drawn.scenes(split, step, 250, seed=0)
+            tokens.append(encoder.encode_images(encoder.normalise(pixels.to(device))).float().cpu())
+            for i, scene in enumerate(scenes):
+                for o in scene:
+                    j = pairs.index((o['color'], o['shape']))
+                    there[step * 250 + i, j] = 1
+                    place[step * 250 + i, j] = torch.tensor([o['x'], o['y']])
+        return torch.cat(tokens), there, place
+
+    x, there, place = tokens_and_scenes('probe-train', n_train)
+    mean, std = x.mean((0, 1)), x.std((0, 1))
+    half = drawn.config.image_px / 2
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(x.size(2), 256), torch.nn.GELU(), torch.nn.Linear(256, 3 * len(pairs)))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+
+    def read(x):  # every token votes for each pair and for its place; the votes are weighed by their certainty
+        vote, xy = net((x - mean) / std).split([len(pairs), 2 * len(pairs)], dim=-1)
+        xy = (vote.softmax(1).unsqueeze(-1) * xy.unflatten(2, (-1, 2))).sum(1)
+        return vote.logsumexp(1) - 2, half + half * xy
+
+    for step in range(steps):
+        optimizer.param_groups[0]['lr'] = 3e-3 * (1 - step / steps)
+        rows = torch.randint(len(x), (256,))
+        logit, xy = read(x[rows])
+        loss = F.binary_cross_entropy_with_logits(logit, there[rows]) * 5
+        loss = loss + ((xy - place[rows]).abs().sum(-1) * there[rows]).sum() / there[rows].sum() / half
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x, there, place = tokens_and_scenes('probe-test', n_test)
+    with torch.no_grad():
+        logit, xy = read(x)
+    found = (logit > 0).float()
+    return dict(pair_f1=(2 * (found * there).sum() / (found.sum() + there.sum())).item(),
+                exact_scene=(found == there).all(1).float().mean().item(),
+                place_error_px=(((xy - place).norm(dim=-1) * there).sum() / there.sum()).item())
+
+
+# ----------------------------------------------------------------------------
+# pictures
+
+def picture_sheet(tiles, columns=6, scale=3, colors=None):
+    """A sheet of pictures with lines of text under them, drawn with Pillow. tiles: [(picture, [line, ...]), ...]."""
+    font, pad, line_px = ImageFont.load_default(13), 8, 17
+    width = max(200, scale * max(p.width for p, _ in tiles))
+    wrapped = [[part for line in lines for part in wrap(line, font, width)] for _, lines in tiles]
+    height = scale * max(p.height for p, _ in tiles) + line_px * max(map(len, wrapped)) + 4
+    sheet = Image.new('RGB', (columns * (width + pad) + pad, -(-len(tiles) // columns) * (height + pad) + pad), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for k, ((picture, _), lines) in enumerate(zip(tiles, wrapped)):
+        x, y = pad + k % columns * (width + pad), pad + k // columns * (height + pad)
+        picture = picture.convert('RGB')
+        sheet.paste(picture.resize((scale * picture.width, scale * picture.height), Image.NEAREST), (x, y))
+        for i, line in enumerate(lines):
+            draw.text((x, y + scale * picture.height + 2 + line_px * i), line, colors[k] if colors else 'black', font)
+    return sheet
+
+
+def wrap(line, font, width):
+    lines = ['']
+    for word in printable(line).split(' '):
+        if lines[-1] and font.getlength(f'{lines[-1]} {word}') > width:
+            lines.append('')
+        lines[-1] = f'{lines[-1]} {word}'.strip()
+    return lines
+
+
+def printable(text):
+    """Text without control characters, fit for a terminal and for a picture."""
+    return ''.join(ch if ch.isprintable() else ' ' for ch in text)
+
+
+def draw_samples(path, rows, predictions, n=24, image_px=192):
+    """Writes a sheet of samples, every type in turn, right answers in green and wrong ones in red (captions in black)."""
+    by_type, chosen = {}, []
+    for i in random.Random(0).sample(range(len(rows)), len(rows)):
+        by_type.setdefault(rows.type[i], []).append(i)
+    while len(chosen) < min(n, len(rows)):
+        chosen += [queue.pop() for type in sorted(by_type, key=type_order) if (queue := by_type[type])]
+    tiles, colors = [], []
+    for i in chosen[:n]:
+        picture, p = open_picture(rows.pictures[rows.picture[i]]).convert('RGB'), predictions[i]
+        picture = picture.resize((image_px, image_px), Image.NEAREST if picture.width < image_px else Image.BICUBIC)
+        tiles.append((picture, [p['question'], f"says: {p['prediction']}", f"true: {' / '.join(p['references'][:3])}"]))
+        colors.append('black' if p['type'] == 'describe' else 'darkgreen' if p['em'] else 'firebrick')
+    write_whole(path, lambda f: picture_sheet(tiles, scale=1, colors=colors).save(f, 'PNG'))
+
+
+def draw_curves(out_dir):
+    """Draws loss and Exact Match over the steps from log.jsonl to curves.png; without matplotlib, says how to get them."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('curves.png not drawn: pip install matplotlib, then run eval.py on this folder')
+        return
+    events = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+    steps, evals = [[e for e in events if e['event'] == kind] for kind in ('step', 'eval')]
+    figure = Figure(figsize=(10, 3.6), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    left.plot([e['step'] for e in steps], [e['loss'] for e in steps], label='training', linewidth=1)
+    left.plot([e['step'] for e in evals], [e['loss'] for e in evals], 'o-', label='validation', markersize=3)
+    left.set(xlabel='step', ylabel='loss, nats per token', yscale='log')
+    left.legend()
+    figure_of_merit = evals[0]['figure'] if evals else 'em'
+    right.plot([e['step'] for e in evals], [e[figure_of_merit] for e in evals], 'o-', markersize=3, color='tab:green')
+    right.set(xlabel='step', ylabel=f'validation {figure_of_merit}', ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=.3)
+    figure.suptitle(str(out_dir))
+    write_whole(Path(out_dir) / 'curves.png', lambda f: figure.savefig(f, format='png', dpi=110))
+
+
+def write_whole(path, write):
+    """Calls write(file) on a temporary file and puts it in place: `path` is the old or the new file, never a part of one."""
+    path = Path(path)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    with open(partial, 'wb') as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+# ----------------------------------------------------------------------------
+# runs on disk
+
+def read_checkpoint(out_dir):
+    """Reads out_dir/ckpt.pt, tensors and plain types only; nothing in it is run.
+
+    Raises: FileNotFoundError without one; ValueError when it is of another kind or format.
+    """
+    path = Path(out_dir) / 'ckpt.pt'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; a run writes it: python train.py config/trm.py --out_dir={out_dir}')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+        raise ValueError(f'{path}: not a checkpoint that can be read safely ({str(e).splitlines()[0][:200]})') from None
+    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if found != FORMAT:
+        raise ValueError(f'{path}: checkpoint format {found}, this code reads format {FORMAT}; train again, or use the code that '
+                         f'wrote it')
+    return checkpoint
+
+
+def load_run(checkpoint, device):
+    """The decoder, encoder and tokenizer of a checkpoint of the answer stage, with its best weights."""
+    if checkpoint['stage'] != 'answer':
+        raise ValueError(f"a checkpoint of stage '{checkpoint['stage']}' has no decoder: it trained an encoder, which "
+                         f"--encoder=FILE gives to train.py")
+    decoder = build_model(ModelConfig(**checkpoint['model_config']))
+    decoder.load_state_dict(checkpoint['best']['decoder'])
+    settings = checkpoint['settings']
+    encoder = None
+    if 'encoder' in checkpoint['best']:  # trained along
+        encoder = Encoder(EncoderConfig(**checkpoint['encoder_config']))
+        encoder.load_state_dict(checkpoint['best']['encoder'])
+    elif settings['use_vision']:
+        encoder = load_encoder(settings['encoder'])
+        if encoder.fingerprint() != checkpoint['encoder_fingerprint']:
+            raise ValueError(f"{settings['encoder']}: not the encoder that this run was trained with (another fingerprint)")
+    encoder = encoder.to(device).eval() if encoder else None
+    return decoder.to(device).eval(), encoder, Tokenizer(checkpoint['tokenizer'])
+
+
+def pick_device(device):
+    return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+
+
+def vision_source(settings, encoder, rows, device):
+    """A function from picture indices (B,) to image tokens (B, N, D): from the cache where the encoder is frozen, else encoded
+    anew from the pixels; with use_vision=False it gives None."""
+    if not settings['use_vision']:
+        return lambda picture: None
+    if settings['train_encoder']:
+        pixels = pixel_array(encoder, rows.pictures, rows.picture_name)             # (n, 3, S, S) uint8
+        return lambda picture: encoder(encoder.normalise(pixels[picture.cpu()].to(device)))
+    features = cached_features(encoder, rows.pictures, rows.picture_name, settings['cache_dir'], device)
+    D = settings['vision_dim'] or encoder.config.vision_dim
+    return lambda picture: torch.from_numpy(features[picture.cpu().numpy()])[..., :D].to(device, torch.float32)
+
+
+def write_results(out_dir, metrics, rows, predictions):
+    """metrics.json, predictions.jsonl, samples.png and curves.png of a run folder."""
+    out_dir = Path(out_dir)
+    write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    write_whole(out_dir / 'predictions.jsonl', lambda f: f.writelines(json.dumps(p).encode() + b'\n' for p in predictions))
+    draw_samples(out_dir / 'samples.png', rows, predictions)
+    draw_curves(out_dir)
+
+
+def compare(out_dirs):
+    """One table of finished runs, from their metrics.json."""
+    runs = []
+    for out_dir in out_dirs:
+        path = Path(out_dir) / 'metrics.json'
+        if not path.is_file():
+            raise FileNotFoundError(f'{path}: no such file; --compare takes the folders of finished runs')
+        runs.append((out_dir, json.loads(path.read_text())))
+    types = sorted({t for _, m in runs for t in m['by_type']}, key=type_order)
+    heads = ['run', 'parameters', 'core', 'steps', 'train s', 'em', 'f1', 'mean of types', *types]
+    table = [heads] + [[
+        str(out_dir), f"{m['parameters']['total']:,}", f"{m['parameters']['core']:,}", str(m['step']), f"{m['train_s']:.0f}",
+        f"{m['em']:.3f}", f"{m['f1']:.3f}", f"{m['em_types']:.3f}",
+        *(f"{m['by_type'][t]['f1' if t == 'describe' else 'em']:.3f}" if t in m['by_type'] else '-' for t in types)]
+        for out_dir, m in runs]
+    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
+    lines = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(row, widths)) + ' |' for row in table]
+    lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
+    return '\n'.join(lines) + '\n(em by type; f1 for describe)' * ('describe' in types)
+
+
+def main(argv=None):
+    settings, sources = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
+    if settings.compare:
+        print(compare(settings.compare.split(',')))
+        return
+    device = pick_device(settings.device)
+    checkpoint = read_checkpoint(settings.out_dir)
+    run = checkpoint['settings']
+    for key in ('inner_steps', 'outer_steps'):
+        if getattr(settings, key) is not None:
+            checkpoint['model_config'][key] = getattr(settings, key)
+    decoder, encoder, tokenizer = load_run(checkpoint, device)
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    sampling = dict(temperature=settings.temperature, top_k=settings.top_k, generator=generator)
+
+    if settings.image:
+        if not Path(settings.image).is_file():
+            raise FileNotFoundError(f'--image={settings.image}: no such file')
+        vision = None
+        if encoder:
+            try:
+                picture = open_picture(Path(settings.image).read_bytes())
+            except ValueError as e:
+                raise ValueError(f'--image={settings.image}: {e}') from None
+            vision = encoder.encode_images(encoder.preprocess(picture)[None].to(device))[..., :decoder.config.vision_dim]
+        ids = tokenizer.encode(settings.question.lower() if run['tokenizer'] == 'bpe' else settings.question)
+        if not ids:
+            raise ValueError('--question is empty')
+        answer = decoder.generate(vision, torch.tensor([ids], device=device), run['max_answer_tokens'], **sampling)
+        print(printable(tokenizer.decode(answer[0].tolist())))
+        return
+
+    rows = read_rows(settings.dataset or run['dataset'], settings.split)
+    questions = Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], run['truncate'])
+    vision_of = vision_source(run, encoder, rows, device)
+    metrics, predictions = evaluate(decoder, questions, vision_of, device, settings.batch_size, **sampling)
+    print(result_table(metrics))
+    usual = EvalConfig(out_dir=settings.out_dir, batch_size=settings.batch_size, device=settings.device)
+    if settings == usual:  # the run's own test result
+        metrics = checkpoint['facts'] | metrics
+        write_results(settings.out_dir, metrics, rows, predictions)
+        print(f'written: {settings.out_dir}/metrics.json, predictions.jsonl, samples.png')
+    else:
+        print('nothing written: these are not the settings of the run itself')
+
+
+def run_script(main):
+    """Runs a script's main; a user's mistake ends it with one line, not with a stack trace."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FileExistsError) as e:
+        sys.exit(f'error: {e}')
+
+
+if __name__ == '__main__':
+    run_script(main)

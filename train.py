@@ -1,0 +1,476 @@
+"""
+Training, both stages, one loop.
+
+    python train.py config/trm.py                      # stage 'answer': a decoder learns to answer questions about pictures
+    python train.py config/trm.py --inner_steps=8      # any setting, overridden; --help lists them
+    python train.py config/align.py                    # stage 'align': the encoder learns from captions
+    python train.py config/trm.py --compile=true
+
+The same command goes on where a killed run stopped. A run folder gets ckpt.pt, log.jsonl, metrics.json and pictures.
+"""
+
+import copy
+import ctypes
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import eval as evaluation
+from configurator import configure, echo
+from data import DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
+from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
+from model import ModelConfig, build_model
+
+
+@dataclass
+class TrainConfig:
+    # the run
+    stage: str = 'answer'                     # answer: train a decoder; align: train the encoder against captions
+    out_dir: str = 'out/trm'                  # folder for everything that the run writes
+    fresh: bool = False                       # start over even if out_dir holds a run
+    seed: int = 1337                          # of the weights and the batches
+    device: str = 'auto'                      # auto (a GPU if there is one), cpu, cuda, ...
+    dtype: str = 'auto'                       # of the matrix products: float32, bfloat16, or auto: bfloat16 where it is fast
+    compile: bool | None = None               # torch.compile; None: on a GPU only
+    log_interval: int = 100                   # steps between log lines
+    eval_interval: int = 500                  # steps between validations, each followed by a checkpoint
+    wandb: bool = False                       # log to Weights & Biases too (pip install wandb)
+    # pictures and words
+    dataset: str = 'data/shapes'              # folder with train, val and test.parquet; data/shapes is drawn if it is missing
+    cache_dir: str = 'data/cache'             # where encoded pictures are kept
+    encoder: str = 'assets/encoder_shapes.pt' # the frozen encoder
+    train_encoder: bool = False               # train the encoder along instead of freezing it
+    vision_dim: int | None = None             # Matryoshka: read only so many dimensions of a token; None: all
+    tokenizer: str = 'bpe'                    # bpe: trained on the training questions and answers; gpt2
+    vocab_size: int = 512                     # of the bpe, at most
+    max_question_tokens: int = 32             # a longer question is an error, or cut with truncate
+    max_answer_tokens: int = 64               # the same for the answer, <eos> included
+    truncate: bool = False                    # cut what is too long
+    # the decoder, see model.ModelConfig
+    kind: str = 'trm'                         # plain or trm
+    n_layer: int = 2                          # blocks in the network
+    n_head: int = 4                           # attention heads
+    n_embd: int = 128                         # width
+    recursion: str = 'concat'                 # concat: [y ; z] together; add: x + y + z
+    inner_steps: int = 4                      # steps of a cycle
+    outer_steps: int = 1                      # cycles, all but the last without gradient
+    use_vision: bool = True                   # false: the blind control
+    prefix_lm: bool = True                    # the context sees itself both ways; false: causally
+    # the encoder, in stage align; see encoder.EncoderConfig
+    image_px: int = 64                        # side of the picture
+    max_objects: int = 6                      # objects in a drawn picture, at most
+    encoder_width: int = 128                  # width of trunk and resampler
+    encoder_layers: int = 2                   # layers of the trunk
+    n_latents: int = 16                       # tokens of a picture
+    encoder_dim: int = 128                    # dimensions of a token; its half, quarter and eighth are the Matryoshka prefixes
+    # the optimizer
+    max_steps: int = 3000                     # optimizer steps
+    batch_size: int = 128                     # rows in a forward pass
+    grad_accum: int = 1                       # forward passes in an optimizer step
+    learning_rate: float = 2e-3               # at its peak
+    min_lr_ratio: float = 0.1                 # of the peak, at the end of the cosine
+    warmup_ratio: float = 0.05                # of the steps
+    weight_decay: float = 0.05                # on matrices only
+    beta1: float = 0.9                        # of AdamW
+    beta2: float = 0.95                       # of AdamW
+    grad_clip: float = 1.0                    # largest norm of the gradient; 0: no limit
+    ema: float = 0.998                        # decay of the averaged weights, which are what is evaluated; 0: the raw ones
+
+    def __post_init__(self):
+        choices = dict(stage=('answer', 'align'), dtype=('auto', 'float32', 'bfloat16'), tokenizer=('bpe', 'gpt2'))
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) in (int, float) and value <= 0 and f.name not in ('seed', 'grad_clip', 'ema', 'weight_decay',
+                                                                            'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2'):
+                raise ValueError(f'{f.name}={value}: expected more than 0')
+        for key in ('ema', 'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'weight_decay'):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
+        if self.train_encoder and not self.use_vision:
+            raise ValueError('train_encoder=True with use_vision=False: there is no picture to train the encoder on')
+
+
+class AnswerTask:
+    """Stage 2: a decoder learns to answer. What the loop needs to know of it; the encoder is frozen unless `train_encoder`."""
+    figure = 'em'  # what validation is judged by
+
+    def __init__(self, settings, device, saved):
+        self.settings, self.device = settings, device
+        if settings.dataset == 'data/shapes' and not Path(settings.dataset).exists():
+            draw_shapes(ShapesConfig())
+        rows = {split: read_rows(settings.dataset, split) for split in ('train', 'val')}
+        if saved:
+            self.tokenizer = Tokenizer(saved['tokenizer'])
+        elif settings.tokenizer == 'gpt2':
+            self.tokenizer = Tokenizer({'name': 'gpt2'})
+        else:
+            texts = rows['train'].question + [r[0] for r in rows['train'].references]
+            self.tokenizer = Tokenizer(train_bpe(texts, settings.vocab_size))
+        self.questions = {split: self.tokenized(r) for split, r in rows.items()}
+
+        encoder = load_encoder(settings.encoder).to(device) if settings.use_vision else None
+        if settings.vision_dim and settings.vision_dim not in encoder.config.prefixes:
+            raise ValueError(f'vision_dim={settings.vision_dim}: expected one of the prefixes of the encoder, {encoder.config.prefixes}')
+        self.fingerprint = encoder.fingerprint() if encoder else None
+        self.look = {split: evaluation.vision_source(asdict(settings), encoder, r, device) for split, r in rows.items()}
+        self.frozen = None if settings.train_encoder else encoder
+
+        shared = {f.name for f in fields(ModelConfig)} & {f.name for f in fields(TrainConfig)}
+        t = self.tokenizer
+        derived = dict(vocab_size=t.vocab_size, pad_id=t.pad_id, bos_id=t.bos_id, eos_id=t.eos_id,
+                       vision_dim=settings.vision_dim or (encoder.config.vision_dim if encoder else 1))
+        self.config = ModelConfig(**{key: getattr(settings, key) for key in shared} | derived)
+        self.model = torch.nn.ModuleDict(dict(decoder=build_model(self.config)))
+        self.encoder_config = asdict(encoder.config) if encoder else None
+        if settings.train_encoder:
+            self.model['encoder'] = encoder.train().requires_grad_(True)
+
+    def tokenized(self, rows):
+        s = self.settings
+        questions = Questions(rows, self.tokenizer, s.max_question_tokens, s.max_answer_tokens, s.truncate)
+        if questions.cut:
+            print(f'{rows.path}: {questions.cut} questions or answers cut to their limits')
+        return questions
+
+    def expected_loss(self):
+        return math.log(self.config.vocab_size)
+
+    def batch(self, step):
+        questions = self.questions['train']
+        rows = questions.rows_of_step(step, self.settings.batch_size, self.settings.seed)
+        return questions.batch(rows) | dict(names=[questions.rows.sample_id[i] for i in rows])
+
+    def losses(self, model, batch):
+        """-> a dict of losses whose sum is trained on."""
+        vision = self.look['train'](model['encoder'] if 'encoder' in model else self.frozen, batch['picture'])
+        return {'answer': model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1]}
+
+    def vision_of(self, model, split):
+        return partial(self.look[split], model['encoder'] if 'encoder' in model else self.frozen)
+
+    def validate(self, model):
+        return evaluation.quick_scores(model['decoder'], self.questions['val'], self.vision_of(model, 'val'), self.device)
+
+    def better(self, new, old):
+        return new['em'] >= old['em']
+
+    def weights(self, model):
+        return {name: module.state_dict() for name, module in model.items()}
+
+    def state(self):
+        """What the checkpoint holds beside weights and optimizer."""
+        return dict(model_config=asdict(self.config), encoder_config=self.encoder_config, encoder_fingerprint=self.fingerprint,
+                    tokenizer=self.tokenizer.state)
+
+    def parameters(self):
+        counts = self.model['decoder'].parameter_counts()
+        encoder = self.model['encoder'] if 'encoder' in self.model else self.frozen
+        frozen = sum(p.numel() for p in encoder.parameters()) if encoder else 0
+        return counts | {'encoder': frozen}
+
+    def finish(self, model, facts):
+        """Evaluates the test split, which nothing has looked at so far, and writes the results."""
+        rows = read_rows(self.settings.dataset, 'test')
+        questions = self.tokenized(rows)
+        encoder = model['encoder'] if 'encoder' in model else self.frozen
+        self.look['test'] = evaluation.vision_source(asdict(self.settings), encoder, rows, self.device)
+        metrics, predictions = evaluation.evaluate(model['decoder'], questions, self.vision_of(model, 'test'), self.device)
+        print(evaluation.result_table(metrics))
+        evaluation.write_results(self.settings.out_dir, facts | metrics, rows, predictions)
+
+
+class AlignTask:
+    """Stage 1: the encoder learns from captions of pictures that are drawn as they are needed."""
+    figure = 'R@1'
+
+    def __init__(self, settings, device, saved):
+        self.settings, self.device = settings, device
+        shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
+        self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(caption_sample(shapes), settings.vocab_size))
+        self.data = DrawnCaptions(shapes, self.tokenizer)
+        D = settings.encoder_dim
+        self.config = EncoderConfig(image_px=settings.image_px, width=settings.encoder_width, n_layer=settings.encoder_layers,
+                                    n_latents=settings.n_latents, vision_dim=D, prefixes=(D // 8, D // 4, D // 2, D))
+        self.model = AlignModel(Encoder(self.config), self.tokenizer.vocab_size)
+
+    def expected_loss(self):
+        return math.log(self.settings.batch_size) + math.log(self.tokenizer.vocab_size)
+
+    def batch(self, step):
+        return self.data.batch('train', step, self.settings.batch_size, self.settings.seed) | dict(names=[f'step {step}'])
+
+    def losses(self, model, batch):
+        images = model.encoder.normalise(batch['pixels'])
+        return model(images, batch['caption'], batch['left_out'])
+
+    def validate(self, model, split='val', batches=4):
+        """Loss, and retrieval among the pictures of all batches."""
+        loss, pooled, text = 0, [], []
+        for step in range(batches):
+            batch = on_device(self.data.batch(split, step, 250, self.settings.seed), self.device)
+            with torch.no_grad():
+                loss += sum(self.losses(model, batch).values()).item() / batches
+                pooled.append(model.encoder(model.encoder.normalise(batch['pixels'])).mean(1))
+                text.append(model.read_text(batch['caption'])[1])
+        self.retrieval = evaluation.retrieval(torch.cat(pooled), torch.cat(text), self.config.prefixes)
+        return {'loss': loss, 'R@1': self.retrieval[self.config.vision_dim]['R@1']}
+
+    def better(self, new, old):
+        return new['loss'] <= old['loss']
+
+    def weights(self, model):
+        return {'model': model.state_dict()}
+
+    def state(self):
+        return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state)
+
+    def parameters(self):
+        encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
+        return dict(encoder=encoder, text=total - encoder, total=total)
+
+    def finish(self, model, facts):
+        """Writes encoder.pt; reports retrieval at every prefix on fresh pictures, and what a probe reads from the tokens."""
+        out_dir = Path(self.settings.out_dir)
+        save_encoder(model.encoder, out_dir / 'encoder.pt')
+        encoder = load_encoder(out_dir / 'encoder.pt').to(self.device)  # what was written is what is judged
+        model.encoder = encoder
+        scores = self.validate(model, 'test')
+        probed = evaluation.probe(encoder, self.data, self.device)
+        for d, r in self.retrieval.items():
+            print(f'prefix {d:4} | ' + ' | '.join(f'{k} {v:.3f}' for k, v in r.items()) + ' | among 1000 pictures, both ways')
+        print('probe | ' + ' | '.join(f'{k} {v:.3f}' for k, v in probed.items()))
+        metrics = facts | scores | dict(retrieval=self.retrieval, probe=probed)
+        evaluation.write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+        evaluation.draw_curves(out_dir)
+
+
+def main(argv=None):
+    start = time.time()
+
+    # ---- settings
+    settings, sources = configure(TrainConfig, sys.argv[1:] if argv is None else argv)
+    device = evaluation.pick_device(settings.device)
+    out_dir = Path(settings.out_dir)
+    saved = saved_run(settings)
+    keep_freed_memory()
+    torch.manual_seed(settings.seed)
+    about = dict(commit=commit(), torch=torch.__version__, python=platform.python_version(), device=device_name(device),
+                 threads=torch.get_num_threads(), seed=settings.seed)
+    print(' | '.join(f'{k} {v}' for k, v in about.items()))
+    print(echo(settings, sources))
+
+    # ---- data and model
+    task = (AnswerTask if settings.stage == 'answer' else AlignTask)(settings, device, saved)
+    model = task.model.to(device)
+    ema_model = copy.deepcopy(model).requires_grad_(False).eval() if settings.ema else model
+    print('parameters | ' + ' | '.join(f'{k} {n:,}' for k, n in task.parameters().items()))
+    print(f'{settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {task.expected_loss():.2f}')
+
+    # ---- optimizer; weight decay on matrices only
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=settings.weight_decay),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=device == 'cuda')
+    dtype = pick_dtype(settings.dtype, device)
+    autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
+    losses_of = compiled(task.losses, device) if settings.compile or (settings.compile is None and device == 'cuda') else task.losses
+
+    # ---- go on where a killed run stopped
+    step, best, train_s = 0, None, 0.0
+    if saved:
+        model.load_state_dict(saved['model'])
+        ema_model.load_state_dict(saved['ema'] or saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        step, best, train_s = saved['step'], saved['best'], saved['train_s']
+        print(f'going on at step {step}')
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(out_dir / 'log.jsonl', step, settings)
+    log.write(dict(event='start', step=step, **about, parameters=task.parameters(), settings=asdict(settings)))
+
+    # ---- the loop
+    total, since, mark = {}, 0, time.time()
+    while step < settings.max_steps:
+        lr = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        for k in range(settings.grad_accum):
+            batch = task.batch(step * settings.grad_accum + k)
+            names = batch.pop('names')
+            with autocast:
+                losses = losses_of(model, on_device(batch, device))
+            loss = sum(losses.values()) / settings.grad_accum
+            loss.backward()
+            for key, value in losses.items():
+                total[key] = total.get(key, 0) + value.detach() / settings.grad_accum
+        gnorm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
+        if not math.isfinite(gnorm):
+            raise FloatingPointError(f'step {step}: loss {loss.item()}, gradient norm {gnorm.item()}, lr {lr:.2e}: not finite; '
+                                     f'samples {", ".join(names[:8])}, ...; a lower --learning_rate is the usual remedy')
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if settings.ema:  # early on a shorter average, so that it never lags behind
+            decay = min(settings.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
+        step, since = step + 1, since + 1
+
+        if step % settings.log_interval == 0 or step == settings.max_steps:
+            seconds = time.time() - mark
+            train_s += seconds
+            parts = {key: value.item() / since for key, value in total.items()}
+            log.line(step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm.item(),
+                                ms=1e3 * seconds / since, train_s=train_s),
+                     examples=settings.batch_size * settings.grad_accum * since)
+            total, since, mark = {}, 0, time.time()
+
+        if step % settings.eval_interval == 0 or step == settings.max_steps:
+            paused = time.time()
+            scores = task.validate(ema_model)
+            log.line(step, dict(**scores, figure=task.figure), event='eval')
+            if best is None or task.better(scores, best['scores']):
+                best = dict(step=step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
+            checkpoint = dict(
+                format=evaluation.FORMAT, stage=settings.stage, step=step, train_s=train_s, model=model.state_dict(),
+                ema=ema_model.state_dict() if settings.ema else None, optimizer=optimizer.state_dict(), best=best,
+                settings=asdict(settings), environment=about, **task.state(),
+                facts=facts(settings, task, step, best, about, train_s, time.time() - start))
+            evaluation.write_whole(out_dir / 'ckpt.pt', lambda f: torch.save(checkpoint, f))
+            mark += time.time() - paused  # the clock of the log lines stands still while evaluating
+
+    # ---- the result, with the weights that were best in validation
+    for name, weights in task.weights(ema_model).items():
+        for key, tensor in weights.items():
+            tensor.copy_(best[name][key])
+    print(f"best validation {task.figure} {best['scores'][task.figure]:.3f} at step {best['step']}")
+    task.finish(ema_model, facts(settings, task, step, best, about, train_s, time.time() - start))
+    print(f'{out_dir}: done after {evaluation.clock(time.time() - start)}')
+
+
+# ----------------------------------------------------------------------------
+# what the story leans on
+
+def learning_rate(step, settings):
+    """Linear warm-up, then a cosine from the peak to min_lr_ratio of it."""
+    warmup = max(1, round(settings.warmup_ratio * settings.max_steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    t = (step - warmup) / max(1, settings.max_steps - warmup)
+    return settings.learning_rate * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * (1 + math.cos(math.pi * t)) / 2)
+
+
+def saved_run(settings):
+    """The checkpoint to go on from, or None. Raises: ValueError when out_dir holds a run with other settings."""
+    if settings.fresh or not (Path(settings.out_dir) / 'ckpt.pt').is_file():
+        return None
+    saved = evaluation.read_checkpoint(settings.out_dir)
+    ours, theirs = asdict(settings), saved['settings']
+    free = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb')
+    other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in free and theirs.get(key) != value]
+    if other:
+        raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other[:4])}): choose another --out_dir, '
+                         f'or start over with --fresh=true')
+    return saved
+
+
+def facts(settings, task, step, best, about, train_s, wall_s):
+    """What metrics.json says beside the results."""
+    return dict(parameters=task.parameters(), step=step, best_step=best['step'], train_s=train_s, wall_s=wall_s, **about,
+                settings=asdict(settings))
+
+
+def on_device(batch, device):
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def pick_dtype(dtype, device):
+    """auto: bfloat16 where the hardware multiplies in it; elsewhere it is emulated, a hundred times slower than float32."""
+    if dtype == 'auto':
+        fast = torch.cuda.is_bf16_supported() if device == 'cuda' else torch.cpu._is_avx512_bf16_supported()
+        dtype = 'bfloat16' if fast else 'float32'
+    return getattr(torch, dtype)
+
+
+def compiled(function, device):
+    """torch.compile where a compiler works, else the function itself, with the reason printed."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
+        print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
+        return function
+    return torch.compile(function, dynamic=True)
+
+
+def keep_freed_memory():
+    """Lets glibc keep the memory that a step frees for the next one, instead of handing it back to Linux and asking for fresh,
+    zeroed pages: a quarter of an alignment step on a CPU. Elsewhere it does nothing."""
+    if sys.platform == 'linux':
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, 'mallopt'):
+            M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2  # malloc.h
+            for option, value in ((M_MMAP_THRESHOLD, 2 ** 30), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 28)):
+                libc.mallopt(option, value)
+
+
+def commit():
+    try:
+        here = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        changed = subprocess.run(['git', 'status', '--porcelain', '-uno'], **here).stdout.strip()
+        return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], **here).stdout.strip() + '+changes' * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+
+
+def device_name(device):
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    cpu = Path('/proc/cpuinfo')
+    names = [line.partition(': ')[2] for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.is_file() else []
+    return f'{names[0].strip()} cpu' if names else f'{platform.processor() or platform.machine()} cpu'
+
+
+class Log:
+    """One line an event: on the console, in log.jsonl and, if asked for, on Weights & Biases."""
+
+    def __init__(self, path, step, settings):
+        self.path, self.max_steps, self.started, self.first = path, settings.max_steps, time.time(), step
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step] if step else []
+        evaluation.write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
+        self.wandb = None
+        if settings.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError('wandb=True: the package is not there; pip install wandb, or leave the flag out') from None
+            self.wandb = wandb.init(project='nano-trm-vlm', name=path.parent.name, config=asdict(settings))
+
+    def write(self, event):
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(event) + '\n')
+        if self.wandb and event['event'] != 'start':
+            self.wandb.log({f"{event['event']}/{k}": v for k, v in event.items() if isinstance(v, (int, float))}, step=event['step'])
+
+    def line(self, step, values, event='step', examples=None):
+        self.write(dict(event=event, step=step, **values))
+        style = dict(lr='.2e', gnorm='.2f', ms='.1f', loss='.4f')
+        parts = [f'{k} {v:{style.get(k, ".3f")}}' for k, v in values.items() if k not in ('train_s', 'figure', 'ms')]
+        if event == 'step':
+            eta = (time.time() - self.started) / (step - self.first) * (self.max_steps - step)
+            rate = 1e3 * examples / (values['ms'] * (examples and 1))
+            parts += [f"{values['ms']:.1f} ms", f'eta {evaluation.clock(eta)}']
+        print(' | '.join([f'{event} {step}/{self.max_steps}'.replace('eval', 'EVAL'), *parts]), flush=True)
+
+
+if __name__ == '__main__':
+    evaluation.run_script(main)
