@@ -38,15 +38,15 @@ def configure(cls, argv, prog='train.py'):
     values, sources = {}, {}
     files = [arg for arg in argv if not arg.startswith('-')]
     flags = [arg for arg in argv if arg.startswith('-')]
-
+    for flag in flags:
+        if not flag.startswith('--') or '=' not in flag:
+            raise ValueError(f'{flag}: a flag is written --key=value, for example --{flag.lstrip("-").split("=")[0]}=VALUE '
+                             f'(one word, no space; true or false for a switch)')
     for file in files:
         for key, value in read_config_file(file, settings).items():
             values[key], sources[key] = check_type(key, value, hints[key], file), file
     for flag in flags:
-        key, equals, text = flag.removeprefix('--').partition('=')
-        if not flag.startswith('--') or not equals:
-            raise ValueError(f'{flag}: a flag is written --key=value, for example --{flag.lstrip("-").split("=")[0]}=VALUE '
-                             f'(one word, no space; true or false for a switch)')
+        key, _, text = flag.removeprefix('--').partition('=')
         if key not in settings:
             raise ValueError(f'--{key}: no such setting{nearest(key, settings)}; --help lists them all')
         values[key], sources[key] = parse(key, text, hints[key]), 'flag'

@@ -18,16 +18,20 @@ pictures (drawn from a seed, no download), the importers, the tokenizer, and bat
     python data.py easyvqa --source=easy_vqa/data --out=data/easyvqa # import a published dataset
 """
 
-import hashlib
+import importlib
 import io
-import json
 import math
+import multiprocessing
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +69,6 @@ class ShapesConfig:
     max_hops: int = 2         # longest chain of relations asked for, up to 4
     describe: float = 0.25    # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
-    show: bool = False        # write a contact sheet (shapes.png) to look at instead of a dataset
 
     def __post_init__(self):
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
@@ -230,20 +233,19 @@ def hop_type(hops):
     return f"{hops} hop{'s' * (hops > 1)}"
 
 
-def shapes_rows(split, n, config):
-    """Yields the rows of n pictures: one question of every type that the scene allows, and the caption of some.
-
-    Balance: of a type's questions, one is asked whose answer was given least so far, so a blind guess gains little.
+def shapes_rows(config, split, start, n):
+    """The rows of pictures `start` to `start + n` of a split: one question of every type that the scene allows, and the caption
+    of some. Balance: of a type's questions, one is asked whose answer was given least so far, so a blind guess gains little.
     Fewer scenes have long chains, so those that do are asked for two of them.
     """
-    ask = ASK | {hop_type(h): lambda scene, h=h: ask_hops(scene, h) for h in range(config.min_hops, config.max_hops + 1)}
-    given = {type: Counter() for type in ask}
-    for i in range(n):
+    ask = ASK | {hop_type(h): partial(ask_hops, hops=h) for h in range(config.min_hops, config.max_hops + 1)}
+    given, rows = {type: Counter() for type in ask}, []
+    for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
         scene = draw_scene(rng, config)
         buffer = io.BytesIO()
         draw_picture(scene, rng, config.image_px).save(buffer, 'PNG', compress_level=1)
-        row = dict(image=buffer.getvalue(), caption=describe(scene))
+        picture = dict(image=buffer.getvalue(), caption=describe(scene))
         for type, questions in ask.items():
             candidates = questions(scene)
             for k in range(2 if type.endswith('hops') else 1):
@@ -252,10 +254,11 @@ def shapes_rows(split, n, config):
                     question, answer = rng.choice([qa for qa in candidates if given[type][qa[1]] == least])
                     candidates.remove((question, answer))
                     given[type][answer] += 1
-                    yield row | dict(question=question, answer=answer, type=type,
-                                     sample_id=f'{split}-{i}-{type}-{k}'.replace(' ', ''))
+                    rows.append(picture | dict(question=question, answer=answer, type=type,
+                                               sample_id=f'{split}-{i}-{type}-{k}'.replace(' ', '')))
         if rng.random() < config.describe:
-            yield row | dict(question=None, answer=None, type='describe', sample_id=f'{split}-{i}-describe')
+            rows.append(picture | dict(question=None, answer=None, type='describe', sample_id=f'{split}-{i}-describe'))
+    return rows
 
 
 # ----------------------------------------------------------------------------
@@ -265,7 +268,7 @@ SCHEMA = pa.schema([('image', pa.binary()), ('question', pa.string()), ('answer'
                     ('sample_id', pa.string()), ('type', pa.string())])
 
 
-def write_dataset(out, rows_of_split, counts=None):
+def write_dataset(out, rows_of_split):
     """Writes {split: iterable of rows} to the folder `out`, which appears whole or not at all.
 
     Raises: FileExistsError when `out` is there already.
@@ -289,22 +292,24 @@ def write_dataset(out, rows_of_split, counts=None):
     os.replace(partial, out)
 
 
-def draw_shapes(config):
-    """Draws train, val and test to `config.out`; no scene is in two of them: a scene's split is part of its seed, and its
-    places are drawn to fractions of a pixel."""
+def draw_shapes(config, shard=2000):
+    """Draws train, val and test to `config.out`, shard by shard on all cores. No scene is in two splits: a scene is drawn from its
+    split's name and its number, with places to fractions of a pixel."""
     sizes = dict(train=config.n_train, val=config.n_val, test=config.n_test)
-    write_dataset(config.out, {split: shapes_rows(split, n, config) for split, n in sizes.items()})
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
+        shards = {split: pool.map(shapes_rows, repeat(config), repeat(split), range(0, n, shard),
+                                  [min(shard, n - start) for start in range(0, n, shard)]) for split, n in sizes.items()}
+        write_dataset(config.out, {split: chain.from_iterable(rows) for split, rows in shards.items()})
 
 
-def contact_sheet(config, columns=6, rows=4, scale=3):
+def contact_sheet(config, columns=6, rows=4):
     """Draws pictures with their questions and answers under them, to look at -> a Pillow picture."""
     from eval import picture_sheet
     tiles = {}
-    for row in shapes_rows('train', columns * rows, config):
-        picture = Image.open(io.BytesIO(row['image']))
-        _, lines = tiles.setdefault(row['image'], (picture, []))
+    for row in shapes_rows(config, 'train', 0, columns * rows):
+        _, lines = tiles.setdefault(row['image'], (Image.open(io.BytesIO(row['image'])), []))
         lines.append(f"{row['question']} {row['answer']}" if row['question'] else row['caption'])
-    return picture_sheet(list(tiles.values()), columns=columns, scale=scale)
+    return picture_sheet(list(tiles.values()), columns, scale=3)
 
 
 def read_rows(folder, split):
@@ -432,7 +437,6 @@ def train_bpe(texts, vocab_size):
 
     Source: Sennrich 2016; bytes as in GPT-2.
     """
-    import re
     counts = Counter(word for text in texts for word in re.findall(WORDS, text))
     words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
     tokens = [bytes([b]) for b in range(256)]
@@ -556,3 +560,45 @@ def caption_sample(config, n=3000):
     for i in range(n):
         rng = random.Random(f'tokenizer/{config.seed}/{i}')
         yield from locate(draw_scene(rng, config), rng, config.image_px)
+
+
+# ----------------------------------------------------------------------------
+# the command line
+
+@dataclass
+class ImportConfig:
+    source: str = ''  # folder or file of the published dataset
+    out: str = ''     # folder to write the dataset to
+
+    def __post_init__(self):
+        for key in ('source', 'out'):
+            if not getattr(self, key):
+                raise ValueError(f'--{key} is needed: --source=FOLDER of the published files, --out=FOLDER to write')
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    formats = sorted(path.stem for path in (Path(__file__).parent / 'prepare').glob('*.py'))
+    if not argv or argv[0].startswith('-'):
+        print(__doc__.strip() + f'\n\nformats: shapes, {", ".join(formats)}; python data.py shapes --help lists its settings')
+    elif argv[0] == 'shapes':
+        config, _ = configure(ShapesConfig, [arg for arg in argv[1:] if arg != '--show'], 'data.py shapes [--show]')
+        if '--show' in argv:
+            contact_sheet(config).save('shapes.png')
+            print('written: shapes.png')
+        else:
+            draw_shapes(config)
+    elif argv[0] in formats:
+        config, _ = configure(ImportConfig, argv[1:], f'data.py {argv[0]}')
+        module = importlib.import_module(f'prepare.{argv[0]}')
+        rows = {split: [] for split in SPLITS}
+        for split, row in module.rows(config.source):
+            rows[split].append(row)
+        write_dataset(config.out, rows)
+    else:
+        raise ValueError(f'{argv[0]}: no such format; there are shapes, {", ".join(formats)}')
+
+
+if __name__ == '__main__':
+    from eval import run_script
+    run_script(main)

@@ -6,9 +6,7 @@ Evaluation: Exact Match, token F1 and token accuracy by question type; retrieval
     python eval.py --compare=out/trm,out/plain                                # finished runs side by side
 """
 
-import hashlib
 import json
-import math
 import os
 import pickle
 import random
@@ -18,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -369,16 +368,16 @@ def pick_device(device):
 
 
 def vision_source(settings, encoder, rows, device):
-    """A function from picture indices (B,) to image tokens (B, N, D): from the cache where the encoder is frozen, else encoded
-    anew from the pixels; with use_vision=False it gives None."""
+    """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens (B, N, D), which come
+    from the cache where the encoder is frozen, else anew from the pixels, with gradient; None without vision."""
     if not settings['use_vision']:
-        return lambda picture: None
+        return lambda encoder, picture: None
     if settings['train_encoder']:
-        pixels = pixel_array(encoder, rows.pictures, rows.picture_name)             # (n, 3, S, S) uint8
-        return lambda picture: encoder(encoder.normalise(pixels[picture.cpu()].to(device)))
+        pixels = pixel_array(encoder, rows.pictures, rows.picture_name)                # (n, 3, S, S) uint8
+        return lambda encoder, picture: encoder(encoder.normalise(pixels[picture.cpu()].to(device)))
     features = cached_features(encoder, rows.pictures, rows.picture_name, settings['cache_dir'], device)
     D = settings['vision_dim'] or encoder.config.vision_dim
-    return lambda picture: torch.from_numpy(features[picture.cpu().numpy()])[..., :D].to(device, torch.float32)
+    return lambda encoder, picture: torch.from_numpy(features[picture.cpu().numpy()])[..., :D].to(device, torch.float32)
 
 
 def write_results(out_dir, metrics, rows, predictions):
@@ -445,7 +444,7 @@ def main(argv=None):
 
     rows = read_rows(settings.dataset or run['dataset'], settings.split)
     questions = Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], run['truncate'])
-    vision_of = vision_source(run, encoder, rows, device)
+    vision_of = partial(vision_source(run, encoder, rows, device), encoder)
     metrics, predictions = evaluate(decoder, questions, vision_of, device, settings.batch_size, **sampling)
     print(result_table(metrics))
     usual = EvalConfig(out_dir=settings.out_dir, batch_size=settings.batch_size, device=settings.device)

@@ -163,9 +163,9 @@ class Decoder(nn.Module):
 
     def last_kv(self, h, rope):
         """Keys and values of the last layer, the only thing that it has to do for the context."""
-        attention = self.blocks[-1].attention
-        _, k, v = attention.qkv(norm(h)).unflatten(2, (3, attention.n_head, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(k, *rope), v
+        attention, C = self.blocks[-1].attention, h.size(2)
+        k, v = F.linear(norm(h), attention.qkv.weight[C:]).unflatten(2, (2, attention.n_head, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(k, *rope), v                                     # (B, nh, S, hs) both
 
     def answer_states(self, context, answer):
         """Runs the decoder over the answer positions. Shapes: answer (B, A) -> y (B, A, C), from which the head predicts."""

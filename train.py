@@ -267,7 +267,7 @@ def main(argv=None):
     saved = saved_run(settings)
     keep_freed_memory()
     torch.manual_seed(settings.seed)
-    about = dict(commit=commit(), torch=torch.__version__, python=platform.python_version(), device=device_name(device),
+    about = dict(commit=commit(), torch=str(torch.__version__), python=platform.python_version(), device=device_name(device),
                  threads=torch.get_num_threads(), seed=settings.seed)
     print(' | '.join(f'{k} {v}' for k, v in about.items()))
     print(echo(settings, sources))

@@ -1,0 +1,27 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope='session')
+def tiny_shapes(tmp_path_factory):
+    """A folder with a small shapes dataset."""
+    from data import ShapesConfig, draw_shapes
+    out = tmp_path_factory.mktemp('data') / 'shapes'
+    draw_shapes(ShapesConfig(out=str(out), n_train=60, n_val=20, n_test=20))
+    return out
+
+
+@pytest.fixture(scope='session')
+def tiny_encoder(tmp_path_factory):
+    """The file of a small encoder with random weights."""
+    import torch
+    from encoder import Encoder, EncoderConfig, save_encoder
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('encoder') / 'encoder.pt'
+    save_encoder(Encoder(EncoderConfig(width=32, n_layer=1, n_latents=4, vision_dim=16, prefixes=(4, 8, 16))), path)
+    return path

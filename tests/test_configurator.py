@@ -1,0 +1,114 @@
+"""configurator.py: precedence, types and messages."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from configurator import configure, echo
+from train import TrainConfig
+
+
+@dataclass
+class Settings:
+    # sizes
+    n_layer: int = 2            # blocks
+    lr: float = 1e-3            # learning rate
+    use_vision: bool = True     # look at the picture
+    out_dir: str = 'out'        # where to write
+    top_k: int | None = None    # draw from the k likeliest
+    compile: bool | None = None # compile, or decide by device
+
+
+def given(*argv):
+    return configure(Settings, list(argv))[0]
+
+
+def write(tmp_path, text, name='c.py'):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_precedence(tmp_path):
+    """Defaults < files from left to right < flags, wherever the flags stand; the echo says where a value comes from."""
+    a, b = write(tmp_path, 'n_layer = 3\nlr = 1', 'a.py'), write(tmp_path, 'n_layer = 4', 'b.py')
+    assert given() == Settings()
+    assert (given(a).n_layer, given(a, b).n_layer, given(b, a).n_layer) == (3, 4, 3)
+    assert given('--n_layer=5', a, b).n_layer == 5
+    assert given(a).lr == 1.0 and type(given(a).lr) is float
+    text = echo(*configure(Settings, [a, '--lr=0.5']))
+    assert f'n_layer = 3 ({a})' in text and 'lr = 0.5 (flag)' in text and 'out_dir' not in text
+
+
+@pytest.mark.parametrize('flag, key, value', [
+    ('--n_layer=1e2', 'n_layer', 100), ('--lr=1', 'lr', 1.0), ('--lr=1e-4', 'lr', 1e-4), ('--use_vision=false', 'use_vision', False),
+    ('--use_vision=FALSE', 'use_vision', False), ('--use_vision=True', 'use_vision', True), ('--out_dir=123', 'out_dir', '123'),
+    ('--out_dir=a=b', 'out_dir', 'a=b'), ('--out_dir=./out', 'out_dir', './out'), ('--top_k=5', 'top_k', 5),
+    ('--top_k=None', 'top_k', None), ('--compile=false', 'compile', False), ('--compile=None', 'compile', None), ('--out_dir=', 'out_dir', '')])
+def test_values(flag, key, value):
+    """A flag's text becomes the type of its setting, and nothing else."""
+    assert getattr(given(flag), key) == value and type(getattr(given(flag), key)) is type(value)
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--n_layer=32.5', '--n_layer=32.5: expected a whole number'), ('--n_layer=two', 'a whole number'), ('--n_layer=', 'a whole number'),
+    ('--n_layer=inf', 'a whole number'), ('--n_layer=1e400', 'a whole number'), ('--lr=nan', 'a finite number'), ('--lr=inf', 'a finite number'),
+    ('--use_vision=0', 'true or false'), ('--use_vision=no', 'true or false'), ('--n_layers=3', 'did you mean n_layer?'),
+    ('--use_vision', 'a flag is written --key=value'), ('-n_layer=3', '--n_layer=VALUE'), ('--n_layer', '--n_layer=VALUE'),
+    ('--__name__=z', 'no such setting'), ('--config_keys=[]', 'no such setting'), ('--top_k=few', 'a whole number or None')])
+def test_bad_flags(flag, message):
+    """Every bad flag is refused with a message that says what was expected."""
+    with pytest.raises(ValueError) as error:
+        given(flag)
+    assert message in str(error.value) and flag.split('=')[0].lstrip('-') in str(error.value)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('n_layr = 3', 'n_layr: no such setting (did you mean n_layer?)'), ('n_layer = "3"', "n_layer = '3': expected a whole number, got str"),
+    ('use_vision = 1', 'true or false, got int'), ('n_layer = True', 'a whole number, got bool'), ('lr = float("nan")', 'a finite number'),
+    ('n_layer = = 3', 'line 1: not Python'), ('helper = 3', 'a helper name may start with _')])
+def test_bad_files(tmp_path, text, message):
+    """A misspelt name or a wrong type in a config file is refused too, and the file is named."""
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError) as error:
+        given(path)
+    assert message in str(error.value) and path in str(error.value)
+
+
+def test_words_without_dashes():
+    """`n_layer=3` and `--n_layer 3` get a hint and not a puzzle."""
+    with pytest.raises(FileNotFoundError, match='did you mean --n_layer=3'):
+        given('n_layer=3')
+    with pytest.raises(ValueError, match='--n_layer=VALUE'):
+        given('--n_layer', '3')
+    with pytest.raises(FileNotFoundError, match='no such config file'):
+        given('config/nothing.py')
+
+
+def test_files_are_python(tmp_path):
+    """A config file may compute, import and use helper names that start with an underscore."""
+    assert given(write(tmp_path, 'import math\n_base = 2\nn_layer = int(math.sqrt(_base * 8))')).n_layer == 4
+
+
+def test_help(capsys):
+    """--help lists every setting of training with type, default and comment, and runs nothing."""
+    with pytest.raises(SystemExit):
+        configure(TrainConfig, ['--help'])
+    text = capsys.readouterr().out
+    for name in TrainConfig.__dataclass_fields__:
+        assert f'--{name}=' in text
+    assert 'AdamW' in text and 'float' in text and 'out/trm' in text
+
+
+@pytest.mark.parametrize('flag', ['--n_layer=-1', '--batch_size=0', '--learning_rate=-1', '--ema=1', '--stage=tran', '--dtype=int8',
+                                  '--tokenizer=gpt3'])
+def test_ranges(flag):
+    """A value out of range is refused when the settings are made, and the message names it."""
+    with pytest.raises(ValueError, match=flag[2:].split('=')[0]):
+        configure(TrainConfig, [flag])
+
+
+def test_no_blind_encoder_training():
+    """Settings that contradict each other are refused."""
+    with pytest.raises(ValueError, match='train_encoder'):
+        configure(TrainConfig, ['--train_encoder=true', '--use_vision=false'])

@@ -1,0 +1,332 @@
+"""data.py: the drawn pictures and their questions, datasets on disk, the tokenizer, batches."""
+
+import io
+import json
+import math
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import DrawnCaptions, Questions, ShapesConfig, Tokenizer, read_rows, train_bpe
+
+
+@pytest.fixture(scope='module')
+def many_rows():
+    return data.shapes_rows(ShapesConfig(max_hops=4, max_objects=8), 'train', 0, 250)
+
+
+def scene_of(i, config=ShapesConfig()):
+    return data.draw_scene(random.Random(i), config)
+
+
+def test_scenes():
+    """Objects have unique (colour, shape) pairs, lie inside the picture and do not touch; twelve fit into 64 pixels."""
+    for i in range(50):
+        scene = scene_of(i, ShapesConfig(max_objects=12))
+        assert len({(o['color'], o['shape']) for o in scene}) == len(scene) >= 2
+        for k, a in enumerate(scene):
+            assert all(a['r'] < a[axis] < 64 - a['r'] for axis in 'xy')
+            assert all(math.hypot(a['x'] - b['x'], a['y'] - b['y']) > a['r'] + b['r'] for b in scene[:k])
+    with pytest.raises(ValueError, match='do not fit'):
+        scene_of(0, ShapesConfig(image_px=32, min_objects=20, max_objects=20))
+
+
+def test_pictures_show_the_scene():
+    """The pixel at an object's centre has the object's colour, a corner of the picture has none."""
+    for i in range(20):
+        scene = scene_of(i)
+        pixels = np.array(data.draw_picture(scene, random.Random(i), 64)).astype(int)
+        assert pixels.shape == (64, 64, 3)
+        for o in scene:
+            color = pixels[int(o['y']), int(o['x'])]
+            nearest = min(data.COLORS, key=lambda c: abs(color - data.COLORS[c]).sum())
+            assert nearest == o['color']
+
+
+def answer_by_looking(question, scene):
+    """A second, independent solver: works on the words of the question and the coordinates."""
+    def is_(o, words):
+        words = words.replace('crosses', 'cross').replace(' objects', '').replace(' object', '')
+        return all(w.rstrip('s') in (o['color'], o['shape'].rstrip('s'), o['size']) or w in (o['color'], o['shape'], o['size'])
+                   for w in words.split())
+
+    def beside(side, anchor):
+        dx, dy = lambda o: o['x'] - anchor['x'], lambda o: o['y'] - anchor['y']
+        test = {'left of': lambda o: -dx(o) > abs(dy(o)), 'right of': lambda o: dx(o) > abs(dy(o)),
+                'above': lambda o: -dy(o) > abs(dx(o)), 'below': lambda o: dy(o) > abs(dx(o))}[side]
+        return [o for o in scene if o is not anchor and test(o)]
+
+    def find(phrase):  # "the object left of the object above the red circle" or "the red circle"
+        if m := re.fullmatch(r'the object (left of|right of|above|below) (the .*)', phrase):
+            found = beside(m[1], find(m[2]))
+        else:
+            found = [o for o in scene if is_(o, phrase.removeprefix('the '))]
+        assert len(found) == 1, (phrase, found)
+        return found[0]
+
+    count = lambda words: sum(is_(o, words) for o in scene)
+    if m := re.fullmatch(r'what (color|shape) is (the .*)\?', question):
+        return find(m[2])[m[1]]
+    if m := re.fullmatch(r'is there a (.*)\?', question):
+        return 'yes' if count(m[1]) else 'no'
+    if m := re.fullmatch(r'how many (.*) are there\?', question):
+        return str(count(m[1]))
+    if m := re.fullmatch(r'are there more (.*) than (.*)\?', question):
+        return 'yes' if count(m[1]) > count(m[2]) else 'no'
+    m = re.fullmatch(r'is (the .*?) (left of|right of|above|below) (the .*)\?', question)
+    return 'yes' if find(m[1]) in beside(m[2], find(m[3])) else 'no'
+
+
+@pytest.mark.parametrize('n', [5, 7])
+def test_answers_are_true(n):
+    """A second solver that reads the words agrees with every question that a scene allows, of every type, up to four hops."""
+    config = ShapesConfig(min_objects=n, max_objects=n)
+    asked = Counter()
+    for i in range(300):
+        scene = scene_of(i, config)
+        for type, ask in data.ASK.items():
+            for question, answer in random.Random(i).sample(ask(scene), min(4, len(ask(scene)))):
+                assert answer_by_looking(question, scene) == answer, (question, scene)
+                asked[type] += 1
+        for hops in (1, 2, 3, 4):
+            for question, answer in data.ask_hops(scene, hops)[:6]:
+                assert answer_by_looking(question, scene) == answer, (question, scene)
+                asked[data.hop_type(hops)] += 1
+    assert set(asked) == {*data.ASK, '1 hop', '2 hops', '3 hops', '4 hops'}
+
+
+def test_answers_are_balanced(many_rows):
+    """Within a type no answer is much more frequent than another: a blind guess gains little."""
+    for type, most in dict(color=.16, shape=.28, exist=.52, count=.27, compare=.55, relation=.52).items():
+        counts = Counter(r['answer'] for r in many_rows if r['type'] == type)
+        assert max(counts.values()) / sum(counts.values()) <= most, (type, counts)
+    absent = [r for r in many_rows if r['type'] == 'exist' and r['answer'] == 'no']
+    assert len(absent) > 100  # "absent" pairs are of a colour and a shape that are there: checked by the second solver
+
+
+def test_types_and_captions(many_rows):
+    """The number of hops is the row's type; about a quarter of the pictures ask for their caption."""
+    types = Counter(r['type'] for r in many_rows)
+    assert {'1 hop', '2 hops', '3 hops'} <= set(types)
+    captions = [r for r in many_rows if r['type'] == 'describe']
+    assert 40 < len(captions) < 85 and all(r['question'] is None for r in captions)
+    assert re.match(r'a (small|big) \w+ \w+(, a|  and a| and a)', captions[0]['caption'])
+
+
+def test_shapes_are_a_function_of_the_seed(tiny_shapes, tmp_path):
+    """The same seed draws the same rows, another one does not; splits share no picture."""
+    a, b, c = (data.shapes_rows(ShapesConfig(seed=s), 'train', 0, 5) for s in (1, 1, 2))
+    assert a == b != c
+    pictures = [set(read_rows(tiny_shapes, split).pictures) for split in data.SPLITS]
+    assert len(set.union(*pictures)) == sum(map(len, pictures)) == 100
+
+
+# ---- datasets on disk
+
+def png(color=(9, 9, 9), size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new('RGB', size, color).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def write(folder, split='train', **columns):
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / f'{split}.parquet')
+    return folder
+
+
+def test_columns(tmp_path):
+    """Images may be bytes, a struct or a path; answers a string or a list; a caption makes a question; a picture is kept once."""
+    folder = write(tmp_path / 'a', image=[{'path': None, 'bytes': png()}, {'path': 'p.png', 'bytes': None}],
+                   question=['what?', 'where?'], answer=[['a', 'b'], ['c']])
+    (folder / 'p.png').write_bytes(png((200, 0, 0)))
+    rows = read_rows(folder, 'train')
+    assert rows.references == [['a', 'b'], ['c']] and len(rows.pictures) == 2 and rows.type == ['all', 'all']
+    rows = read_rows(write(tmp_path / 'b', image=[png(), png(), png((1, 1, 1))], caption=['a dog', 'a cat', 'a cow']), 'train')
+    assert rows.references == [['a dog'], ['a cat'], ['a cow']] and rows.picture == [0, 0, 1]
+    assert all(q in data.PROMPTS for q in rows.question) and rows.type == ['describe'] * 3
+
+
+@pytest.mark.parametrize('columns, message', [
+    (dict(image=[png()], text=['x']), 'has no column question or caption; it has image, text'),
+    (dict(question=['x'], answer=['y']), 'has no column image'),
+    (dict(image=[png()] * 3, question=['q', 'q', ' '], answer=['a', '', 'a']), '2 of 3 rows cannot be used: row 1: the answer is empty'),
+    (dict(image=[b''], question=['q'], answer=['a']), 'row 0: the image is empty'),
+    (dict(image=['../secret.png'], question=['q'], answer=['a']), "row 0: the image path '../secret.png' leaves the folder"),
+    (dict(image=['no.png'], question=['q'], answer=['a']), 'there is no image file'),
+    (dict(image=[png()], question=['q'], answer=pa.array([None], pa.string())), 'the answer is empty or no text'),
+    (dict(image=[png()], question=[3], answer=['a']), 'the question is no text')])
+def test_bad_rows(tmp_path, columns, message):
+    """Bad columns and bad rows are counted and named with file, row, reason and remedy, never skipped."""
+    with pytest.raises(ValueError) as error:
+        read_rows(write(tmp_path / 'a', **columns), 'train')
+    assert message in str(error.value) and 'train.parquet' in str(error.value)
+
+
+def test_missing_and_torn_files(tmp_path):
+    """A missing dataset and a file that is no parquet are one message each."""
+    with pytest.raises(FileNotFoundError, match='no such file; a dataset is a folder'):
+        read_rows(tmp_path / 'none', 'train')
+    (tmp_path / 'train.parquet').write_bytes(b'hello')
+    with pytest.raises(ValueError, match='not a parquet file'):
+        read_rows(tmp_path, 'train')
+
+
+def test_datasets_appear_whole(tmp_path):
+    """A dataset that fails half way leaves nothing under its name, and one that exists is not overwritten."""
+    def rows():
+        yield dict(image=b'x', question='q', answer='a')
+        raise RuntimeError('killed')
+    with pytest.raises(RuntimeError):
+        data.write_dataset(tmp_path / 'd', {'train': rows()})
+    assert not (tmp_path / 'd').exists()
+    (tmp_path / 'd').mkdir()
+    with pytest.raises(FileExistsError, match='already there'):
+        data.write_dataset(tmp_path / 'd', {'train': []})
+
+
+def test_easyvqa(tmp_path):
+    """The easy-VQA importer keeps its test split, divides train by picture, and types yes/no and open questions apart."""
+    for part, n in (('train', 60), ('test', 5)):
+        (tmp_path / 'src' / part / 'images').mkdir(parents=True)
+        triples = [[q, a, i] for i in range(n) for q, a in (('is there a circle?', 'yes'), ('what color is it?', 'red'))]
+        (tmp_path / 'src' / part / 'questions.json').write_text(json.dumps(triples))
+        for i in range(n):
+            (tmp_path / 'src' / part / 'images' / f'{i}.png').write_bytes(png((i, n, 0)))
+    data.main(['easyvqa', f"--source={tmp_path / 'src'}", f"--out={tmp_path / 'out'}"])
+    train, val, test = (read_rows(tmp_path / 'out', split) for split in data.SPLITS)
+    assert len(train) + len(val) == 120 and len(test) == 10 and 2 <= len(val) <= 30
+    assert not set(train.pictures) & set(val.pictures) and set(test.type) == {'yes/no', 'open'}
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    """data.py draws a contact sheet and a dataset, prints its page without arguments, and refuses an unknown format."""
+    monkeypatch.chdir(tmp_path)
+    data.main(['shapes', '--show'])
+    assert Image.open('shapes.png').size > (600, 600)
+    data.main([])
+    assert 'formats: shapes, easyvqa' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='no such format; there are shapes, easyvqa'):
+        data.main(['vqa9'])
+    with pytest.raises(ValueError, match='--source is needed'):
+        data.main(['easyvqa', '--out=x'])
+
+
+# ---- tokenizer
+
+def test_tokenizer_round_trip():
+    """Any text comes back, specials cannot be typed, and training is deterministic and merges what is frequent."""
+    texts = ['what color is the circle?', 'a big red circle and a small blue square'] * 5
+    state = train_bpe(texts, 300)
+    assert state == train_bpe(texts, 300)
+    t = Tokenizer(state)
+    assert t.vocab_size <= 300 and len(t.encode(' circle')) == 1
+    for text in ('What colour?', 'naïve — “quotes” 日本語 🙂', '<pad><bos><eos>', 'a  b\tc\n', '__x__ 12345'):
+        ids = t.encode(text)
+        assert t.bpe.decode(ids) == text and max(ids) < t.pad_id
+    assert t.decode([*t.encode('red'), t.eos_id, *t.encode('blue')]) == 'red'
+
+
+def test_bpe_matches_a_plain_reference():
+    """The incremental trainer makes the same merges as one that counts all pairs anew every time."""
+    texts = ['the cat sat on the mat', 'the bat and the cat', 'a hat that sat']
+    words = [([bytes([b]) for b in w.encode()]) for text in texts for w in re.findall(data.WORDS, text)]
+    merges = []
+    for _ in range(12):
+        pairs = Counter(p for w in words for p in zip(w, w[1:]))
+        best = max(pairs, key=lambda p: (pairs[p], p))
+        if pairs[best] < 2:
+            break
+        merges.append(best[0] + best[1])
+        for w in words:
+            j = 0
+            while j < len(w) - 1:
+                if (w[j], w[j + 1]) == best:
+                    w[j:j + 2] = [best[0] + best[1]]
+                j += 1
+    tokens = [bytes.fromhex(t) for t in train_bpe(texts, 256 + 12 + 3)['tokens']]
+    assert tokens[256:] == merges
+
+
+def test_gpt2_offline(monkeypatch, tmp_path):
+    """tokenizer=gpt2 without its files and without a network is a message that says where to put them."""
+    def offline(name):
+        raise ConnectionError('no network')
+    monkeypatch.setattr(data.tiktoken, 'get_encoding', offline)
+    with pytest.raises(ValueError, match='TIKTOKEN_CACHE_DIR'):
+        Tokenizer({'name': 'gpt2'})
+
+
+def test_gpt2(monkeypatch):
+    """tokenizer=gpt2 runs tiktoken's gpt2 with pad, bos and eos behind its tokens (here on a stand-in with its interface)."""
+    stand_in = data.tiktoken.Encoding('gpt2', pat_str=r'\s?\w+', mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
+    monkeypatch.setattr(data.tiktoken, 'get_encoding', lambda name: stand_in)
+    t = Tokenizer({'name': 'gpt2'})
+    assert (t.pad_id, t.bos_id, t.eos_id, t.vocab_size) == (256, 257, 258, 259) and t.decode(t.encode('red')) == 'red'
+
+
+# ---- batches
+
+@pytest.fixture(scope='module')
+def questions(tiny_shapes):
+    rows = read_rows(tiny_shapes, 'train')
+    return Questions(rows, Tokenizer(train_bpe(rows.question, 400)), max_answer_tokens=64)
+
+
+def test_batches_are_pure(questions):
+    """The batch of a step depends on (seed, step) only, in whatever order steps are asked for."""
+    steps = questions.steps_per_epoch(16)
+    first = [questions.rows_of_step(s, 16, seed=1) for s in range(2 * steps)]
+    for s in reversed(range(2 * steps)):
+        assert np.array_equal(questions.rows_of_step(s, 16, seed=1), first[s])
+    assert not all(np.array_equal(questions.rows_of_step(s, 16, seed=2), first[s]) for s in range(steps))
+
+
+def test_epochs(questions):
+    """No row comes twice in an epoch, most come once, and evaluation sees each exactly once."""
+    seen = Counter(i for s in range(questions.steps_per_epoch(16)) for i in questions.rows_of_step(s, 16, seed=1))
+    assert max(seen.values()) == 1 and len(seen) > .8 * len(questions.rows)
+    assert sorted(i for rows in questions.rows_in_order(16) for i in rows) == list(range(len(questions.rows)))
+
+
+def test_batch_layout(questions):
+    """Answers start with <bos>, targets are the answers shifted by one and end with <eos>, padding is never a target."""
+    t = questions.tokenizer
+    batch = questions.batch(questions.rows_of_step(0, 16, seed=1))
+    assert (batch['answer'][:, 0] == t.bos_id).all()
+    for answer, targets in zip(batch['answer'], batch['targets']):
+        n = (targets >= 0).sum()
+        assert targets[n - 1] == t.eos_id and (targets[n:] == -100).all() and torch.equal(answer[1:n], targets[:n - 1])
+        assert (answer[n:] == t.pad_id).all()
+    lengths = (batch['targets'] >= 0).sum(1)
+    assert lengths.max() <= 2 * lengths.min() or lengths.max() <= 2  # a bucket
+
+
+def test_too_long(tiny_shapes):
+    """A question or answer beyond its limit is an error that names row, length and limit; truncate cuts and counts."""
+    rows = read_rows(tiny_shapes, 'train')
+    t = Tokenizer(train_bpe(rows.question, 400))
+    with pytest.raises(ValueError, match=r'row \d+: the question has \d+ tokens, more than max_question_tokens=8.*--truncate=true'):
+        Questions(rows, t, max_question_tokens=8)
+    cut = Questions(rows, t, max_question_tokens=8, max_answer_tokens=5, truncate=True)
+    assert cut.cut > 0 and max(map(len, cut.questions)) == 8 and max(map(len, cut.answers)) == 5
+
+
+def test_drawn_captions():
+    """Alignment batches are a pure function of (split, step, seed); phrases name size, colour, shape and the right place."""
+    config = ShapesConfig()
+    t = Tokenizer(train_bpe(data.caption_sample(config, 300), 512))
+    drawn = DrawnCaptions(config, t)
+    a, b, c = drawn.batch('train', 3, 4, 0), drawn.batch('train', 3, 4, 0), drawn.batch('val', 3, 4, 0)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a['pixels'], c['pixels'])
+    assert a['pixels'].shape == (4, 3, 64, 64) and a['pixels'].dtype == torch.uint8 and a['caption'].shape[:2] == (4, 4)
+    scene = [dict(size='big', color='red', shape='circle', x=18.0, y=47.0, r=7.5)]
+    assert list(data.locate(scene, random.Random(0), 64)) == ['big red circle at e12'] * 4

@@ -1,0 +1,198 @@
+"""encoder.py: shapes, the safety of its files, the cache, and what alignment trains."""
+
+import io
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import encoder as encoder_module
+from conftest import ROOT
+from encoder import AlignModel, Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array, save_encoder
+
+
+def png(color=(9, 90, 9), size=(64, 64), mode='RGB'):
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig(**dict(width=32, n_layer=1, vision_dim=16, prefixes=(4, 8, 16)) | settings)).eval()
+
+
+@pytest.mark.parametrize('settings, shape', [
+    (dict(), (2, 16, 16)), (dict(n_latents=7), (2, 7, 16)), (dict(n_latents=0), (2, 64, 16)),
+    (dict(stem='patch', class_token=True, activation='quick_gelu', patch_px=16), (2, 16, 16)), (dict(image_px=32), (2, 16, 16)),
+    (dict(n_latents=0, class_token=True, stem='patch'), (2, 64, 16))])
+def test_shapes(settings, shape):
+    """Every form of the encoder gives (B, N, D), with or without class token, resampler and convolutional stem."""
+    e = small(**settings)
+    S = e.config.image_px
+    assert e.encode_images(torch.randn(2, 3, S, S)).shape == shape
+    assert not e.encode_images(torch.randn(2, 3, S, S)).requires_grad
+
+
+def test_attention_is_attention():
+    """The attention written out equals torch's own, with and without a mask."""
+    q, k, v = (torch.randn(2, n, 16, dtype=torch.float64) for n in (5, 7, 7))
+    seen = torch.ones(2, 7, dtype=torch.bool)
+    seen[1, 4:] = False
+    heads = [t.view(2, -1, 4, 4).transpose(1, 2) for t in (q, k, v)]
+    for mask in (None, seen):
+        theirs = torch.nn.functional.scaled_dot_product_attention(*heads, None if mask is None else mask[:, None, None])
+        assert torch.allclose(encoder_module.attention(q, k, v, 4, mask), theirs.transpose(1, 2).reshape(2, 5, 16), atol=1e-12)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'LA', 'RGBA', 'P', 'CMYK', '1'])
+def test_preprocess(mode):
+    """A picture of any mode and size becomes a float tensor (3, S, S), normalised by mean and std."""
+    e = small()
+    for size in ((64, 64), (31, 7), (200, 90)):
+        tensor = e.preprocess(Image.new(mode, size))
+        assert tensor.shape == (3, 64, 64) and tensor.dtype == torch.float32
+    gray = e.preprocess(Image.new('RGB', (64, 64), (51, 51, 51)))
+    assert torch.allclose(gray, torch.full_like(gray, (51 / 255 - .5) / .25))
+
+
+def test_files(tmp_path):
+    """An encoder comes back from its file; the fingerprint tells encoders apart; the file is half as large as the weights."""
+    e = small()
+    save_encoder(e, tmp_path / 'e.pt')
+    back = load_encoder(tmp_path / 'e.pt')
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(back(images), e(images), atol=.02) and back.config == e.config
+    assert not any(p.requires_grad for p in back.parameters())
+    assert back.fingerprint() == load_encoder(tmp_path / 'e.pt').fingerprint() != e.fingerprint()  # rounded to half precision
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch HACKED',)
+
+
+def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
+    """A file with code in it is refused and the code is not run; so are files of another kind, torn ones and missing ones."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(format=1, kind='encoder', config=Evil()), 'evil.pt')
+    with pytest.raises(ValueError, match='evil.pt: not an encoder file that can be read safely'):
+        load_encoder('evil.pt')
+    assert not os.path.exists('HACKED')
+    (tmp_path / 'torn.pt').write_bytes((tmp_path / 'evil.pt').read_bytes()[:100])
+    with pytest.raises(ValueError, match='torn.pt'):
+        load_encoder('torn.pt')
+    torch.save({'weights': {}}, 'other.pt')
+    with pytest.raises(ValueError, match='not an encoder file of format 1'):
+        load_encoder('other.pt')
+    with pytest.raises(FileNotFoundError, match='config/align.py makes one'):
+        load_encoder('none.pt')
+
+
+def test_weights_are_accounted_for(tmp_path):
+    """Missing and left-over weights are an error that lists them."""
+    save_encoder(small(), tmp_path / 'e.pt')
+    saved = torch.load(tmp_path / 'e.pt', weights_only=True)
+    saved['weights']['extra.weight'] = saved['weights'].pop('projection.weight')
+    torch.save(saved, tmp_path / 'e.pt')
+    with pytest.raises(ValueError, match='projection.weight') as error:
+        load_encoder(tmp_path / 'e.pt')
+    assert 'extra.weight' in str(error.value)
+
+
+def test_cache(tmp_path, monkeypatch):
+    """Features are computed once, memory-mapped, equal to encoding anew, and never reused for another encoder or picture."""
+    e, pictures = small(), [png((10 * i, 99, 9)) for i in range(7)]
+    names = [f'picture {i}' for i in range(7)]
+    features = cached_features(e, pictures, names, tmp_path, batch_size=3)
+    fresh = e.encode_images(torch.stack([e.preprocess(open_picture(p)) for p in pictures]))
+    assert isinstance(features, np.memmap) and torch.allclose(torch.from_numpy(features.copy()).float(), fresh, atol=2e-3)
+    calls = []
+    monkeypatch.setattr(Encoder, 'encode_images', lambda self, images: calls.append(1) or self(images).detach())
+    assert np.array_equal(cached_features(e, pictures, names, tmp_path), features) and not calls
+    cached_features(e, pictures[:6], names, tmp_path)
+    torch.manual_seed(1)
+    cached_features(Encoder(e.config), pictures, names, tmp_path)
+    assert calls and len(list(tmp_path.iterdir())) == 3
+
+
+def test_cache_is_whole_or_absent(tmp_path):
+    """Pictures that cannot be decoded are counted and named, all of them, and leave no cache behind."""
+    bad = [png(), b'<html>not found</html>', png()[:60], png()]
+    for read in (lambda: cached_features(small(), bad, ['a', 'x.parquet, row 1', 'row 2', 'd'], tmp_path),
+                 lambda: pixel_array(small(), bad, ['a', 'x.parquet, row 1', 'row 2', 'd'])):
+        with pytest.raises(ValueError, match='2 of 4 pictures cannot be used: x.parquet, row 1: not a picture.*row 2'):
+            read()
+    assert not list(tmp_path.iterdir())
+
+
+def test_gigantic_pictures_are_refused():
+    """A small file that says it is a huge picture is refused before its pixels are made."""
+    with pytest.raises(ValueError, match='are more than'):
+        open_picture(png(0, (9000, 9000), '1'))
+
+
+def align_batch(B=16, V=30):
+    g = torch.Generator().manual_seed(0)
+    caption = torch.randint(0, V, (B, 2, 5), generator=g)
+    caption[:, 1, 3:] = -100
+    return torch.randn(B, 3, 64, 64, generator=g), caption, torch.rand(B, 2, 5, generator=g) < .5
+
+
+def test_alignment_losses():
+    """Both losses start at chance, and together they reach every weight of the encoder."""
+    model = AlignModel(small(), 30)
+    losses = model(*align_batch())
+    assert abs(losses['contrast'].item() - math.log(16)) < .7 and abs(losses['cloze'].item() - math.log(30)) < .7
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())
+
+
+def test_alignment_learns():
+    """A few steps on one batch bring the contrast and the cloze far below chance, at every Matryoshka prefix."""
+    torch.manual_seed(0)
+    model = AlignModel(small(), 30, width=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    images, caption, left_out = align_batch()
+    for _ in range(80):
+        losses = model(images, caption, left_out)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert losses['contrast'] < 1 and losses['cloze'] < 1.5
+    pooled, text = model.encoder(images).mean(1), model.read_text(caption)[1]
+    for d in model.encoder.config.prefixes:
+        sims = torch.nn.functional.normalize(pooled[:, :d], dim=1) @ torch.nn.functional.normalize(text[:, :d], dim=1).T
+        assert (sims.argmax(1) == torch.arange(16)).float().mean() > .7
+
+
+def test_padding_of_phrases():
+    """Padding in a phrase changes nothing."""
+    model = AlignModel(small(), 30).double()
+    _, caption, _ = align_batch()
+    caption[:, :, 3:] = -100
+    assert torch.allclose(model.read_text(caption)[1], model.read_text(caption[:, :, :3])[1], atol=1e-12)
+
+
+@pytest.mark.skipif(not (ROOT / 'assets/encoder_shapes.pt').is_file(), reason='the encoder is not trained yet')
+def test_shipped_encoder():
+    """The shipped encoder loads, is under 4 MB, and tells pictures of one object apart by place."""
+    path = ROOT / 'assets/encoder_shapes.pt'
+    assert path.stat().st_size < 4e6
+    e = load_encoder(path)
+    tokens = []
+    for place in ((20, 20), (44, 20), (20, 44)):
+        picture = Image.new('RGB', (64, 64), (236, 236, 236))
+        picture.paste((220, 40, 40), (place[0] - 7, place[1] - 7, place[0] + 7, place[1] + 7))
+        tokens.append(e.encode_images(e.preprocess(picture)[None]))
+    assert min((a - b).norm() / a.norm() for a in tokens for b in tokens if a is not b) > .1
+
+
+def test_command_line(tmp_path, tiny_encoder, capsys):
+    """encoder.py encodes a picture file and shows shapes and time."""
+    (tmp_path / 'a.png').write_bytes(png(size=(30, 50)))
+    encoder_module.main([str(tmp_path / 'a.png'), f'--encoder={tiny_encoder}'])
+    assert '(1, 3, 64, 64) -> (1, 4, 16)' in capsys.readouterr().out

@@ -1,0 +1,114 @@
+"""eval.py: metrics, retrieval, tables, pictures."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+from eval import exact_match, normalize_answer, token_f1
+
+
+@pytest.mark.parametrize('text, normal', [
+    ('The  Cat!', 'cat'), ('a an the', ''), ('An apple a day', 'apple day'), ('theatre', 'theatre'), ('U.S.A.', 'usa'), ("it's", 'its'),
+    ('the\u2014cat', '\u2014cat'), ('l\u2019a', 'l\u2019'), ('\u201ca\u201d dog', '\u201c \u201d dog'), ('x\u00a0y', 'x y'), ('', ''), ('A-B', 'ab')])
+def test_normalize(text, normal):
+    """SQuAD v2's order: lower case, ASCII punctuation away, articles as words away (Unicode punctuation bounds a word), space."""
+    assert normalize_answer(text) == normal
+
+
+@pytest.mark.parametrize('prediction, references, em, f1', [
+    ('red', 'Red.', 1, 1), ('the red circle', ['blue', 'red circle'], 1, 1), ('a red circle', 'red square', 0, .5),
+    ('red red', 'red', 0, 2 / 3), ('', '', 1, 1), ('', 'red', 0, 0), ('red', '', 0, 0), ('the', '', 1, 1), ('red', ['', 'red'], 1, 1),
+    ('', ['', 'red'], 0, 0), ('big dog', ['small dog', 'big cat ran'], 0, .5), ('x', ['x y', 'x'], 1, 1)])
+def test_metrics(prediction, references, em, f1):
+    """EM and F1 are each the best over the references; empty references count only where there is no other (SQuAD v2)."""
+    assert exact_match(prediction, references) == em and token_f1(prediction, references) == pytest.approx(f1)
+
+
+def test_retrieval():
+    """Perfect embeddings find each other, random ones do at chance; a prefix is judged on its own dimensions."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(50, 8, generator=g), torch.randn(50, 8, generator=g)
+    assert evaluation.retrieval(a, a, [8])[8]['R@1'] == 1
+    mixed = torch.cat([a[:, :4], b[:, :4]], dim=1)
+    result = evaluation.retrieval(a, mixed, [4, 8])
+    assert result[4]['R@1'] == 1 > result[8]['R@1']
+    assert evaluation.retrieval(a, b, [8])[8]['R@5'] < .3
+
+
+def test_probe_reads_perfect_tokens():
+    """On tokens that hold the scene itself the probe is nearly perfect; on noise it is not: it measures the tokens."""
+    from data import COLORS, SHAPES, DrawnCaptions, ShapesConfig
+
+    class Oracle:
+        def __init__(self, noise):
+            self.noise, self.scenes = noise, []
+
+        def normalise(self, pixels):
+            return pixels
+
+        def encode_images(self, pixels):
+            tokens = torch.zeros(len(pixels), 6, 34)
+            for i, scene in enumerate(self.scenes):
+                for k, o in enumerate(scene):
+                    tokens[i, k, list(COLORS).index(o['color']) * 4 + list(SHAPES).index(o['shape'])] = 1
+                    tokens[i, k, 32:] = torch.tensor([o['x'], o['y']]) / 32 - 1
+            return torch.randn(tokens.shape) if self.noise else tokens
+
+    class Drawn(DrawnCaptions):
+        def scenes(self, *args, **kwargs):
+            result = super().scenes(*args, **kwargs)
+            oracle.scenes = result[0]
+            return result
+
+    results = []
+    for noise in (False, True):
+        oracle = Oracle(noise)
+        results.append(evaluation.probe(oracle, Drawn(ShapesConfig(), None), 'cpu', n_train=1000, n_test=250, steps=200))
+    assert results[0]['pair_f1'] > .97 and results[0]['place_error_px'] < 4
+    assert results[1]['pair_f1'] < .5 and results[1]['place_error_px'] > 10
+
+
+def metrics(em):
+    row = dict(n=10, em=em, f1=em, token_accuracy=.5, loss=1.)
+    return row | dict(em_types=em, by_type={'2 hops': row, 'color': row, 'describe': row}, step=5, train_s=9.,
+                      parameters=dict(total=1234567, core=1000))
+
+
+def test_tables(tmp_path):
+    """The result table has a line per type, captions last; --compare sets runs side by side and names a folder without results."""
+    lines = evaluation.result_table(metrics(.25)).splitlines()
+    assert [line.split('|')[0].strip() for line in lines[2:]] == ['color', '2 hops', 'all', 'mean of types', 'describe']
+    for run, em in (('a', .25), ('b', .75)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / 'metrics.json').write_text(json.dumps(metrics(em)))
+    table = evaluation.compare([tmp_path / 'a', tmp_path / 'b'])
+    assert '0.250' in table and '0.750' in table and '1,234,567' in table and table.count('\n') == 4
+    with pytest.raises(FileNotFoundError, match='folders of finished runs'):
+        evaluation.compare([tmp_path / 'c'])
+
+
+def test_write_whole(tmp_path):
+    """A file whose writing fails stays as it was."""
+    evaluation.write_whole(tmp_path / 'x', lambda f: f.write(b'old'))
+    with pytest.raises(ZeroDivisionError):
+        evaluation.write_whole(tmp_path / 'x', lambda f: f.write(b'n') / 0 if f.write(b'half') and 1 // 0 else None)
+    assert (tmp_path / 'x').read_bytes() == b'old'
+
+
+def test_picture_sheet():
+    """Long lines wrap inside their tile, control characters do not reach the picture, every tile is drawn."""
+    tiles = [(Image.new('RGB', (64, 64), 'red'), ['a question ' * 12, 'bell\x07\x1b[31m'])] * 7
+    sheet = evaluation.picture_sheet(tiles, columns=3)
+    assert sheet.width < 700 and sheet.height > 3 * 64 * 3
+    assert evaluation.printable('a\x1b[31mb') == 'a [31mb'
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--image=x.png'], 'belong together'), (['--split=tset'], 'split=tset'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
+def test_bad_arguments(argv, message):
+    """A wrong combination or a folder without a run is one message."""
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluation.main(argv)

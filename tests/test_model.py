@@ -1,0 +1,235 @@
+"""model.py: the invariants of both decoders and both recursions, in float64 wherever equality is claimed."""
+
+import math
+
+import pytest
+import torch
+
+from model import ModelConfig, build_model
+
+V, N, Q, A = 40, 5, 6, 7
+PAD, BOS, EOS = 0, 1, 2
+DECODERS = [dict(kind='plain', n_layer=3), dict(recursion='concat', inner_steps=1), dict(recursion='concat', inner_steps=3),
+            dict(recursion='concat', inner_steps=2, outer_steps=2), dict(recursion='add', inner_steps=1),
+            dict(recursion='add', inner_steps=3), dict(recursion='add', inner_steps=2, outer_steps=2)]
+every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
+every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
+
+
+def decoder_of(settings, **more):
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=V, n_head=2, n_embd=16, vision_dim=8, **settings, **more)).double()
+    for p in decoder.parameters():  # larger weights than at the start, so that every path carries something
+        torch.nn.init.normal_(p, std=.3)
+    return decoder
+
+
+def sample(B=3, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    vision = torch.randn(B, N, 8, generator=g, dtype=torch.float64)
+    question, answer = (torch.randint(3, V, (B, T), generator=g) for T in (Q, A))
+    answer[:, 0] = BOS
+    return vision, question, answer
+
+
+@every_decoder
+@every_mask
+def test_no_leak(settings, prefix_lm):
+    """The logits that predict answer token t do not change when token t or any later one does, and earlier ones do matter."""
+    decoder = decoder_of(settings, prefix_lm=prefix_lm)
+    vision, question, answer = sample()
+    before, _ = decoder(vision, question, answer)
+    for t in range(1, A):  # the input at t is the target of position t - 1
+        other = answer.clone()
+        other[:, t:] = (other[:, t:] - 3 + 11) % (V - 3) + 3
+        after, _ = decoder(vision, question, other)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.allclose(before[:, t:], after[:, t:])
+
+
+@every_decoder
+@every_mask
+def test_everything_lives(settings, prefix_lm):
+    """The gradient reaches z's start, every image token and every question token. With several cycles the first ones run
+    without gradient, so there z's start matters but is not trained, as in the paper."""
+    decoder = decoder_of(settings, prefix_lm=prefix_lm)
+    vision, question, answer = sample()
+    vision.requires_grad_()
+    logits, _ = decoder(vision, question, answer)
+    logits.square().sum().backward()
+    assert (vision.grad.abs().amax(2) > 0).all()
+    assert (decoder.embed.weight.grad[question.flatten()].abs().amax(1) > 0).all()
+    if decoder.config.kind == 'trm' and decoder.config.outer_steps == 1:
+        assert decoder.z_start.grad.abs().max() > 1e-9
+    elif decoder.config.kind == 'trm':
+        decoder.z_start.data = -decoder.z_start
+        assert not torch.allclose(decoder(vision, question, answer)[0], logits)
+
+
+@every_decoder
+@every_mask
+def test_context_once(settings, prefix_lm):
+    """Running the context once equals recomputing it in every step: the naive loop over [x | stream] with one mask."""
+    decoder = decoder_of(settings, prefix_lm=prefix_lm)
+    vision, question, answer = sample()
+    question[1, 4:] = PAD
+    fast, _ = decoder(vision, question, answer)
+    assert torch.allclose(fast, naive_logits(decoder, vision, question, answer), atol=1e-10, rtol=0)
+
+
+def naive_logits(decoder, vision, question, answer):
+    """The decoder as one would first write it: every step runs over the whole sequence, row by row, without padding."""
+    from model import norm, rotations
+    c, rows = decoder.config, []
+    for v, q, a in zip(vision, question, answer):
+        q = q[q != PAD]
+        x = norm(torch.cat([decoder.vision_proj(v), decoder.embed(q)]))                # (S, C)
+        S, e = len(x), norm(decoder.embed(a))
+        streams = 2 if c.kind == 'trm' and c.recursion == 'concat' else 1
+        time = torch.cat([torch.arange(S) if not c.prefix_lm else torch.full((S,), S - 1), S + torch.arange(len(a)).repeat(streams)])
+        position = torch.cat([torch.arange(S), S + torch.arange(len(a)).repeat(streams)])
+        mask = torch.zeros(len(time), len(time), dtype=x.dtype).masked_fill(time[:, None] < time, -math.inf)
+        rope = rotations(position[None], c.n_embd // c.n_head)
+
+        def network(h):
+            h = torch.cat([x, h])[None]
+            for block in decoder.blocks:
+                h, _ = block(h, rope, mask)
+            return norm(h[0, S:])
+
+        y = e if c.recursion == 'concat' else norm(decoder.y_start).expand_as(e)
+        if c.kind == 'plain':
+            y = network(e)
+        else:
+            z = norm(decoder.z_start).expand_as(e)
+            for _ in range(c.outer_steps):
+                for _ in range(c.inner_steps):
+                    if c.recursion == 'concat':
+                        y, z = network(torch.cat([y, z])).chunk(2)
+                    else:
+                        z = network(norm(e + y + z))
+                if c.recursion == 'add':
+                    y = network(norm(y + z))
+        rows.append(decoder.head(y))
+    return torch.stack(rows)
+
+
+@every_decoder
+@every_mask
+def test_padding_and_rows(settings, prefix_lm):
+    """A padded batch gives what its rows give alone: padding changes nothing and no row sees another."""
+    decoder = decoder_of(settings, prefix_lm=prefix_lm)
+    vision, question, answer = sample()
+    lengths = (6, 3, 1)
+    for b, n in enumerate(lengths):
+        question[b, n:] = PAD
+    together, _ = decoder(vision, question, answer)
+    written = decoder.generate(vision, question, 5)
+    for b, n in enumerate(lengths):
+        alone, _ = decoder(vision[b:b + 1], question[b:b + 1, :n], answer[b:b + 1])
+        assert torch.allclose(together[b], alone[0], atol=1e-10, rtol=0)
+        assert torch.equal(written[b], decoder.generate(vision[b:b + 1], question[b:b + 1, :n], 5)[0])
+
+
+@every_decoder
+def test_generation_follows_forward(settings):
+    """Greedy generation gives, token for token, what the teacher-forced forward pass predicts; temperature 0.01 agrees."""
+    decoder = decoder_of(settings)
+    vision, question, _ = sample()
+    written = decoder.generate(vision, question, 6)
+    answer = torch.cat([torch.full((3, 1), BOS), written[:, :-1]], dim=1)
+    predicted = decoder(vision, question, answer)[0].argmax(-1)
+    ended = (written == EOS).cumsum(1).cumsum(1) > 1  # behind the end token
+    assert torch.equal(predicted[~ended], written[~ended])
+    assert (written[ended] == PAD).all()
+    cold = decoder.generate(vision, question, 6, temperature=1e-4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cold, written)
+
+
+def test_sampling():
+    """top_k=1 is greedy; a warm draw follows its generator and not the global random state."""
+    decoder = decoder_of(DECODERS[2])
+    vision, question, _ = sample()
+    assert torch.equal(decoder.generate(vision, question, 6, temperature=1.0, top_k=1), decoder.generate(vision, question, 6))
+    draw = lambda seed: decoder.generate(vision, question, 6, temperature=3.0, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+
+
+@every_decoder
+def test_initial_loss(settings):
+    """A fresh decoder predicts nothing: its loss is near ln V."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=500, n_embd=64, vision_dim=8, **settings))
+    vision, question, answer = sample(B=16)
+    targets = torch.randint(3, 500, (16, A))
+    _, loss = decoder(vision.float(), question, answer, targets)
+    assert abs(loss.item() - math.log(500)) < .15
+
+
+@every_decoder
+def test_learns_by_heart(settings):
+    """Eight samples of ragged lengths are learnt and generated back exactly, first token and end token included."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=V, n_head=2, n_embd=32, vision_dim=8, **settings))
+    vision, question, _ = sample(B=8)
+    vision, question = vision.float(), question[:1].repeat(8, 1)  # only the pictures differ
+    targets = torch.full((8, 5), -100)
+    for b in range(8):
+        n = 1 + b % 4
+        targets[b, :n] = torch.randint(3, V, (n,))
+        targets[b, n] = EOS
+    answer = torch.cat([torch.full((8, 1), BOS), targets[:, :-1]], dim=1).where(torch.arange(5) <= (targets >= 0).sum(1, keepdim=True), PAD)
+    answer = answer.clamp(min=PAD)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    for _ in range(250):
+        _, loss = decoder(vision, question, answer, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(decoder.generate(vision, question, 5), targets.where(targets >= 0, PAD))
+
+
+def test_targets_are_ignored_at_padding():
+    """Loss is the mean over the targets that are not -100; what stands in the answer's padding does not matter."""
+    decoder = decoder_of(DECODERS[2])
+    vision, question, answer = sample()
+    targets = torch.cat([answer[:, 1:], torch.full((3, 1), EOS)], dim=1)
+    targets[0, 3:] = -100
+    other = answer.clone()
+    other[0, 4:] = PAD
+    losses = [decoder(vision, question, a, targets)[1] for a in (answer, other)]
+    assert torch.allclose(*losses, atol=1e-12)
+
+
+def test_states_stay_bounded():
+    """However many steps, the states keep an RMS of 1: the network ends with a norm."""
+    for recursion in ('concat', 'add'):
+        decoder = decoder_of(dict(recursion=recursion, inner_steps=64))
+        vision, question, answer = sample()
+        y = decoder.answer_states(decoder.read_context(vision, question), answer)
+        assert torch.allclose(y.square().mean(-1), torch.ones(3, A, dtype=y.dtype), atol=1e-3)
+
+
+def test_blind():
+    """Without vision the picture is not even read, and there is no projection for it."""
+    decoder = decoder_of(DECODERS[2], use_vision=False)
+    _, question, answer = sample()
+    assert decoder(None, question, answer)[0].shape == (3, A, V)
+    assert decoder.parameter_counts()['vision_proj'] == 0
+
+
+def test_test_time_depth():
+    """A trained decoder runs with another number of steps, with the same weights and another result."""
+    decoder = decoder_of(DECODERS[2])
+    vision, question, answer = sample()
+    before, _ = decoder(vision, question, answer)
+    decoder.config.inner_steps = 7
+    assert not torch.allclose(before, decoder(vision, question, answer)[0])
+
+
+@pytest.mark.parametrize('bad, message', [(dict(kind='trn'), 'kind=trn'), (dict(n_embd=30, n_head=4), 'n_embd=30'),
+                                          (dict(inner_steps=0), 'inner_steps=0'), (dict(recursion='sum'), 'recursion=sum')])
+def test_bad_settings(bad, message):
+    """A setting out of range is an error that names it."""
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**bad)
