@@ -67,6 +67,7 @@ class ShapesConfig:
     max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
     min_hops: int = 1         # shortest chain of relations asked for
     max_hops: int = 2         # longest chain of relations asked for, up to 4
+    nearest: bool = False     # chains go to the closest object on a side, not to the only one: many more long chains
     describe: float = 0.25    # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
 
@@ -155,18 +156,22 @@ def side_of(a, b):
     return SIDES[dx > 0] if abs(dx) > abs(dy) else SIDES[2 + (dy > 0)]
 
 
-def only_neighbours(scene):
-    """For every object and side: the index of the only object on that side, if there is just one and no doubtful one."""
+def neighbours(scene, nearest):
+    """For every object and side: the index of the only object on that side, or with `nearest` of the clearly closest one (all
+    others at least 1.3 times as far); nothing where a doubtful object could be meant."""
     edges = []
     for a in scene:
         found = {side: [] for side in SIDES}
         for j, b in enumerate(scene):
             if b is not a:
-                side = side_of(a, b)
-                touched = [side] if side else [SIDES[b['x'] > a['x']], SIDES[2 + (b['y'] > a['y'])]]
-                for s in touched:
-                    found[s].append(j if side else None)
-        edges.append({s: js[0] for s, js in found.items() if len(js) == 1 and js[0] is not None})
+                side, far = side_of(a, b), math.hypot(b['x'] - a['x'], b['y'] - a['y'])
+                for s in [side] if side else [SIDES[b['x'] > a['x']], SIDES[2 + (b['y'] > a['y'])]]:
+                    found[s].append((far, j, side))
+        edges.append({})
+        for s, objects in found.items():
+            objects.sort()
+            if objects and objects[0][2] and (len(objects) == 1 or nearest and objects[1][0] > 1.3 * objects[0][0]):
+                edges[-1][s] = objects[0][1]
     return edges
 
 
@@ -215,12 +220,12 @@ def ask_relation(scene):
             for a in scene for b in scene if a is not b and side_of(b, a) for side in SIDES]
 
 
-def ask_hops(scene, hops):
-    """Follow `hops` sides from a named object to another, every step to the only object on that side, none visited twice."""
-    edges = only_neighbours(scene)
+def ask_hops(scene, hops, nearest=False):
+    """Follow `hops` sides from a named object to another, see `neighbours`; no object is visited twice."""
+    edges, an = neighbours(scene, nearest), 'the closest object' if nearest else 'the object'
     paths = [([i], f'the {name(o)}') for i, o in enumerate(scene)]
     for _ in range(hops):
-        paths = [(visited + [j], f'the object {side} {words}') for visited, words in paths
+        paths = [(visited + [j], f'{an} {side} {words}') for visited, words in paths
                  for side, j in edges[visited[-1]].items() if j not in visited]
     return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, words in paths for key in ('color', 'shape')]
 
@@ -238,7 +243,7 @@ def shapes_rows(config, split, start, n):
     of some. Balance: of a type's questions, one is asked whose answer was given least so far, so a blind guess gains little.
     Fewer scenes have long chains, so those that do are asked for two of them.
     """
-    ask = ASK | {hop_type(h): partial(ask_hops, hops=h) for h in range(config.min_hops, config.max_hops + 1)}
+    ask = ASK | {hop_type(h): partial(ask_hops, hops=h, nearest=config.nearest) for h in range(config.min_hops, config.max_hops + 1)}
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')

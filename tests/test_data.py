@@ -20,7 +20,7 @@ from data import DrawnCaptions, Questions, ShapesConfig, Tokenizer, read_rows, t
 
 @pytest.fixture(scope='module')
 def many_rows():
-    return data.shapes_rows(ShapesConfig(max_hops=4, max_objects=8), 'train', 0, 250)
+    return data.shapes_rows(ShapesConfig(max_hops=4, nearest=True, max_objects=8), 'train', 0, 250)
 
 
 def scene_of(i, config=ShapesConfig()):
@@ -65,8 +65,11 @@ def answer_by_looking(question, scene):
         return [o for o in scene if o is not anchor and test(o)]
 
     def find(phrase):  # "the object left of the object above the red circle" or "the red circle"
-        if m := re.fullmatch(r'the object (left of|right of|above|below) (the .*)', phrase):
-            found = beside(m[1], find(m[2]))
+        if m := re.fullmatch(r'the (closest )?object (left of|right of|above|below) (the .*)', phrase):
+            anchor = find(m[3])
+            found = beside(m[2], anchor)
+            if m[1]:
+                found = sorted(found, key=lambda o: math.hypot(o['x'] - anchor['x'], o['y'] - anchor['y']))[:1]
         else:
             found = [o for o in scene if is_(o, phrase.removeprefix('the '))]
         assert len(found) == 1, (phrase, found)
@@ -97,7 +100,7 @@ def test_answers_are_true(n):
                 assert answer_by_looking(question, scene) == answer, (question, scene)
                 asked[type] += 1
         for hops in (1, 2, 3, 4):
-            for question, answer in data.ask_hops(scene, hops)[:6]:
+            for question, answer in data.ask_hops(scene, hops)[:6] + data.ask_hops(scene, hops, nearest=True)[:3]:
                 assert answer_by_looking(question, scene) == answer, (question, scene)
                 asked[data.hop_type(hops)] += 1
     assert set(asked) == {*data.ASK, '1 hop', '2 hops', '3 hops', '4 hops'}
@@ -115,7 +118,7 @@ def test_answers_are_balanced(many_rows):
 def test_types_and_captions(many_rows):
     """The number of hops is the row's type; about a quarter of the pictures ask for their caption."""
     types = Counter(r['type'] for r in many_rows)
-    assert {'1 hop', '2 hops', '3 hops'} <= set(types)
+    assert min(types[data.hop_type(h)] for h in (1, 2, 3, 4)) > 100
     captions = [r for r in many_rows if r['type'] == 'describe']
     assert 40 < len(captions) < 85 and all(r['question'] is None for r in captions)
     assert re.match(r'a (small|big) \w+ \w+(, a|  and a| and a)', captions[0]['caption'])

@@ -73,7 +73,7 @@ def test_probe_reads_perfect_tokens():
 
 def metrics(em):
     row = dict(n=10, em=em, f1=em, token_accuracy=.5, loss=1.)
-    return row | dict(em_types=em, by_type={'2 hops': row, 'color': row, 'describe': row}, step=5, train_s=9.,
+    return row | dict(em_types=em, by_type={'color': row, '2 hops': row, 'describe': row}, step=5, train_s=9.,
                       parameters=dict(total=1234567, core=1000))
 
 

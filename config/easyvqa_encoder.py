@@ -1,0 +1,7 @@
+# easy-VQA with the encoder trained along, starting from the shipped one: the upper bound for config/easyvqa.py.
+out_dir = 'out/easyvqa_encoder'
+dataset = 'data/easyvqa'
+train_encoder = True
+max_steps = 1500
+batch_size = 64
+learning_rate = 1e-3

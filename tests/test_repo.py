@@ -1,0 +1,62 @@
+"""The repository: what the README says exists, every config loads, the files are the ones they should be."""
+
+import re
+import shlex
+
+import pytest
+
+from configurator import configure
+from conftest import ROOT
+from data import ShapesConfig
+from eval import EvalConfig
+from train import TrainConfig
+
+README = (ROOT / 'README.md').read_text()
+COMMANDS = [line.strip() for block in re.findall(r'```(?:sh|bash)\n(.*?)```', README, re.S)
+            for line in block.splitlines() if line.strip() and not line.lstrip().startswith('#')]
+
+
+def test_top_level_files():
+    """One file per concept, and no other Python file at the top."""
+    assert {p.name for p in ROOT.glob('*.py')} == {'model.py', 'data.py', 'train.py', 'eval.py', 'encoder.py', 'configurator.py'}
+
+
+@pytest.mark.parametrize('config', sorted(p.name for p in (ROOT / 'config').glob('*.py')))
+def test_configs_load(config):
+    """Every config is valid, opens with its purpose and writes to a folder of its own, named after it."""
+    settings, _ = configure(TrainConfig, [str(ROOT / 'config' / config)])
+    assert (ROOT / 'config' / config).read_text().startswith('# ')
+    assert settings.out_dir == f'out/{config.removesuffix(".py")}'
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_readme_commands(command):
+    """Every command of the README names files that exist and settings that are accepted."""
+    for part in command.split('#')[0].split('&&'):
+        words = [w for w in shlex.split(part) if w != '--show']
+        if words[:2] == ['python', 'train.py']:
+            configure(TrainConfig, [str(ROOT / w) if w.startswith('config/') else w for w in words[2:] if w != '--help'])
+        elif words[:2] == ['python', 'eval.py']:
+            configure(EvalConfig, words[2:])
+        elif words[:3] == ['python', 'data.py', 'shapes']:
+            configure(ShapesConfig, words[3:])
+        elif words[:2] == ['python', 'data.py']:
+            assert (ROOT / 'prepare' / f'{words[2]}.py').is_file()
+        elif words[:1] == ['python'] and words[1].endswith('.py'):
+            assert (ROOT / words[1]).is_file()
+        elif words[:3] == ['pip', 'install', '-r']:
+            assert (ROOT / words[3]).is_file()
+        else:
+            assert words[0] in ('cp', 'git', 'cd') or words == ['python', '-m', 'pytest'] or words[:2] == ['bash', '.ci/run'], command
+
+
+def test_readme_paths():
+    """Every path in back quotes that looks like one of the repository's files is there."""
+    for path in re.findall(r'`((?:config|assets|tests|prepare|\.ci|results)/[\w./*-]+)`', README):
+        assert list(ROOT.glob(path)), path
+
+
+def test_requirements():
+    """The runtime needs the five packages, pinned, and nothing else."""
+    lines = (ROOT / 'requirements.txt').read_text().split()
+    assert [line.split('==')[0] for line in lines] == ['torch', 'numpy', 'tiktoken', 'pyarrow', 'pillow'] and all('==' in l for l in lines)

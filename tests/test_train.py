@@ -1,0 +1,233 @@
+"""train.py: both stages through the command line, resuming, and what can go wrong."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from conftest import ROOT
+
+TINY = ['--max_steps=12', '--eval_interval=4', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu',
+        '--inner_steps=2', '--max_question_tokens=40']
+
+
+@pytest.fixture(scope='module')
+def flags(tiny_shapes, tiny_encoder, tmp_path_factory):
+    cache = tmp_path_factory.mktemp('cache')
+    return [*TINY, f'--dataset={tiny_shapes}', f'--encoder={tiny_encoder}', f'--cache_dir={cache}']
+
+
+def weights(out_dir):
+    return evaluation.read_checkpoint(out_dir)['model']
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a | b)
+
+
+@pytest.mark.parametrize('config', ['trm', 'plain', 'blind'])
+def test_answer_stage(config, flags, tmp_path, capsys):
+    """Every ready config trains, evaluates and writes all its files; eval.py repeats the result and answers about a picture."""
+    out = tmp_path / config
+    train.main([str(ROOT / f'config/{config}.py'), *flags, f'--out_dir={out}'])
+    text = capsys.readouterr().out
+    assert 'expected loss at the start' in text and 'mean of types' in text and '2 hops' in text
+    assert {p.name for p in out.iterdir()} >= {'ckpt.pt', 'metrics.json', 'log.jsonl', 'predictions.jsonl', 'samples.png'}
+    metrics = json.loads((out / 'metrics.json').read_text())
+    assert metrics['step'] == 12 and 0 <= metrics['em'] <= 1 and metrics['parameters']['core'] > 0 and metrics['commit']
+    predictions = [json.loads(line) for line in (out / 'predictions.jsonl').read_text().splitlines()]
+    asked = [p for p in predictions if p['type'] != 'describe']
+    assert sum(p['em'] for p in asked) / len(asked) == metrics['em'] and metrics['n'] == len(asked)
+    events = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    assert [e['step'] for e in events if e['event'] == 'step'] == [4, 8, 12]
+    assert abs(events[1]['loss'] - math.log(400)) < 1
+
+    evaluation.main([f'--out_dir={out}', '--device=cpu'])
+    again = json.loads((out / 'metrics.json').read_text())
+    assert all(again[key] == metrics[key] for key in ('em', 'f1', 'em_types', 'step', 'settings'))
+    capsys.readouterr()
+    evaluation.main([f'--out_dir={out}', f"--image={out / 'samples.png'}", '--question=What color is the circle?', '--device=cpu'])
+    assert capsys.readouterr().out.count('\n') == 1
+
+
+def test_eval_options(flags, tmp_path, capsys):
+    """Another split, depth or temperature is evaluated without touching the run's own files; --compare reads them."""
+    out = tmp_path / 'a'
+    train.main([*flags, f'--out_dir={out}'])
+    before = (out / 'metrics.json').read_bytes()
+    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--temperature=1', '--top_k=5', '--seed=3']):
+        capsys.readouterr()
+        evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', *option])
+        assert 'nothing written' in capsys.readouterr().out
+    assert (out / 'metrics.json').read_bytes() == before
+    evaluation.main([f'--compare={out},{out}'])
+    assert capsys.readouterr().out.count(str(out)) == 2
+
+
+def test_align_stage(tmp_path, capsys, monkeypatch):
+    """config/align.py trains an encoder on drawn captions, reports retrieval per prefix and the probe, and its file then serves
+    stage 2."""
+    monkeypatch.setattr(evaluation, 'probe', lambda *args: dict(pair_f1=0., exact_scene=0., place_error_px=0.))
+    monkeypatch.setattr(train.AlignTask.validate, '__defaults__', ('val', 1))
+    out = tmp_path / 'align'
+    train.main([str(ROOT / 'config/align.py'), '--max_steps=4', '--eval_interval=2', '--log_interval=2', '--batch_size=4',
+                '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4', '--max_objects=4',
+                '--image_px=64', f'--out_dir={out}'])
+    metrics = json.loads((out / 'metrics.json').read_text())
+    assert list(metrics['retrieval']) == ['2', '4', '8', '16'] and 'probe' in metrics
+    assert train.load_encoder(out / 'encoder.pt').config.vision_dim == 16
+    with pytest.raises(ValueError, match='has no decoder'):
+        evaluation.main([f'--out_dir={out}', '--device=cpu'])
+
+
+def test_trained_along(flags, tmp_path):
+    """train_encoder=True changes the encoder, keeps it in the checkpoint, and evaluates with it."""
+    out = tmp_path / 'a'
+    train.main([*flags, f'--out_dir={out}', '--train_encoder=true'])
+    run = evaluation.read_checkpoint(out)
+    _, encoder, _ = evaluation.load_run(run, 'cpu')
+    assert encoder.fingerprint() != run['encoder_fingerprint']
+    evaluation.main([f'--out_dir={out}', '--device=cpu'])
+
+
+@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--outer_steps=2',
+                                    '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
+                                    '--vocab_size=300', '--n_layer=1', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
+def test_settings_matter(option, flags, tmp_path):
+    """Every setting changes the weights that come out: none is read and then forgotten."""
+    more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120']
+    ends = []
+    for name, flag in (('a', []), ('b', [option])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.AnswerTask, 'finish', lambda *args: None)
+            train.main([*flags, *more, *flag, f'--out_dir={tmp_path / name}'])
+        ends.append(evaluation.read_checkpoint(tmp_path / name)['best']['decoder'])
+    a, b = ends
+    assert a.keys() != b.keys() or any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
+
+
+def test_gradient_accumulation(flags, tmp_path):
+    """The gradient of an accumulated step is the mean of the gradients of its batches, each clipped only together."""
+    settings = train.configure(train.TrainConfig, [*flags, f'--out_dir={tmp_path}'])[0]
+    torch.manual_seed(0)
+    task = train.AnswerTask(settings, 'cpu', None)
+    grads = []
+    for step in (0, 1):
+        task.model.zero_grad()
+        batch = task.batch(step)
+        sum(task.losses(task.model, batch).values()).backward()
+        grads.append(task.model['decoder'].embed.weight.grad.clone())
+    task.model.zero_grad()
+    for step in (0, 1):
+        (sum(task.losses(task.model, task.batch(step)).values()) / 2).backward()
+    assert torch.allclose(task.model['decoder'].embed.weight.grad, (grads[0] + grads[1]) / 2, atol=1e-7)
+
+
+def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
+    """A run killed after its first checkpoint and started again with the same command ends with the same weights, to the bit."""
+    train.main([*flags, f"--out_dir={tmp_path / 'whole'}"])
+
+    class Killed(BaseException):
+        pass
+
+    def killed_at_6(step, settings, lr=train.learning_rate):
+        if step == 6:
+            raise Killed
+        return lr(step, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, 'learning_rate', killed_at_6)
+        train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
+    train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
+    assert 'going on at step 4' in capsys.readouterr().out
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+    steps = [json.loads(line)['step'] for line in (tmp_path / 'killed/log.jsonl').read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_other_settings_are_not_mixed(flags, tmp_path):
+    """A folder that holds a run with other settings is refused, naming them; --fresh=true starts over."""
+    train.main([*flags, f'--out_dir={tmp_path}'])
+    with pytest.raises(ValueError, match='batch_size=8 there, 4 here.*--fresh=true'):
+        train.main([*flags, f'--out_dir={tmp_path}', '--batch_size=4'])
+    train.main([*flags, f'--out_dir={tmp_path}', '--batch_size=4', '--fresh=true'])
+    assert evaluation.read_checkpoint(tmp_path)['settings']['batch_size'] == 4
+
+
+def test_non_finite_loss(flags, tmp_path, monkeypatch):
+    """A loss that is not finite stops the run with step, learning rate and sample ids."""
+    losses = train.AnswerTask.losses
+    monkeypatch.setattr(train.AnswerTask, 'losses', lambda self, model, batch: {k: v * math.nan for k, v in losses(self, model, batch).items()})
+    with pytest.raises(FloatingPointError, match=r'step 0: loss nan.*lr .*samples train-\d+'):
+        train.main([*flags, f'--out_dir={tmp_path}'])
+
+
+def test_bad_checkpoints(tmp_path, flags):
+    """A checkpoint of another format, a torn one and one with code in it are refused with one message."""
+    path = tmp_path / 'ckpt.pt'
+    torch.save(dict(format=99), path)
+    with pytest.raises(ValueError, match='checkpoint format 99, this code reads format 1'):
+        evaluation.read_checkpoint(tmp_path)
+    path.write_bytes(path.read_bytes()[:80])
+    with pytest.raises(ValueError, match='not a checkpoint that can be read safely'):
+        evaluation.read_checkpoint(tmp_path)
+    torch.save(dict(format=1, evil=print), path)
+    with pytest.raises(ValueError, match='not a checkpoint that can be read safely'):
+        evaluation.read_checkpoint(tmp_path)
+
+
+def test_errors_are_one_line(tmp_path):
+    """A user's mistake ends a script with one line on stderr and a code that is not zero."""
+    import subprocess
+    for script, argv in (('train.py', ['--n_layers=3']), ('train.py', ['config/trm.py', f'--dataset={tmp_path}/none', '--device=cpu']),
+                         ('eval.py', [f'--out_dir={tmp_path}']), ('data.py', ['shapes', '--max_hops=9'])):
+        done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_learning_rate():
+    """Linear warm-up, cosine from the peak to min_lr_ratio of it."""
+    settings = train.TrainConfig(max_steps=100, warmup_ratio=.1, learning_rate=1., min_lr_ratio=.1)
+    rates = [train.learning_rate(step, settings) for step in range(101)]
+    assert rates[0] == .1 and rates[9] == rates[10] == 1 and abs(rates[55] - .55) < .01 and abs(rates[100] - .1) < 1e-9
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_dtype():
+    """auto takes bfloat16 only where the hardware has it."""
+    assert train.pick_dtype('float32', 'cpu') == torch.float32 and train.pick_dtype('bfloat16', 'cpu') == torch.bfloat16
+    assert train.pick_dtype('auto', 'cpu') == (torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32)
+
+
+def test_compile_falls_back(monkeypatch, capsys):
+    """Without a working compiler, training goes on uncompiled and says why; with one, the compiled function is used."""
+    def broken(*args, **kwargs):
+        raise RuntimeError('no compiler found')
+    monkeypatch.setattr(torch, 'compile', broken)
+    assert train.compiled(len, 'cpu') is len and 'no compiler found' in capsys.readouterr().out
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: lambda *a: f(*a))
+    assert train.compiled(len, 'cpu') is not len
+
+
+def test_wandb(flags, tmp_path, monkeypatch):
+    """wandb=True logs the same numbers there, and without the package says how to get it."""
+    logged = []
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(
+        init=lambda **kwargs: types.SimpleNamespace(log=lambda values, step: logged.append((step, values)))))
+    train.main([*flags, f"--out_dir={tmp_path / 'a'}", '--wandb=true'])
+    assert any('eval/em' in values for _, values in logged) and any('step/loss' in values for _, values in logged)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(ValueError, match='pip install wandb'):
+        train.main([*flags, f"--out_dir={tmp_path / 'b'}", '--wandb=true'])
+
+
+def test_curves_without_matplotlib(tmp_path, monkeypatch, capsys):
+    """Without matplotlib one line says how to get the curves."""
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    evaluation.draw_curves(tmp_path)
+    assert 'pip install matplotlib' in capsys.readouterr().out
