@@ -483,7 +483,7 @@ class Questions:
     """
 
     def __init__(self, rows, tokenizer, max_question_tokens=32, max_answer_tokens=32, truncate=False):
-        self.rows, self.tokenizer, self.cut, bad = rows, tokenizer, 0, []
+        self.rows, self.tokenizer, self.max_answer_tokens, self.cut, bad = rows, tokenizer, max_answer_tokens, 0, []
         self.questions = [tokenizer.encode(text) for text in rows.question]
         self.answers = [tokenizer.encode(references[0]) + [tokenizer.eos_id] for references in rows.references]
         for i in range(len(rows)):

@@ -124,9 +124,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     for indices in questions.rows_in_order(batch_size):
         loss, hit, real = teacher_forced(decoder, questions, vision_of, indices, device)
         batch = {key: t.to(device) for key, t in questions.batch(indices).items()}
-        longest = max(len(questions.answers[i]) for i in indices)
-        most_tokens = max(8, 2 * longest)  # rows of like length come together; a model that babbles is cut here
-        answers = decoder.generate(vision_of(batch['picture']), batch['question'], most_tokens, **sampling)
+        answers = decoder.generate(vision_of(batch['picture']), batch['question'], questions.max_answer_tokens, **sampling)
         for k, i in enumerate(indices):
             text = tokenizer.decode(answers[k].tolist())
             tokens += (answers[k] != tokenizer.pad_id).sum().item()

@@ -283,10 +283,10 @@ def main(argv=None):
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=settings.weight_decay),
               dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=device == 'cuda')
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=device.startswith('cuda'))
     dtype = pick_dtype(settings.dtype, device)
-    autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
-    losses_of = compiled(task.losses, device) if settings.compile or (settings.compile is None and device == 'cuda') else task.losses
+    autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else nullcontext()
+    losses_of = compiled(task.losses, device) if settings.compile or (settings.compile is None and device.startswith('cuda')) else task.losses
 
     # ---- go on where a killed run stopped
     step, best, train_s = 0, None, 0.0
@@ -330,9 +330,8 @@ def main(argv=None):
             seconds = time.time() - mark
             train_s += seconds
             parts = {key: value.item() / since for key, value in total.items()}
-            log.line(step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm.item(),
-                                ms=1e3 * seconds / since, train_s=train_s),
-                     examples=settings.batch_size * settings.grad_accum * since)
+            log.line(step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm.item(), ms=1e3 * seconds / since,
+                                examples_per_s=settings.batch_size * settings.grad_accum * since / seconds, train_s=train_s))
             total, since, mark = {}, 0, time.time()
 
         if step % settings.eval_interval == 0 or step == settings.max_steps:
@@ -397,7 +396,7 @@ def on_device(batch, device):
 def pick_dtype(dtype, device):
     """auto: bfloat16 where the hardware multiplies in it; elsewhere it is emulated, a hundred times slower than float32."""
     if dtype == 'auto':
-        fast = torch.cuda.is_bf16_supported() if device == 'cuda' else torch.cpu._is_avx512_bf16_supported()
+        fast = torch.cuda.is_bf16_supported() if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
         dtype = 'bfloat16' if fast else 'float32'
     return getattr(torch, dtype)
 
@@ -461,15 +460,12 @@ class Log:
         if self.wandb and event['event'] != 'start':
             self.wandb.log({f"{event['event']}/{k}": v for k, v in event.items() if isinstance(v, (int, float))}, step=event['step'])
 
-    def line(self, step, values, event='step', examples=None):
+    def line(self, step, values, event='step'):
         self.write(dict(event=event, step=step, **values))
-        style = dict(lr='.2e', gnorm='.2f', ms='.1f', loss='.4f')
-        parts = [f'{k} {v:{style.get(k, ".3f")}}' for k, v in values.items() if k not in ('train_s', 'figure', 'ms')]
-        if event == 'step':
-            eta = (time.time() - self.started) / (step - self.first) * (self.max_steps - step)
-            rate = 1e3 * examples / (values['ms'] * (examples and 1))
-            parts += [f"{values['ms']:.1f} ms", f'eta {evaluation.clock(eta)}']
-        print(' | '.join([f'{event} {step}/{self.max_steps}'.replace('eval', 'EVAL'), *parts]), flush=True)
+        style = dict(loss='loss {:.4f}', lr='lr {:.2e}', gnorm='gnorm {:.2f}', ms='{:.1f} ms', examples_per_s='{:.0f} ex/s')
+        parts = [style.get(k, k + ' {:.3f}').format(v) for k, v in values.items() if k not in ('train_s', 'figure')]
+        eta = (time.time() - self.started) / max(1, step - self.first) * (self.max_steps - step)
+        print(' | '.join([f'{event} {step}/{self.max_steps}', *parts, f'eta {evaluation.clock(eta)}']), flush=True)
 
 
 if __name__ == '__main__':
