@@ -68,7 +68,7 @@ class ShapesConfig:
     min_hops: int = 1         # shortest chain of relations asked for
     max_hops: int = 2         # longest chain of relations asked for, up to 4
     nearest: bool = False     # chains go to the closest object on a side, not to the only one: many more long chains
-    describe: float = 0.25    # share of the pictures that also ask for their caption
+    describe: float = 0.1     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
 
     def __post_init__(self):
@@ -477,8 +477,9 @@ def train_bpe(texts, vocab_size):
 class Questions:
     """A split as tokens, and its batches: the batch of a step depends on (seed, split, step) and nothing else.
 
-    Rows are sorted into buckets by the length of their answer (2, 4, 8, ... tokens), so that a caption does not pad a
-    hundred one-word answers. An epoch shuffles every bucket, cuts it into batches and shuffles these.
+    Rows are sorted into buckets by the length of their answer (2, 4, 8, ... tokens), so that a caption does not pad a hundred
+    one-word answers. An epoch shuffles every bucket, cuts it into batches, smaller ones where answers are longer than 8 tokens,
+    so that all cost about the same, and shuffles these.
     Raises: ValueError naming the rows whose question or answer is longer than its limit, unless `truncate`.
     """
 
@@ -498,27 +499,29 @@ class Questions:
         buckets = {}
         for i, answer in enumerate(self.answers):
             buckets.setdefault(max(2, 1 << (len(answer) - 1).bit_length()), []).append(i)
-        self.buckets = [np.array(rows) for _, rows in sorted(buckets.items())]
-        self.epoch_plan = (None, None)
+        self.buckets = {length: np.array(rows) for length, rows in sorted(buckets.items())}
+        self.plan = None, None, []  # the epoch drawn last: (batch_size, seed), its number, its batches
 
-    def steps_per_epoch(self, batch_size):
-        return sum(max(1, len(bucket) // batch_size) for bucket in self.buckets)
+    def epoch(self, batch_size, seed, epoch):
+        """The batches of an epoch, each an array of rows: every row comes once, but for the last ones of a bucket that fill no batch."""
+        rng, batches = np.random.default_rng([seed, epoch]), []
+        for length, bucket in self.buckets.items():
+            size, order = max(1, batch_size * 8 // max(8, length)), rng.permutation(bucket)
+            batches += [order[i:i + size] for i in range(0, max(1, len(order) - size + 1), size)]
+        return [batches[j] for j in rng.permutation(len(batches))]
 
     def rows_of_step(self, step, batch_size, seed):
-        """The rows of a training batch; every row comes once an epoch, but for the last ones of a bucket that fill no batch."""
-        epoch, k = divmod(step, self.steps_per_epoch(batch_size))
-        if self.epoch_plan[0] != (seed, epoch, batch_size):  # drawn again whenever another epoch begins
-            rng = np.random.default_rng([seed, epoch])
-            plan = []
-            for bucket in self.buckets:
-                order = rng.permutation(bucket)
-                plan += [order[j * batch_size:(j + 1) * batch_size] for j in range(max(1, len(order) // batch_size))]
-            self.epoch_plan = (seed, epoch, batch_size), [plan[j] for j in rng.permutation(len(plan))]
-        return self.epoch_plan[1][k]
+        """The rows of a training batch."""
+        if self.plan[0] != (batch_size, seed):
+            self.plan = (batch_size, seed), -1, self.epoch(batch_size, seed, 0)
+        epoch, k = divmod(step, len(self.plan[2]))  # every epoch has as many batches
+        if self.plan[1] != epoch:
+            self.plan = (batch_size, seed), epoch, self.epoch(batch_size, seed, epoch)
+        return self.plan[2][k]
 
     def rows_in_order(self, batch_size):
         """Yields all rows once, for evaluation, bucket by bucket."""
-        for bucket in self.buckets:
+        for bucket in self.buckets.values():
             yield from (bucket[i:i + batch_size] for i in range(0, len(bucket), batch_size))
 
     def batch(self, rows):

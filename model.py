@@ -48,8 +48,8 @@ class ModelConfig:
 
 
 def norm(x):
-    """RMS norm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),))
+    """Layer norm over the last dimension, without weights: mean 0 and RMS 1. On a CPU it is faster than the RMS norm."""
+    return F.layer_norm(x, (x.size(-1),))
 
 
 def rotations(positions, head_size):
@@ -126,11 +126,12 @@ class Decoder(nn.Module):
             if config.recursion == 'add':
                 self.y_start = nn.Parameter(torch.randn(C))
         for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=.02)
+            if p.dim() == 2:  # keeps the scale of what goes through; at this width GPT-2's .02 would shrink it
+                nn.init.normal_(p, std=p.size(1) ** -.5)
+        nn.init.normal_(self.embed.weight, std=.02)
         for block in self.blocks:  # what is added to the residual stream starts small, as in GPT-2
             for p in (block.attention.out.weight, block.fc2.weight):
-                nn.init.normal_(p, std=.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(p, std=(p.size(1) * 2 * config.n_layer) ** -.5)
 
     def forward(self, vision, question, answer, targets=None):
         """Predicts every answer token from the picture, the question and the tokens before it.
