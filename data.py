@@ -423,6 +423,8 @@ class Tokenizer:
         else:
             ranks = {bytes.fromhex(token): id for id, token in enumerate(state['tokens'])}
             self.bpe = tiktoken.Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+        learnt = ''.join(bytes.fromhex(token).decode(errors='ignore') for token in state.get('tokens', ())[256:])
+        self.lower_case = learnt != '' and learnt == learnt.lower()  # the text that it was trained on was
         n = self.bpe.n_vocab
         self.pad_id, self.bos_id, self.eos_id, self.vocab_size = n, n + 1, n + 2, n + 3
 

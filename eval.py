@@ -433,7 +433,7 @@ def main(argv=None):
             except ValueError as e:
                 raise ValueError(f'--image={settings.image}: {e}') from None
             vision = encoder.encode_images(encoder.preprocess(picture)[None].to(device))[..., :decoder.config.vision_dim]
-        ids = tokenizer.encode(settings.question.lower() if run['tokenizer'] == 'bpe' else settings.question)
+        ids = tokenizer.encode(settings.question.lower() if tokenizer.lower_case else settings.question)
         if not ids:
             raise ValueError('--question is empty')
         answer = decoder.generate(vision, torch.tensor([ids], device=device), run['max_answer_tokens'], **sampling)

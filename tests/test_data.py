@@ -236,6 +236,7 @@ def test_tokenizer_round_trip():
         ids = t.encode(text)
         assert t.bpe.decode(ids) == text and max(ids) < t.pad_id
     assert t.decode([*t.encode('red'), t.eos_id, *t.encode('blue')]) == 'red'
+    assert t.lower_case and not Tokenizer(train_bpe(['What COLOR is it?'] * 9, 300)).lower_case
 
 
 def test_bpe_matches_a_plain_reference():
