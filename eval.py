@@ -302,6 +302,8 @@ def draw_curves(out_dir):
     figure_of_merit = evals[0]['figure'] if evals else 'em'
     right.plot([e['step'] for e in evals], [e[figure_of_merit] for e in evals], 'o-', markersize=3, color='tab:green')
     right.set(xlabel='step', ylabel=f'validation {figure_of_merit}', ylim=(0, 1))
+    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        axis('{x:g}')
     for axes in (left, right):
         axes.grid(alpha=.3)
     figure.suptitle(str(out_dir))
