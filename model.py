@@ -11,7 +11,6 @@ and keeps its keys and values. The plain decoder then runs F once over the answe
 states, reading the same context: x never sees y or z, so what it offers them is the same in every step.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import eval as evaluation

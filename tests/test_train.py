@@ -100,7 +100,7 @@ def test_trained_along(flags, tmp_path):
                                     '--vocab_size=300', '--n_layer=1', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
 def test_settings_matter(option, flags, tmp_path):
     """Every setting changes the weights that come out: none is read and then forgotten."""
-    more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120']
+    more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120', '--dtype=float32']
     ends = []
     for name, flag in (('a', []), ('b', [option])):
         with pytest.MonkeyPatch.context() as patch:
