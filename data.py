@@ -515,7 +515,7 @@ class Questions:
     def rows_of_step(self, step, batch_size, seed):
         """The rows of a training batch."""
         if self.plan[0] != (batch_size, seed):
-            self.plan = (batch_size, seed), -1, self.epoch(batch_size, seed, 0)
+            self.plan = (batch_size, seed), 0, self.epoch(batch_size, seed, 0)
         epoch, k = divmod(step, len(self.plan[2]))  # every epoch has as many batches
         if self.plan[1] != epoch:
             self.plan = (batch_size, seed), epoch, self.epoch(batch_size, seed, epoch)
