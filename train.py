@@ -73,6 +73,7 @@ class TrainConfig:
     n_latents: int = 16                       # tokens of a picture
     encoder_dim: int = 128                    # dimensions of a token; its half, quarter and eighth are the Matryoshka prefixes
     # the optimizer
+    optimizer: str = 'muon'                   # muon: Muon on the layers' matrices and AdamW on the rest; adamw: on everything
     max_steps: int = 3600                     # optimizer steps
     batch_size: int = 128                     # rows in a forward pass
     grad_accum: int = 1                       # forward passes in an optimizer step
@@ -82,20 +83,21 @@ class TrainConfig:
     weight_decay: float = 0.05                # on matrices only
     beta1: float = 0.9                        # of AdamW
     beta2: float = 0.95                       # of AdamW
+    momentum: float = 0.95                    # of Muon
     grad_clip: float = 1.0                    # largest norm of the gradient; 0: no limit
     ema: float = 0.998                        # decay of the averaged weights, which are what is evaluated; 0: the raw ones
 
     def __post_init__(self):
-        choices = dict(stage=('answer', 'align'), dtype=('auto', 'float32', 'bfloat16'), tokenizer=('bpe', 'gpt2'))
+        choices = dict(stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16'), tokenizer=('bpe', 'gpt2'))
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) in (int, float) and value <= 0 and f.name not in ('seed', 'grad_clip', 'ema', 'weight_decay',
-                                                                            'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2'):
+                                                                            'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'momentum'):
                 raise ValueError(f'{f.name}={value}: expected more than 0')
-        for key in ('ema', 'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'weight_decay'):
+        for key in ('ema', 'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'momentum', 'weight_decay'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
         if self.train_encoder and not self.use_vision:
@@ -278,11 +280,9 @@ def main(argv=None):
     print('parameters | ' + ' | '.join(f'{k} {n:,}' for k, n in task.parameters().items()))
     print(f'{settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {task.expected_loss():.2f}')
 
-    # ---- optimizer; weight decay on matrices only
+    # ---- optimizers
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=settings.weight_decay),
-              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=device.startswith('cuda'))
+    optimizers = make_optimizers(model, settings)
     dtype = pick_dtype(settings.dtype, device)
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else nullcontext()
     losses_of = compiled(task.losses, device) if settings.compile or (settings.compile is None and device.startswith('cuda')) else task.losses
@@ -292,7 +292,8 @@ def main(argv=None):
     if saved:
         model.load_state_dict(saved['model'])
         ema_model.load_state_dict(saved['ema'] or saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
+        for optimizer, state in zip(optimizers, saved['optimizers']):
+            optimizer.load_state_dict(state)
         step, best, train_s = saved['step'], saved['best'], saved['train_s']
         print(f'going on at step {step}')
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -303,7 +304,7 @@ def main(argv=None):
     total, since, mark = {}, 0, time.time()
     while step < settings.max_steps:
         lr = learning_rate(step, settings)
-        for group in optimizer.param_groups:
+        for group in sum((optimizer.param_groups for optimizer in optimizers), []):
             group['lr'] = lr
         for k in range(settings.grad_accum):
             batch = task.batch(step * settings.grad_accum + k)
@@ -318,8 +319,9 @@ def main(argv=None):
         if not math.isfinite(gnorm):
             raise FloatingPointError(f'step {step}: loss {loss.item()}, gradient norm {gnorm.item()}, lr {lr:.2e}: not finite; '
                                      f'samples {", ".join(names[:8])}, ...; a lower --learning_rate is the usual remedy')
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if settings.ema:  # early on a shorter average, so that it never lags behind
             decay = min(settings.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
@@ -341,7 +343,7 @@ def main(argv=None):
                 best = dict(step=step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
             checkpoint = dict(
                 format=evaluation.FORMAT, stage=settings.stage, step=step, train_s=train_s, model=model.state_dict(),
-                ema=ema_model.state_dict() if settings.ema else None, optimizer=optimizer.state_dict(), best=best,
+                ema=ema_model.state_dict() if settings.ema else None, optimizers=[optimizer.state_dict() for optimizer in optimizers], best=best,
                 settings=asdict(settings), environment=about, **task.state(),
                 facts=facts(settings, task, step, best, about, train_s, time.time() - start))
             evaluation.write_whole(out_dir / 'ckpt.pt', lambda f: torch.save(checkpoint, f))
@@ -358,6 +360,48 @@ def main(argv=None):
 
 # ----------------------------------------------------------------------------
 # what the story leans on
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: a matrix moves as far along the directions that its gradient rarely points to as along the others.
+
+    For the matrices of linear layers. In float32, where torch.optim.Muon always takes bfloat16, which many CPUs only emulate.
+    Source: Jordan 2024, kellerjordan.github.io/posts/muon; the scale, with which AdamW's learning rates fit, Liu 2025, arXiv 2502.16982.
+    """
+
+    def __init__(self, params, lr, momentum, weight_decay):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                average = self.state[p].setdefault('average', torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group['momentum'])
+                update = orthogonal(p.grad.lerp(average, group['momentum']))  # Nesterov: the gradient looks one step ahead
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                p.add_(update, alpha=-group['lr'] * .2 * max(p.shape) ** .5)  # RMS of the step: .2 lr, about AdamW's
+
+
+def orthogonal(g):
+    """The matrix with the singular vectors of g and singular values near 1 (.7 to 1.2; tiny ones less), by Newton and Schulz's iteration."""
+    x = g.float() if g.size(0) <= g.size(1) else g.float().T  # the smaller side first: the products are smaller
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T                                                   # x <- 3.4445 x - 4.7750 a x + 2.0315 a a x
+        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if g.size(0) <= g.size(1) else x.T
+
+
+def make_optimizers(model, settings):
+    """-> [AdamW], or [AdamW, Muon], which then has the matrices of the linear layers. Weight decay is on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    linear, embeddings = ({m.weight for m in model.modules() if isinstance(m, kind)} for kind in (torch.nn.Linear, torch.nn.Embedding))
+    muon = {p for p in linear - embeddings if p.requires_grad} if settings.optimizer == 'muon' else set()
+    groups = [dict(params=[p for p in trained if p not in muon and p.dim() >= 2], weight_decay=settings.weight_decay),
+              dict(params=[p for p in trained if p not in muon and p.dim() < 2], weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=trained[0].is_cuda)
+    return [adamw, Muon([p for p in trained if p in muon], settings.learning_rate, settings.momentum, settings.weight_decay)] if muon else [adamw]
+
 
 def learning_rate(step, settings):
     """Linear warm-up, then a cosine from the peak to min_lr_ratio of it."""

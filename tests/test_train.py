@@ -97,7 +97,7 @@ def test_trained_along(flags, tmp_path):
 
 @pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--outer_steps=2',
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
-                                    '--vocab_size=300', '--n_layer=1', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
+                                    '--vocab_size=300', '--n_layer=1', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
 def test_settings_matter(option, flags, tmp_path):
     """Every setting changes the weights that come out: none is read and then forgotten."""
     more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120', '--dtype=float32']
@@ -196,6 +196,31 @@ def test_learning_rate():
     rates = [train.learning_rate(step, settings) for step in range(101)]
     assert rates[0] == .1 and rates[9] == rates[10] == 1 and abs(rates[55] - .55) < .01 and abs(rates[100] - .1) < 1e-9
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_muon():
+    """Muon's step is orthogonal: it keeps the singular vectors of a matrix and brings its singular values to about 1; its RMS is
+    .2 of the learning rate whatever the gradient's scale. Embeddings, the tied head, biases and the start state are AdamW's."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(32, 48), full_matrices=False)
+    for g in (u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v, v.T @ torch.diag(torch.logspace(0, -1.5, 32)) @ u.T):
+        x = train.orthogonal(g)
+        assert x.shape == g.shape and ((.6 < torch.linalg.svdvals(x)) & (torch.linalg.svdvals(x) < 1.3)).all()
+        assert torch.allclose(train.orthogonal(1e3 * g), x, atol=1e-4)
+    back = u.T @ train.orthogonal(u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v) @ v.T
+    assert torch.allclose(back, back.diag().diag(), atol=1e-4)
+
+    p = torch.nn.Parameter(torch.randn(48, 32))
+    start, p.grad = p.detach().clone(), 100 * torch.randn(48, 32)
+    train.Muon([p], lr=.01, momentum=.95, weight_decay=0.).step()
+    assert .15 < (p - start).pow(2).mean().sqrt() / .01 < .25
+
+    model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
+    adamw, muon = train.make_optimizers(model, train.TrainConfig())
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p] for group in adamw.param_groups for p in group['params']} == {'embed.weight', 'vision_proj.bias', 'z_start'}
+    assert len([p for group in muon.param_groups for p in group['params']]) == len(names) - 3
+    assert len(train.make_optimizers(model, train.TrainConfig(optimizer='adamw'))) == 1
 
 
 def test_dtype():
