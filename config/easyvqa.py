@@ -2,4 +2,4 @@
 # Alone it trains a TRM; after config/plain.py or config/blind.py it trains those: give --out_dir then.
 out_dir = 'out/easyvqa'
 dataset = 'data/easyvqa'
-max_steps = 2000
+max_steps = 1000

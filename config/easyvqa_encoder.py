@@ -2,6 +2,6 @@
 out_dir = 'out/easyvqa_encoder'
 dataset = 'data/easyvqa'
 train_encoder = True
-max_steps = 1200
+max_steps = 1000
 batch_size = 64
 learning_rate = 1e-3
