@@ -5,13 +5,16 @@ import math
 import pytest
 import torch
 
-from model import ModelConfig, build_model
+from model import ModelConfig, build_model, naive_logits
 
 V, N, Q, A = 40, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
 DECODERS = [dict(kind='plain', n_layer=3), dict(recursion='concat', inner_steps=1), dict(recursion='concat', inner_steps=3),
             dict(recursion='concat', inner_steps=2, outer_steps=2), dict(recursion='add', inner_steps=1),
-            dict(recursion='add', inner_steps=3), dict(recursion='add', inner_steps=2, outer_steps=2)]
+            dict(recursion='add', inner_steps=3), dict(recursion='add', inner_steps=2, outer_steps=2),
+            dict(recursion='concat', inner_steps=2, outer_steps=2, deep_supervision=True), dict(recursion='add', inner_steps=2, norm='post'),
+            dict(recursion='concat', inner_steps=2, norm='post'), dict(kind='plain', norm='post'), dict(inner_steps=2, norm='open'),
+            dict(recursion='add', inner_steps=2, norm='open'), dict(kind='plain', norm='open')]
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
 
@@ -59,7 +62,7 @@ def test_everything_lives(settings, prefix_lm):
     logits.square().sum().backward()
     assert (vision.grad.abs().amax(2) > 0).all()
     assert (decoder.embed.weight.grad[question.flatten()].abs().amax(1) > 0).all()
-    if decoder.config.kind == 'trm' and decoder.config.outer_steps == 1:
+    if decoder.config.kind == 'trm' and decoder.config.outer_steps == 1:  # also true with deep supervision and one cycle
         assert decoder.z_start.grad.abs().max() > 1e-9
     elif decoder.config.kind == 'trm':
         decoder.z_start.data = -decoder.z_start
@@ -74,44 +77,55 @@ def test_context_once(settings, prefix_lm):
     vision, question, answer = sample()
     question[1, 4:] = PAD
     fast, _ = decoder(vision, question, answer)
-    assert torch.allclose(fast, naive_logits(decoder, vision, question, answer), atol=1e-10, rtol=0)
+    for logits, v, q, a in zip(fast, vision, question, answer):  # the naive loop knows no padding
+        assert torch.allclose(logits, naive_logits(decoder, v[None], q[None, q != PAD], a[None])[0], atol=1e-10, rtol=0)
 
 
-def naive_logits(decoder, vision, question, answer):
-    """The decoder as one would first write it: every step runs over the whole sequence, row by row, without padding."""
-    from model import norm, rotations
-    c, rows = decoder.config, []
-    for v, q, a in zip(vision, question, answer):
-        q = q[q != PAD]
-        x = norm(torch.cat([decoder.vision_proj(v), decoder.embed(q)]))                # (S, C)
-        S, e = len(x), norm(decoder.embed(a))
-        streams = 2 if c.kind == 'trm' and c.recursion == 'concat' else 1
-        time = torch.cat([torch.arange(S) if not c.prefix_lm else torch.full((S,), S - 1), S + torch.arange(len(a)).repeat(streams)])
-        position = torch.cat([torch.arange(S), S + torch.arange(len(a)).repeat(streams)])
-        mask = torch.zeros(len(time), len(time), dtype=x.dtype).masked_fill(time[:, None] < time, -math.inf)
-        rope = rotations(position[None], c.n_embd // c.n_head)
+@every_decoder
+@every_mask
+@torch.no_grad()
+def test_cache_is_exact(settings, prefix_lm):
+    """Logits from one position at a time, with the keys and values before it kept, equal those of the whole answer at once, for rows
+    of different lengths."""
+    decoder = decoder_of(settings, prefix_lm=prefix_lm)
+    vision, question, answer = sample()
+    question[1, 4:], question[2, 1:] = PAD, PAD
+    whole, _ = decoder(vision, question, answer)
+    context, past = decoder.read_context(vision, question), decoder.fresh_past(3, A)
+    for t in range(A):
+        y = decoder.answer_states(context, answer[:, t:t + 1], past, start=t)[-1]
+        assert torch.allclose(decoder.head(y)[:, 0], whole[:, t], atol=1e-10, rtol=0)
 
-        def network(h):
-            h = torch.cat([x, h])[None]
-            for block in decoder.blocks:
-                h, _ = block(h, rope, mask)
-            return norm(h[0, S:])
 
-        y = e if c.recursion == 'concat' else norm(decoder.y_start).expand_as(e)
-        if c.kind == 'plain':
-            y = network(e)
-        else:
-            z = norm(decoder.z_start).expand_as(e)
-            for _ in range(c.outer_steps):
-                for _ in range(c.inner_steps):
-                    if c.recursion == 'concat':
-                        y, z = network(torch.cat([y, z])).chunk(2)
-                    else:
-                        z = network(norm(e + y + z))
-                if c.recursion == 'add':
-                    y = network(norm(y + z))
-        rows.append(decoder.head(y))
-    return torch.stack(rows)
+@every_decoder
+def test_checkpointing_changes_nothing(settings):
+    """checkpoint_recursion gives the same loss and the same gradients."""
+    grads = []
+    for recompute in (False, True):
+        decoder = decoder_of(settings, checkpoint_recursion=recompute)
+        vision, question, answer = sample()
+        _, loss = decoder(vision, question, answer, answer.roll(-1, dims=1))
+        loss.backward()
+        grads.append([loss] + [p.grad for p in decoder.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) and all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize('recursion', ['concat', 'add'])
+def test_deep_supervision(recursion):
+    """Deep supervision trains on every cycle: the loss is the mean over the cycles, each of which is what a decoder with so many cycles
+    predicts, and no gradient crosses from one cycle into the one before. Without it the first cycles get none."""
+    settings = dict(recursion=recursion, inner_steps=2, outer_steps=2)
+    vision, question, answer = sample()
+    targets = answer.roll(-1, dims=1)
+    one, two = decoder_of(settings | dict(outer_steps=1)), decoder_of(settings)
+    deep = decoder_of(settings, deep_supervision=True)
+    losses = [d(vision, question, answer, targets)[1] for d in (one, two, deep)]
+    assert torch.allclose(losses[2], (losses[0] + losses[1]) / 2, atol=1e-12)
+    for d, loss in zip((one, two, deep), losses):
+        loss.backward()
+    for name, p in deep.named_parameters():
+        a, b = one.get_parameter(name).grad, two.get_parameter(name).grad
+        assert torch.allclose(p.grad, sum(g for g in (a, b) if g is not None) / 2, atol=1e-12), name
 
 
 @every_decoder
@@ -206,7 +220,7 @@ def test_states_stay_bounded():
     for recursion in ('concat', 'add'):
         decoder = decoder_of(dict(recursion=recursion, inner_steps=64))
         vision, question, answer = sample()
-        y = decoder.answer_states(decoder.read_context(vision, question), answer)
+        y = decoder.answer_states(decoder.read_context(vision, question), answer)[-1]
         assert torch.allclose(y.square().mean(-1), torch.ones(3, A, dtype=y.dtype), atol=1e-3)
 
 

@@ -95,14 +95,15 @@ def test_trained_along(flags, tmp_path):
     evaluation.main([f'--out_dir={out}', '--device=cpu'])
 
 
-@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--outer_steps=2',
+@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--norm=post', '--norm=open', '--outer_steps=2',
+                                    '--outer_steps=2 --deep_supervision=true',
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
                                     '--vocab_size=300', '--n_layer=1', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
 def test_settings_matter(option, flags, tmp_path):
     """Every setting changes the weights that come out: none is read and then forgotten."""
     more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120', '--dtype=float32']
     ends = []
-    for name, flag in (('a', []), ('b', [option])):
+    for name, flag in (('a', option.split()[:-1]), ('b', option.split())):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.AnswerTask, 'finish', lambda *args: None)
             train.main([*flags, *more, *flag, f'--out_dir={tmp_path / name}'])
