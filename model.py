@@ -11,9 +11,10 @@ and keeps its keys and values. The plain decoder then runs F once over the answe
 states, reading the same context: x never sees y or z, so what it offers them is the same in every step.
 """
 
+import copy
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 
@@ -208,9 +209,10 @@ class Decoder(nn.Module):
             for block, layer, memory in zip(self.blocks, layers, next(memories)):
                 h, _, att = block(h, rope, mask, layer, memory)
                 seen.append(att)
+            h = bounded(h)
             if watch is not None:
                 watch.append((h, seen))
-            return bounded(h)
+            return h
 
         def cycle(y, z):
             for _ in range(c.inner_steps):
@@ -427,7 +429,7 @@ def benchmark(b):
         t, w = min(run['times']), min(run['writes'], default=None)
         if run['way'] == 'naive':
             naive[run['name']] = t, w
-        rows.append([run['name'], run['way'], str(run['dtype'])[6:], f"{run['forward'] / 1e9:.1f}", f"{run['flops'] / 1e9:.1f}", f'{1e3 * t:.0f}',
+        rows.append([run['name'], run['way'], str(run['dtype'])[6:], f"{run['forward'] / 1e9:.4g}", f"{run['flops'] / 1e9:.4g}", f'{1e3 * t:.0f}',
                      f"{naive[run['name']][0] / t:.1f}", f"{100 * run['flops'] / t / peaks[run['dtype']]:.0f} %",
                      *((f'{b.batch_size * b.n_answer / w:.0f}', f"{naive[run['name']][1] / w:.1f}") if w else ('', ''))])
     print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'times naive', 'MFU', 'tokens/s written', 'times naive'], rows))
@@ -440,6 +442,59 @@ def write_whole_length(decoder, vision, question, length):
     decoder.config.eos_id = kept
 
 
+def state_sizes(decoder, vision, question, answer, steps=64):
+    """RMS of the states after every step of one long cycle. Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of
+    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None."""
+    rms = lambda h: h.float().square().mean().sqrt().item()
+    decoder = copy.deepcopy(decoder)
+    decoder.config.inner_steps, decoder.config.outer_steps, watch = steps, 1, []
+    with torch.no_grad():
+        decoder.answer_states(decoder.read_context(vision, question), answer, watch=watch)
+    if decoder.config.recursion == 'concat':
+        return [tuple(rms(half) for half in h.chunk(2, dim=1)) for h, _ in watch]
+    return [(None, rms(h)) for h, _ in watch[:-2]] + [(rms(watch[-1][0]), rms(watch[-2][0]))]
+
+
+def show_states(b):
+    """Prints the sizes of fresh states and gradients for every recursion and norm, at the width of the benchmark."""
+    rows, marks = [], (1, 4, 16, 64)
+    for recursion in ('concat', 'add'):
+        for placement in ('pre', 'post', 'open'):
+            decoder, batch = bench_decoder(b, recursion=recursion, norm=placement)
+            sizes, grads = state_sizes(decoder, *batch[:3], steps=max(marks)), []
+            for n in (4, 8, 16):
+                decoder.config.inner_steps = n
+                decoder.zero_grad()
+                decoder(*batch)[1].backward()
+                grads.append(torch.stack([p.grad.norm() for p in decoder.blocks.parameters()]).norm().item())
+            rows.append([recursion, placement, *(f'{sizes[n - 1][1]:.2f}' for n in marks), f'{sizes[-1][0]:.2f}', *(f'{g:.2f}' for g in grads)])
+    print(table(['recursion', 'norm', *(f'z after {n}' for n in marks), f'y after {marks[-1]}', *(f'gradient at n={n}' for n in (4, 8, 16))], rows))
+
+
+def show_memory(b):
+    """Prints what a forward and a backward pass need beyond the weights, each measured in a process of its own."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    rows = []
+    for n in (1, 2, 4, 8, 16):
+        row = [n]
+        for recompute in (False, True):
+            with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+                row.append(f'{pool.submit(peak_memory, replace(b, inner_steps=n), recompute).result() / 2 ** 20:.0f}')
+        rows.append(row)
+    print(table(['steps', 'MiB, all kept', 'MiB, checkpoint_recursion'], rows))
+
+
+def peak_memory(b, recompute):
+    """Bytes of memory that a training step adds to a process at its peak."""
+    import resource
+    decoder, batch = bench_decoder(b, checkpoint_recursion=recompute)
+    used = lambda: torch.cuda.max_memory_allocated() if b.device.startswith('cuda') else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = used()
+    decoder(*batch)[1].backward()
+    return used() - before
+
+
 def table(head, rows):
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     lines = [' | '.join(f'{str(cell):>{w}}' for cell, w in zip(row, widths)) for row in [head, *rows]]
@@ -449,4 +504,4 @@ def table(head, rows):
 if __name__ == '__main__':
     from configurator import configure
     settings, _ = configure(BenchConfig, sys.argv[1:], 'model.py')
-    benchmark(settings)
+    show_states(settings) if settings.states else show_memory(settings) if settings.memory else benchmark(settings)

@@ -64,6 +64,8 @@ def test_eval_options(flags, tmp_path, capsys):
         capsys.readouterr()
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', *option])
         assert 'nothing written' in capsys.readouterr().out
+    evaluation.main([f'--out_dir={out}', '--device=cpu', '--attention=true'])
+    assert (out / 'attention.png').stat().st_size > 1000
     assert (out / 'metrics.json').read_bytes() == before
     evaluation.main([f'--compare={out},{out}'])
     assert capsys.readouterr().out.count(str(out)) == 2
