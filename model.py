@@ -72,6 +72,30 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy; on a CPU some rows at a time, so that at a vocabulary of 50,000 they stay in the cache; the gradient is made in passing.
+
+    Shapes: logits (R, V); targets (R,), -100 where there is nothing to predict -> mean nats per target
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        total, count, grad = 0, (targets >= 0).sum().clamp(min=1), torch.empty_like(logits)
+        rows = len(logits) if logits.is_cuda else 64
+        for l, t, g in zip(logits.split(rows), targets.split(rows), grad.split(rows)):
+            real, t = (t >= 0)[:, None], t.clamp(min=0)[:, None]
+            p = l.to(torch.promote_types(l.dtype, torch.float32)).log_softmax(-1)      # (rows, V)
+            total = total - p.gather(1, t).mul(real).sum()
+            p = p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
+            g.copy_(p.mul_(real / count))
+        ctx.save_for_backward(grad)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream, None
+
+
 class Attention(nn.Module):
     """Multi-head attention, written out. A token sees its own stream under a mask and, if there is one, the whole context."""
 
@@ -159,7 +183,7 @@ class Decoder(nn.Module):
         *earlier, logits = [self.head(y) for y in self.answer_states(self.read_context(vision, question), answer)]  # (B, A, V) each
         if targets is None:
             return logits, None
-        losses = [F.cross_entropy(l.flatten(0, 1).float(), targets.flatten(), ignore_index=-100) for l in (*earlier, logits)]
+        losses = [CrossEntropy.apply(l.flatten(0, 1), targets.flatten()) for l in (*earlier, logits)]
         return logits, sum(losses) / len(losses)
 
     def read_context(self, vision, question):
@@ -239,14 +263,15 @@ class Decoder(nn.Module):
     def read_out(self, y):
         return norm(y) if self.config.norm == 'open' else y
 
-    def fresh_past(self, batch_size, length):
+    def fresh_past(self, context, length):
         """Memory for keys and values of `length` answer positions: (calls of F, n_layer, 2, B, nh, T, hs), T states in a stream."""
         c, T = self.config, length
         calls = 1
         if c.kind == 'trm':
             calls = c.outer_steps * (c.inner_steps + (c.recursion == 'add'))
             T *= 1 + (c.recursion == 'concat')
-        return self.embed.weight.new_empty(calls, c.n_layer, 2, batch_size, c.n_head, T, c.n_embd // c.n_head)
+        keys = context[0][0][0]                                        # (B, nh, S, hs)
+        return keys.new_empty(calls, c.n_layer, 2, len(keys), c.n_head, T, keys.size(3))
 
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None):
@@ -256,7 +281,7 @@ class Decoder(nn.Module):
         Shapes: as `forward` -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after it.
         """
         c, context, B = self.config, self.read_context(vision, question), len(question)
-        past = self.fresh_past(B, max_new_tokens)
+        past = self.fresh_past(context, max_new_tokens)
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
         answer[:, 0] = c.bos_id
         done = torch.zeros(B, dtype=torch.bool, device=question.device)
@@ -412,26 +437,26 @@ def benchmark(b):
             forward = counter.get_total_flops()
             with FlopCounterMode(display=False) as counter:
                 step()
-            writers = {'naive': partial(naive_generate, decoder, *batch[:2], b.n_answer), 'ours': partial(write_whole_length, decoder, *batch[:2], b.n_answer)}
-            runs.append(dict(name=name, way=way, dtype=dtype, forward=forward, flops=counter.get_total_flops(), step=step,
-                             write=writers[way] if dtype == torch.float32 else None, times=[], writes=[]))
+            @torch.no_grad()
+            def write(decoder=decoder, batch=batch, way=way, dtype=dtype):
+                with torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32):
+                    (naive_generate if way == 'naive' else write_whole_length)(decoder, *batch[:2], b.n_answer)
+            runs.append(dict(name=name, way=way, dtype=dtype, forward=forward, flops=counter.get_total_flops(), step=step, write=write, times=[], writes=[]))
     print(table(['parameters', *decoder.parameter_counts()], rows))
 
     for _ in range(b.repeats):  # side by side: every round times everything once
         for run in runs:
             run['times'].append(seconds(run['step']))
     for run in runs:
-        if run['write']:
-            with torch.no_grad():
-                run['writes'] = [seconds(run['write']) for _ in range(1 if run['way'] == 'naive' else b.repeats)]
+        run['writes'] = [seconds(run['write']) for _ in range(1 if run['way'] == 'naive' else b.repeats)]
     rows, naive = [], {}
     for run in runs:
-        t, w = min(run['times']), min(run['writes'], default=None)
+        t, w = min(run['times']), min(run['writes'])
         if run['way'] == 'naive':
             naive[run['name']] = t, w
         rows.append([run['name'], run['way'], str(run['dtype'])[6:], f"{run['forward'] / 1e9:.4g}", f"{run['flops'] / 1e9:.4g}", f'{1e3 * t:.0f}',
                      f"{naive[run['name']][0] / t:.1f}", f"{100 * run['flops'] / t / peaks[run['dtype']]:.0f} %",
-                     *((f'{b.batch_size * b.n_answer / w:.0f}', f"{naive[run['name']][1] / w:.1f}") if w else ('', ''))])
+                     f'{b.batch_size * b.n_answer / w:.0f}', f"{naive[run['name']][1] / w:.1f}"])
     print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'times naive', 'MFU', 'tokens/s written', 'times naive'], rows))
 
 
@@ -503,5 +528,7 @@ def table(head, rows):
 
 if __name__ == '__main__':
     from configurator import configure
+    from train import keep_freed_memory
     settings, _ = configure(BenchConfig, sys.argv[1:], 'model.py')
+    keep_freed_memory()
     show_states(settings) if settings.states else show_memory(settings) if settings.memory else benchmark(settings)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import BenchConfig, ModelConfig, benchmark, build_model, naive_logits, peak_memory, show_states, state_sizes
+from model import BenchConfig, CrossEntropy, ModelConfig, benchmark, build_model, naive_logits, peak_memory, show_states, state_sizes
 
 V, N, Q, A = 40, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
@@ -91,7 +91,8 @@ def test_cache_is_exact(settings, prefix_lm):
     vision, question, answer = sample()
     question[1, 4:], question[2, 1:] = PAD, PAD
     whole, _ = decoder(vision, question, answer)
-    context, past = decoder.read_context(vision, question), decoder.fresh_past(3, A)
+    context = decoder.read_context(vision, question)
+    past = decoder.fresh_past(context, A)
     for t in range(A):
         y = decoder.answer_states(context, answer[:, t:t + 1], past, start=t)[-1]
         assert torch.allclose(decoder.head(y)[:, 0], whole[:, t], atol=1e-10, rtol=0)
@@ -222,6 +223,18 @@ def test_states_stay_bounded():
         vision, question, answer = sample()
         y = decoder.answer_states(decoder.read_context(vision, question), answer)[-1]
         assert torch.allclose(y.square().mean(-1), torch.ones(3, A, dtype=y.dtype), atol=1e-3)
+
+
+def test_cross_entropy():
+    """Loss and gradient are those of F.cross_entropy, over several chunks, with and without targets to ignore, in float64 and bfloat16."""
+    torch.manual_seed(0)
+    targets = torch.randint(V, (150,))
+    for ignored, dtype, tolerance in ((0, torch.float64, 1e-12), (40, torch.float64, 1e-12), (150, torch.float64, 1e-12), (40, torch.bfloat16, 1e-2)):
+        logits = torch.randn(150, V, dtype=dtype, requires_grad=True)
+        targets[:ignored] = -100
+        losses = CrossEntropy.apply(logits, targets), torch.nn.functional.cross_entropy(logits.double(), targets, reduction='sum') / max(1, 150 - ignored)
+        grads = [torch.autograd.grad(3 * loss, logits)[0] for loss in losses]
+        assert torch.allclose(losses[0].double(), losses[1], atol=tolerance) and torch.allclose(*grads, atol=tolerance * .1)
 
 
 def test_state_sizes():
