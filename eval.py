@@ -4,6 +4,7 @@ Evaluation: Exact Match, token F1 and token accuracy by question type; retrieval
     python eval.py --out_dir=out/trm                                          # the test split again, with all its files
     python eval.py --out_dir=out/trm --image=cat.jpg --question="what is it?" # one picture of your own
     python eval.py --out_dir=out/trm --attention=true                         # where every step of the recursion looks
+    python eval.py --out_dir=out/trm --states=true                            # how large the states are over 64 steps
     python eval.py --compare=out/trm,out/plain                                # finished runs side by side
 """
 
@@ -28,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from configurator import configure
 from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array
-from model import ModelConfig, build_model
+from model import ModelConfig, build_model, state_sizes
 
 FORMAT = 1  # of checkpoints; raised when their content changes
 
@@ -41,6 +42,7 @@ class EvalConfig:
     image: str | None = None        # a picture file: answer `question` about it instead
     question: str | None = None     # the question about `image`
     attention: bool = False         # draw where every step of the recursion looks, for a few questions, to out_dir/attention.png instead
+    states: bool = False            # print how large the states are over 64 steps instead
     compare: str | None = None      # run folders, separated by commas: print their results as one table instead
     inner_steps: int | None = None  # test-time depth: another number of inner steps than in training
     outer_steps: int | None = None  # the same for the outer steps
@@ -289,56 +291,42 @@ def draw_samples(path, rows, predictions, n=24, image_px=192):
 
 @torch.no_grad()
 def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, types=('1 hop', '2 hops', 'count', 'relation'), image_px=112):
-    """Writes a sheet that shows, for a question of each type, where every step of the recursion looks while it makes up the first
-    word of the answer: a row a step, on the left in the picture (the attention to each image token, spread over the patches that
-    the Perceiver made it of), on the right in the question. Mean over heads and blocks; the brightest place of a row is its maximum.
+    """Writes a sheet that shows, for a question of each type, where every call of F looks while the first word of the answer is made:
+    a row a call, in the picture (the attention to each image token, spread over the patches that the Perceiver made the token of) and
+    in the question (red). Mean over heads and blocks, of y, or with recursion='add' of z and, in the last row, y.
     """
-    font, pad, line_px, columns = ImageFont.load_default(13), 10, 18, 2
-    N, blocks = encoder.config.n_latents, []
+    font, tiles, colors = ImageFont.load_default(13), [], []
     chosen = [next((i for i, t in enumerate(rows.type) if t == type), None) for type in types]
     for i in [i for i in chosen if i is not None] or range(min(4, len(rows))):
-        picture = open_picture(rows.pictures[rows.picture[i]])
-        read, watch = [], []
-        patches = encoder.trunk(encoder.preprocess(picture)[None].to(device))
-        tokens = encoder.resampler(patches, read) if N else patches                    # (1, N, W)
-        spread = torch.stack([att[0].mean(0) for att in read]).mean(0) if N else torch.eye(patches.size(1), device=device)
+        picture, read, watch = open_picture(rows.pictures[rows.picture[i]]).convert('RGB'), [], []
+        patches = encoder.trunk(encoder.preprocess(picture)[None].to(device))          # (1, P, W)
+        tokens = encoder.resampler(patches, read) if encoder.config.n_latents else patches
         vision = encoder.projection(tokens)[..., :decoder.config.vision_dim]           # (1, N, D)
+        N, side = tokens.size(1), math.isqrt(patches.size(1))
+        spread = torch.cat(read).mean((0, 1)) if read else torch.eye(N, device=device)       # (N, P)
         question = torch.tensor([questions.questions[i]], device=device)
-        answer = torch.tensor([[tokenizer.bos_id]], device=device)
-        decoder.answer_states(decoder.read_context(vision, question), answer, watch=watch)
+        decoder.answer_states(decoder.read_context(vision, question), torch.tensor([[tokenizer.bos_id]], device=device), watch=watch)
         said = tokenizer.decode(decoder.generate(vision, question, questions.max_answer_tokens)[0].tolist())
-        words = [tokenizer.bpe.decode([t], errors='replace') for t in questions.questions[i]]
-        steps = []
-        for _, seen in watch:
-            att = torch.stack([a[0].mean(0)[0] for a in seen]).mean(0).float()         # (S + T,), of y at the first position
-            side = math.isqrt(spread.size(1))
-            steps.append(((att[:tokens.size(1)] @ spread.float()).view(side, side).cpu(), att[tokens.size(1):][:len(words)].cpu()))
-        blocks.append((picture.convert('RGB'), f"{rows.question[i]}  says: {said}  true: {' / '.join(rows.references[i][:3])}", words, steps))
 
-    width = max(image_px * 2 + 3 * pad + sum(font.getlength(word) + 8 for word in words) for _, _, words, _ in blocks) + pad
-    width = int(max(width, *(font.getlength(printable(title)) + 2 * pad for _, title, _, _ in blocks)))
-    heights = [line_px + pad + len(steps) * (image_px + 4) + pad for _, _, _, steps in blocks]
-    sheet = Image.new('RGB', (columns * width, sum(max(heights[k:k + columns]) for k in range(0, len(blocks), columns))), 'white')
-    draw, top = ImageDraw.Draw(sheet), 0
-    for k, (picture, title, words, steps) in enumerate(blocks):
-        left = k % columns * width + pad
-        if k and k % columns == 0:
-            top += max(heights[k - columns:k])
-        draw.text((left, top + 4), printable(title), 'black', font)
-        plain = picture.resize((image_px, image_px), Image.BICUBIC)
-        for s, (places, weights) in enumerate(steps):
-            y = top + line_px + pad + s * (image_px + 4)
-            heat = Image.fromarray((255 * places / places.max()).byte().numpy()).resize((image_px, image_px), Image.BICUBIC)
-            sheet.paste(plain, (left, y))
-            sheet.paste(Image.composite(plain, Image.new('RGB', plain.size, 'black'), heat), (left + image_px + 4, y))
-            x = left + 2 * image_px + 3 * pad
-            draw.text((x, y + image_px / 2 - 30), f'step {s + 1}: {weights.sum():.0%} on the question', 'gray', font)
+        words = [printable(tokenizer.bpe.decode([t], errors='replace')) for t in questions.questions[i]]
+        small = picture.resize((image_px, image_px), Image.BICUBIC)
+        strip = Image.new('RGB', (2 * image_px + 20 + int(sum(font.getlength(word) + 8 for word in words)), len(watch) * (image_px + 4)), 'white')
+        draw = ImageDraw.Draw(strip)
+        for step, (_, seen) in enumerate(watch):
+            att = torch.stack([a[0, :, 0].float().mean(0) for a in seen]).mean(0)      # (S + T,), of the first state
+            places, weights = (att[:N] @ spread.float()).view(side, side).cpu(), att[N:N + len(words)].cpu()
+            heat = Image.fromarray((255 * places / places.max()).byte().numpy()).resize(small.size, Image.BICUBIC)
+            x, y = 2 * image_px + 20, step * (image_px + 4)
+            strip.paste(small, (0, y))
+            strip.paste(Image.composite(small, Image.new('RGB', small.size), heat), (image_px + 4, y))
+            draw.text((x, y + image_px // 2 - 30), f'step {step + 1}: {weights.sum():.0%} on the question', 'gray', font)
             for word, weight in zip(words, weights / weights.max()):
-                shade = int(255 * (1 - .75 * weight))
-                draw.rectangle((x, y + image_px / 2 - 8, x + font.getlength(word) + 5, y + image_px / 2 + 12), (255, shade, shade))
-                draw.text((x + 3, y + image_px / 2 - 6), printable(word), 'black', font)
+                draw.rectangle((x, y + image_px // 2 - 8, x + font.getlength(word) + 5, y + image_px // 2 + 12), (255, *[int(255 - 190 * weight)] * 2))
+                draw.text((x + 3, y + image_px // 2 - 6), word, 'black', font)
                 x += font.getlength(word) + 8
-    write_whole(path, lambda f: sheet.save(f, 'PNG'))
+        tiles.append((strip, [rows.question[i], f"says: {said}, true: {' / '.join(rows.references[i][:3])}"]))
+        colors.append('darkgreen' if exact_match(said, rows.references[i]) else 'firebrick')
+    write_whole(path, lambda f: picture_sheet(tiles, columns=2, scale=1, colors=colors).save(f, 'PNG'))
 
 
 def draw_curves(out_dir):
@@ -477,6 +465,8 @@ def main(argv=None):
     run = checkpoint['settings']
     for key in ('inner_steps', 'outer_steps'):
         if getattr(settings, key) is not None:
+            if run['kind'] == 'plain':
+                raise ValueError(f'--{key}: {settings.out_dir} holds a plain decoder, which takes no steps')
             checkpoint['model_config'][key] = getattr(settings, key)
     decoder, encoder, tokenizer = load_run(checkpoint, device)
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -508,6 +498,12 @@ def main(argv=None):
         print(f'written: {settings.out_dir}/attention.png')
         return
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    if settings.states:
+        batch = {key: t.to(device) for key, t in questions.batch(next(questions.rows_in_order(settings.batch_size))).items()}
+        sizes = state_sizes(decoder, vision_of(batch['picture']), batch['question'], batch['answer'])
+        for n in (1, 2, 4, 8, 16, 32, 64):
+            print(f'after {n:2} steps: ' + ', '.join(f'RMS of {name} {size:.2f}' for name, size in zip('yz', sizes[n - 1]) if size))
+        return
     metrics, predictions = evaluate(decoder, questions, vision_of, device, settings.batch_size, **sampling)
     print(result_table(metrics))
     usual = EvalConfig(out_dir=settings.out_dir, batch_size=settings.batch_size, device=settings.device)

@@ -1,10 +1,10 @@
 """
 The decoders: a plain transformer, and a TRM that recurs on an answer state y and a latent state z.
 
-    B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens   T any of these lengths
+    B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens   T any length
     C width (n_embd)   D vision_dim   V vocabulary   nh heads   hs head size
     x context [image | question], fixed     y answer state (z_H in the reference code)     z latent state (z_L)
-    inner_steps: n in the paper (L_cycles)  outer_steps: T in the paper (H_cycles)
+    inner_steps: n in the paper (L_cycles)  outer_steps: its T (H_cycles)
 
 Both decoders are the same network F, a stack of blocks, and differ in what they do with it. F runs over the context once
 and keeps its keys and values. The plain decoder then runs F once over the answer y. The TRM runs F again and again over its
@@ -12,11 +12,11 @@ states, reading the same context: x never sees y or z, so what it offers them is
 """
 
 import copy
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
 
 import torch
 import torch.nn as nn
@@ -37,7 +37,8 @@ class ModelConfig:
     outer_steps: int = 1        # T, cycles
     deep_supervision: bool = False      # every cycle is trained on, each from where the last one ended; false: the last one only
     checkpoint_recursion: bool = False  # recompute the steps in the backward pass instead of keeping them: less memory, more time
-    norm: str = 'pre'           # 'pre': blocks norm what they read, F what it hands on; 'post': blocks norm what they hand on; 'open': as 'pre', the states grow
+    norm: str = 'pre'           # 'pre': blocks norm what they read, F what it hands on; 'post': blocks norm what they hand on;
+                                # 'unbounded': as 'pre', but F hands on what it has, and the states grow
     use_vision: bool = True     # false: the blind control, which never sees the picture
     prefix_lm: bool = True      # context tokens see each other both ways; false: causally, as in the seed
     pad_id: int = 0
@@ -45,7 +46,7 @@ class ModelConfig:
     eos_id: int = 2
 
     def __post_init__(self):
-        for key, allowed in dict(kind=('plain', 'trm'), recursion=('concat', 'add'), norm=('pre', 'post', 'open')).items():
+        for key, allowed in dict(kind=('plain', 'trm'), recursion=('concat', 'add'), norm=('pre', 'post', 'unbounded')).items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
@@ -53,6 +54,11 @@ class ModelConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
+
+    @property
+    def streams(self):
+        """States for an answer position that go through F together: y and z, or one of them."""
+        return 2 if self.kind == 'trm' and self.recursion == 'concat' else 1
 
 
 def norm(x):
@@ -73,7 +79,7 @@ def rotate(x, cos, sin):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy; on a CPU some rows at a time, so that at a vocabulary of 50,000 they stay in the cache; the gradient is made in passing.
+    """F.cross_entropy, 64 rows at a time, so that at a vocabulary of 50,000 they stay in a CPU's cache; the gradient is made in passing.
 
     Shapes: logits (R, V); targets (R,), -100 where there is nothing to predict -> mean nats per target
     """
@@ -81,19 +87,25 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         total, count, grad = 0, (targets >= 0).sum().clamp(min=1), torch.empty_like(logits)
-        rows = len(logits) if logits.is_cuda else 64
-        for l, t, g in zip(logits.split(rows), targets.split(rows), grad.split(rows)):
+        for l, t, g in zip(logits.split(64), targets.split(64), grad.split(64)):
             real, t = (t >= 0)[:, None], t.clamp(min=0)[:, None]
-            p = l.to(torch.promote_types(l.dtype, torch.float32)).log_softmax(-1)      # (rows, V)
+            p = l.to(torch.promote_types(l.dtype, torch.float32)).log_softmax(-1)      # (64, V)
             total = total - p.gather(1, t).mul(real).sum()
             p = p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
-            g.copy_(p.mul_(real / count))
+            g.copy_(p.mul_(real).div_(count))
         ctx.save_for_backward(grad)
         return total / count
 
     @staticmethod
     def backward(ctx, upstream):
         return ctx.saved_tensors[0] * upstream, None
+
+
+def cross_entropy(logits, targets):
+    """Shapes: logits (B, A, V), targets (B, A) -> mean nats per target that is not -100."""
+    if logits.device.type == 'cpu' and not torch.compiler.is_compiling():
+        return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
 class Attention(nn.Module):
@@ -110,7 +122,7 @@ class Attention(nn.Module):
         Shapes: h (B, T, C); mask (T, P + T) or (B, 1, 1 or T, T), 0 where a token may look and -inf where not;
             context, of this layer: keys (B, nh, S, hs), values (B, nh, S, hs), mask (B, 1, 1, S);
             past: memory for keys and values (2, B, nh, P + T or more, hs), and P, how many it holds; those of h are added
-            -> h (B, T, C), keys and values (B, nh, T, hs), attention (B, nh, T, [S +] P + T)
+            -> h (B, T, C), keys and values (B, nh, P + T, hs), attention (B, nh, T, [S +] P + T)
         """
         B, T, C = h.shape
         q, k, v = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
@@ -180,11 +192,11 @@ class Decoder(nn.Module):
             answer (B, A), starting with bos_id; targets (B, A), ending with eos_id, -100 where there is nothing to predict
             -> logits (B, A, V), loss: nats per target, mean over the batch (and the supervised cycles), or None without targets
         """
-        *earlier, logits = [self.head(y) for y in self.answer_states(self.read_context(vision, question), answer)]  # (B, A, V) each
+        states = self.answer_states(self.read_context(vision, question), answer)
         if targets is None:
-            return logits, None
-        losses = [CrossEntropy.apply(l.flatten(0, 1), targets.flatten()) for l in (*earlier, logits)]
-        return logits, sum(losses) / len(losses)
+            return self.head(states[-1]), None
+        logits = [self.head(y) for y in states]                        # (B, A, V) each
+        return logits[-1], sum(cross_entropy(l, targets) for l in logits) / len(logits)
 
     def read_context(self, vision, question):
         """Runs F over x = [image | question] once. -> keys, values and mask for every layer, and the number of tokens (B,)."""
@@ -221,17 +233,16 @@ class Decoder(nn.Module):
         layers, n_context = context
         c, A = self.config, answer.size(1)
         e = norm(self.embed(answer))                                   # (B, A, C)
-        width = 2 if c.kind == 'trm' and c.recursion == 'concat' else 1  # y_t and z_t share their time and their position
-        time = torch.arange(A, device=answer.device).repeat(width)
-        mask = F.pad(hide(time[:, None] < time, e.dtype), (width * start, 0))  # a state of time t sees states of times <= t
-        rope = rotations(n_context[:, None] + start + time, c.n_embd // c.n_head)
-        memories = repeat([None] * c.n_layer) if past is None else ([(m, width * start) for m in call] for call in past)
-        bounded = norm if c.norm == 'pre' else nn.Identity()           # 'post': they are already; 'open': they are not
+        when = torch.arange(A, device=answer.device).repeat(c.streams)  # y_t and z_t share their time and their position
+        mask = F.pad(hide(when[:, None] < when, e.dtype), (c.streams * start, 0))  # a state of time t sees states of times <= t
+        rope = rotations(n_context[:, None] + start + when, c.n_embd // c.n_head)
+        calls = None if past is None else iter(past)
+        bounded = norm if c.norm == 'pre' else nn.Identity()           # 'post': they are already; 'unbounded': they are not
 
         def network(h):
-            seen = []
-            for block, layer, memory in zip(self.blocks, layers, next(memories)):
-                h, _, att = block(h, rope, mask, layer, memory)
+            seen, memories = [], next(calls) if calls else [None] * c.n_layer
+            for block, layer, memory in zip(self.blocks, layers, memories):
+                h, _, att = block(h, rope, mask, layer, None if memory is None else (memory, c.streams * start))
                 seen.append(att)
             h = bounded(h)
             if watch is not None:
@@ -261,17 +272,13 @@ class Decoder(nn.Module):
         return ends
 
     def read_out(self, y):
-        return norm(y) if self.config.norm == 'open' else y
+        return norm(y) if self.config.norm == 'unbounded' else y
 
     def fresh_past(self, context, length):
         """Memory for keys and values of `length` answer positions: (calls of F, n_layer, 2, B, nh, T, hs), T states in a stream."""
-        c, T = self.config, length
-        calls = 1
-        if c.kind == 'trm':
-            calls = c.outer_steps * (c.inner_steps + (c.recursion == 'add'))
-            T *= 1 + (c.recursion == 'concat')
-        keys = context[0][0][0]                                        # (B, nh, S, hs)
-        return keys.new_empty(calls, c.n_layer, 2, len(keys), c.n_head, T, keys.size(3))
+        c, keys = self.config, context[0][0][0]                        # (B, nh, S, hs)
+        calls = 1 if c.kind == 'plain' else c.outer_steps * (c.inner_steps + (c.recursion == 'add'))
+        return keys.new_empty(calls, c.n_layer, 2, len(keys), c.n_head, c.streams * length, keys.size(3))
 
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None):
@@ -335,9 +342,15 @@ class BenchConfig:
     n_answer: int = 32       # answer tokens
     batch_size: int = 32     # rows
     repeats: int = 3         # rounds of timing; every figure is the fastest of them
-    memory: bool = False     # print what the backward pass keeps, by steps, with and without checkpoint_recursion, and stop
+    peak_size: int = 4096    # side of the matrices whose product shows the peak of the machine
+    memory: bool = False     # print the memory of a training step, by steps, with and without checkpoint_recursion, and stop
     states: bool = False     # print the size of states and gradients, by steps and norm, and stop
     device: str = 'cpu'      # cpu, cuda, ...
+
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f'{key}={value}: expected at least 1')
 
 
 def naive_logits(decoder, vision, question, answer):
@@ -350,10 +363,10 @@ def naive_logits(decoder, vision, question, answer):
     x = decoder.embed(question)
     x = norm(torch.cat([decoder.vision_proj(vision.type_as(x)), x], dim=1) if c.use_vision else x)  # (B, S, C)
     S, e = x.size(1), norm(decoder.embed(answer))                      # (B, A, C)
-    streams = 2 if c.kind == 'trm' and c.recursion == 'concat' else 1
-    position = torch.cat([torch.arange(S), S + torch.arange(A).repeat(streams)]).to(x.device)       # (S + streams * A,)
-    time = position.clamp(min=S - 1) if c.prefix_lm else position
-    mask = hide(time[:, None] < time, x.dtype)
+    place = partial(torch.arange, device=x.device)
+    position = torch.cat([place(S), S + place(A).repeat(c.streams)])   # (S + streams * A,)
+    when = position.clamp(min=S - 1) if c.prefix_lm else position
+    mask = hide(when[:, None] < when, x.dtype)
     rope = rotations(position[None], c.n_embd // c.n_head)
     carry = norm if c.norm == 'pre' else lambda h: h
 
@@ -368,14 +381,15 @@ def naive_logits(decoder, vision, question, answer):
     else:
         y = e if c.recursion == 'concat' else norm(decoder.y_start).expand_as(e)
         z = norm(decoder.z_start).expand_as(e)
-        for _ in range(c.outer_steps):
-            for _ in range(c.inner_steps):
-                if c.recursion == 'concat':
-                    y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)
-                else:
-                    z = network(carry(e + y + z))
-            if c.recursion == 'add':
-                y = network(carry(y + z))
+        for t in range(c.outer_steps):
+            with torch.set_grad_enabled(t == c.outer_steps - 1 and torch.is_grad_enabled()):
+                for _ in range(c.inner_steps):
+                    if c.recursion == 'concat':
+                        y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)
+                    else:
+                        z = network(carry(e + y + z))
+                if c.recursion == 'add':
+                    y = network(carry(y + z))
     return decoder.head(decoder.read_out(y))
 
 
@@ -391,85 +405,88 @@ def bench_decoder(b, **settings):
     """A decoder of the benchmark's scale and a batch for it: (vision, question, answer, targets), all tokens real."""
     torch.manual_seed(0)
     scale = {key: getattr(b, key) for key in ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')}
-    decoder = build_model(ModelConfig(**scale | settings)).to(b.device)
+    decoder = build_model(ModelConfig(**scale | dict(eos_id=-1) | settings)).to(b.device)  # no end token: answers get their whole length
     token = lambda length: torch.randint(3, b.vocab_size, (b.batch_size, length), device=b.device)
     answer = token(b.n_answer)
     return decoder, (torch.randn(b.batch_size, b.n_image, b.vision_dim, device=b.device), token(b.n_question), answer, answer.roll(-1, dims=1))
 
 
+def seconds(function, device):
+    """Wall clock of a call. On a GPU, waits for it."""
+    wait = partial(torch.cuda.synchronize, device) if device.startswith('cuda') else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def bench_run(b, name, loop, dtype, decoder, batch):
+    """One line of the benchmark: what to time, and the FLOPs of it, counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
+    autocast = torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32)
+
+    def loss():
+        with autocast:
+            if loop == 'naive':
+                return F.cross_entropy(naive_logits(decoder, *batch[:3]).flatten(0, 1).float(), batch[3].flatten())
+            return decoder(*batch)[1]
+
+    def step():
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def write(length=b.n_answer):
+        with autocast:
+            (naive_generate if loop == 'naive' else decoder.generate)(*[decoder] * (loop == 'naive'), *batch[:2], length)
+
+    counts = []
+    for function in (torch.no_grad()(loss), step):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        counts.append(counter.get_total_flops())
+    write(2)
+    return dict(name=name, loop=loop, dtype=dtype, step=step, write=write, flops=counts)
+
+
 def benchmark(b):
     """Prints parameters, FLOPs, time of a training step and generation speed for plain, concat and add, beside the naive loop."""
-    from torch.utils.flop_counter import FlopCounterMode
-    sync = torch.cuda.synchronize if b.device.startswith('cuda') else lambda: None
-
-    def seconds(function):
-        sync()
-        start = time.perf_counter()
-        function()
-        sync()
-        return time.perf_counter() - start
-
-    def peak(dtype):
-        a = torch.randn(4096, 4096, device=b.device, dtype=dtype)
-        return 2 * 4096 ** 3 / min(seconds(lambda: a @ a) for _ in range(4))
-
     bf16 = torch.cuda.is_bf16_supported() if b.device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
-    dtypes = [torch.float32] + [torch.bfloat16] * bf16
-    peaks = {dtype: peak(dtype) for dtype in dtypes}
-    print(' | '.join(f'{str(dtype)[6:]} peak {p / 1e9:.0f} GFLOP/s' for dtype, p in peaks.items()), '(a product of 4096 x 4096 matrices)')
+    dtypes, peaks = [torch.float32] + [torch.bfloat16] * bf16, {}
+    for dtype in dtypes:
+        m = torch.randn(b.peak_size, b.peak_size, device=b.device, dtype=dtype)
+        peaks[dtype] = 2 * b.peak_size ** 3 / min(seconds(lambda: m @ m, b.device) for _ in range(4))
+    print(' | '.join(f'{str(dtype)[6:]} peak {p / 1e9:.0f} GFLOP/s' for dtype, p in peaks.items()), f'(a product of matrices of side {b.peak_size})')
 
     runs, rows = [], []
     for name, settings in (('plain', dict(kind='plain', n_layer=2 * b.n_layer)), ('concat', {}), ('add', dict(recursion='add'))):
         decoder, batch = bench_decoder(b, **settings)
         rows.append([name, *(f'{n / 1e6:.2f} M' for n in decoder.parameter_counts().values())])
-        optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
-        loss_of = {'naive': lambda d, v, q, a, t: F.cross_entropy(naive_logits(d, v, q, a).flatten(0, 1).float(), t.flatten()),
-                   'ours': lambda d, v, q, a, t: d(v, q, a, t)[1]}
-        for way, dtype in (('naive', torch.float32), *(('ours', dtype) for dtype in dtypes)):
-            def step(decoder=decoder, batch=batch, optimizer=optimizer, loss=loss_of[way], dtype=dtype):
-                with torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32):
-                    value = loss(decoder, *batch)
-                value.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                loss_of[way](decoder, *batch)
-            forward = counter.get_total_flops()
-            with FlopCounterMode(display=False) as counter:
-                step()
-            @torch.no_grad()
-            def write(decoder=decoder, batch=batch, way=way, dtype=dtype):
-                with torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32):
-                    (naive_generate if way == 'naive' else write_whole_length)(decoder, *batch[:2], b.n_answer)
-            runs.append(dict(name=name, way=way, dtype=dtype, forward=forward, flops=counter.get_total_flops(), step=step, write=write, times=[], writes=[]))
+        runs += [bench_run(b, name, loop, dtype, decoder, batch) for loop, dtype in (('naive', torch.float32), *(('cached', d) for d in dtypes))]
     print(table(['parameters', *decoder.parameter_counts()], rows))
 
-    for _ in range(b.repeats):  # side by side: every round times everything once
+    for k in range(b.repeats):  # side by side: a round times everything once, but for the naive loop's generation, timed once in all
         for run in runs:
-            run['times'].append(seconds(run['step']))
+            run['step_s'] = min(run.get('step_s', math.inf), seconds(run['step'], b.device))
+            if k == 0 or run['loop'] != 'naive':
+                run['write_s'] = min(run.get('write_s', math.inf), seconds(run['write'], b.device))
+    naive, rows = {run['name']: run for run in runs if run['loop'] == 'naive'}, []
     for run in runs:
-        run['writes'] = [seconds(run['write']) for _ in range(1 if run['way'] == 'naive' else b.repeats)]
-    rows, naive = [], {}
-    for run in runs:
-        t, w = min(run['times']), min(run['writes'])
-        if run['way'] == 'naive':
-            naive[run['name']] = t, w
-        rows.append([run['name'], run['way'], str(run['dtype'])[6:], f"{run['forward'] / 1e9:.4g}", f"{run['flops'] / 1e9:.4g}", f'{1e3 * t:.0f}',
-                     f"{naive[run['name']][0] / t:.1f}", f"{100 * run['flops'] / t / peaks[run['dtype']]:.0f} %",
-                     f'{b.batch_size * b.n_answer / w:.0f}', f"{naive[run['name']][1] / w:.1f}"])
-    print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'times naive', 'MFU', 'tokens/s written', 'times naive'], rows))
-
-
-def write_whole_length(decoder, vision, question, length):
-    """Generation that never stops early, for timing: no token is the end token."""
-    decoder.config.eos_id, kept = -1, decoder.config.eos_id
-    decoder.generate(vision, question, length)
-    decoder.config.eos_id = kept
+        slow, (forward, step) = naive[run['name']], run['flops']
+        rows.append([run['name'], run['loop'], str(run['dtype'])[6:], f'{forward / 1e9:.4g}', f'{step / 1e9:.4g}', f"{1e3 * run['step_s']:.3g}",
+                     f"{slow['step_s'] / run['step_s']:.1f}", f"{100 * step / run['step_s'] / peaks[run['dtype']]:.0f} %",
+                     f"{b.batch_size * b.n_answer / run['write_s']:.0f}", f"{slow['write_s'] / run['write_s']:.1f}"])
+    print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'speed-up', 'MFU', 'tokens/s written', 'speed-up'], rows))
 
 
 def state_sizes(decoder, vision, question, answer, steps=64):
     """RMS of the states after every step of one long cycle. Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of
-    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None."""
+    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None. Raises: ValueError if plain."""
+    if decoder.config.kind == 'plain':
+        raise ValueError('a plain decoder has no recurrent states')
     rms = lambda h: h.float().square().mean().sqrt().item()
     decoder = copy.deepcopy(decoder)
     decoder.config.inner_steps, decoder.config.outer_steps, watch = steps, 1, []
@@ -484,7 +501,7 @@ def show_states(b):
     """Prints the sizes of fresh states and gradients for every recursion and norm, at the width of the benchmark."""
     rows, marks = [], (1, 4, 16, 64)
     for recursion in ('concat', 'add'):
-        for placement in ('pre', 'post', 'open'):
+        for placement in ('pre', 'post', 'unbounded'):
             decoder, batch = bench_decoder(b, recursion=recursion, norm=placement)
             sizes, grads = state_sizes(decoder, *batch[:3], steps=max(marks)), []
             for n in (4, 8, 16):
@@ -497,7 +514,7 @@ def show_states(b):
 
 
 def show_memory(b):
-    """Prints what a forward and a backward pass need beyond the weights, each measured in a process of its own."""
+    """Prints how much memory a forward and backward pass adds to the weights, gradients included, each in a process of its own."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     rows = []
@@ -511,24 +528,31 @@ def show_memory(b):
 
 
 def peak_memory(b, recompute):
-    """Bytes of memory that a training step adds to a process at its peak."""
+    """Bytes that a forward and a backward pass add to the most that the process has used so far."""
     import resource
     decoder, batch = bench_decoder(b, checkpoint_recursion=recompute)
-    used = lambda: torch.cuda.max_memory_allocated() if b.device.startswith('cuda') else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = lambda: torch.cuda.max_memory_allocated(b.device) if b.device.startswith('cuda') else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
     before = used()
     decoder(*batch)[1].backward()
     return used() - before
 
 
 def table(head, rows):
+    """Rows of cells as a Markdown table."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    lines = [' | '.join(f'{str(cell):>{w}}' for cell, w in zip(row, widths)) for row in [head, *rows]]
-    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], ''])
+    lines = ['| ' + ' | '.join(f'{str(cell):>{w}}' for cell, w in zip(row, widths)) + ' |' for row in [head, *rows]]
+    lines.insert(1, '|' + '|'.join('-' * (w + 1) + ':' for w in widths) + '|')
+    return '\n'.join(lines) + '\n'
 
 
-if __name__ == '__main__':
+def main():
     from configurator import configure
     from train import keep_freed_memory
     settings, _ = configure(BenchConfig, sys.argv[1:], 'model.py')
     keep_freed_memory()
-    show_states(settings) if settings.states else show_memory(settings) if settings.memory else benchmark(settings)
+    (show_states if settings.states else show_memory if settings.memory else benchmark)(settings)
+
+
+if __name__ == '__main__':
+    from eval import run_script
+    run_script(main)
