@@ -47,14 +47,18 @@ class EncoderConfig:
     std: tuple = (0.25, 0.25, 0.25)         # of a channel, pixels 0..1
 
 
-def attention(q, k, v, n_head, seen=None):
-    """Multi-head attention, written out. Shapes: q (B, T, W), k and v (B, S, W), seen (B, S) bool or None -> (B, T, W)."""
+def attention(q, k, v, n_head, seen=None, watch=None):
+    """Multi-head attention, written out. Shapes: q (B, T, W), k and v (B, S, W), seen (B, S) bool or None;
+    watch, a list that gets the weights (B, nh, T, S) -> (B, T, W)."""
     B, T, W = q.shape
     q, k, v = (t.view(B, -1, n_head, W // n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
     att = q @ k.transpose(-2, -1) / math.sqrt(W // n_head)                             # (B, nh, T, S)
     if seen is not None:
         att = att.masked_fill(~seen[:, None, None, :], -torch.inf)
-    return (att.softmax(-1) @ v).transpose(1, 2).reshape(B, T, W)
+    att = att.softmax(-1)
+    if watch is not None:
+        watch.append(att)
+    return (att @ v).transpose(1, 2).reshape(B, T, W)
 
 
 class Block(nn.Module):
@@ -86,9 +90,9 @@ class Reader(nn.Module):
         self.out = nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x, read):                                                        # (B, T, W), (B, S, W)
+    def forward(self, x, read, watch=None):                                            # (B, T, W), (B, S, W)
         k, v = self.to_kv(self.norm1(read)).chunk(2, dim=-1)
-        x = x + self.out(attention(self.to_q(self.norm1(x)), k, v, self.n_head))
+        x = x + self.out(attention(self.to_q(self.norm1(x)), k, v, self.n_head, watch=watch))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))                           # (B, T, W)
 
 
@@ -152,10 +156,10 @@ class Perceiver(nn.Module):
             nn.init.orthogonal_(layer.to_q.weight, gain=1.5)
             layer.to_kv.weight.data[:W] = layer.to_q.weight.data
 
-    def forward(self, x):                                                              # (B, P, W)
+    def forward(self, x, watch=None):                                                  # (B, P, W)
         latents = self.latents.expand(len(x), -1, -1)                                  # (B, N, W)
         for layer in self.layers:
-            latents = layer(latents, x)
+            latents = layer(latents, x, watch)
         return self.norm(latents)                                                      # (B, N, W)
 
 

@@ -3,10 +3,13 @@ Evaluation: Exact Match, token F1 and token accuracy by question type; retrieval
 
     python eval.py --out_dir=out/trm                                          # the test split again, with all its files
     python eval.py --out_dir=out/trm --image=cat.jpg --question="what is it?" # one picture of your own
+    python eval.py --out_dir=out/trm --attention=true                         # where every step of the recursion looks
+    python eval.py --out_dir=out/trm --states=true                            # how large the states are over 64 steps
     python eval.py --compare=out/trm,out/plain                                # finished runs side by side
 """
 
 import json
+import math
 import os
 import pickle
 import random
@@ -26,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from configurator import configure
 from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array
-from model import ModelConfig, build_model
+from model import ModelConfig, build_model, state_sizes
 
 FORMAT = 1  # of checkpoints; raised when their content changes
 
@@ -38,6 +41,8 @@ class EvalConfig:
     dataset: str | None = None      # another dataset folder than the one of the run
     image: str | None = None        # a picture file: answer `question` about it instead
     question: str | None = None     # the question about `image`
+    attention: bool = False         # draw where every step of the recursion looks, for a few questions, to out_dir/attention.png instead
+    states: bool = False            # print how large the states are over 64 steps instead
     compare: str | None = None      # run folders, separated by commas: print their results as one table instead
     inner_steps: int | None = None  # test-time depth: another number of inner steps than in training
     outer_steps: int | None = None  # the same for the outer steps
@@ -284,6 +289,46 @@ def draw_samples(path, rows, predictions, n=24, image_px=192):
     write_whole(path, lambda f: picture_sheet(tiles, scale=1, colors=colors).save(f, 'PNG'))
 
 
+@torch.no_grad()
+def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, types=('1 hop', '2 hops', 'count', 'relation'), image_px=112):
+    """Writes a sheet that shows, for a question of each type, where every call of F looks while the first word of the answer is made:
+    a row a call, in the picture (the attention to each image token, spread over the patches that the Perceiver made the token of) and
+    in the question (red). Mean over heads and blocks, of y, or with recursion='add' of z and, in the last row, y.
+    """
+    font, tiles, colors = ImageFont.load_default(13), [], []
+    chosen = [next((i for i, t in enumerate(rows.type) if t == type), None) for type in types]
+    for i in [i for i in chosen if i is not None] or range(min(4, len(rows))):
+        picture, read, watch = open_picture(rows.pictures[rows.picture[i]]).convert('RGB'), [], []
+        patches = encoder.trunk(encoder.preprocess(picture)[None].to(device))          # (1, P, W)
+        tokens = encoder.resampler(patches, read) if encoder.config.n_latents else patches
+        vision = encoder.projection(tokens)[..., :decoder.config.vision_dim]           # (1, N, D)
+        N, side = tokens.size(1), math.isqrt(patches.size(1))
+        spread = torch.cat(read).mean((0, 1)) if read else torch.eye(N, device=device)       # (N, P)
+        question = torch.tensor([questions.questions[i]], device=device)
+        decoder.answer_states(decoder.read_context(vision, question), torch.tensor([[tokenizer.bos_id]], device=device), watch=watch)
+        said = tokenizer.decode(decoder.generate(vision, question, questions.max_answer_tokens)[0].tolist())
+
+        words = [printable(tokenizer.bpe.decode([t], errors='replace')) for t in questions.questions[i]]
+        small = picture.resize((image_px, image_px), Image.BICUBIC)
+        strip = Image.new('RGB', (2 * image_px + 20 + int(sum(font.getlength(word) + 8 for word in words)), len(watch) * (image_px + 4)), 'white')
+        draw = ImageDraw.Draw(strip)
+        for step, (_, seen) in enumerate(watch):
+            att = torch.stack([a[0, :, 0].float().mean(0) for a in seen]).mean(0)      # (S + T,), of the first state
+            places, weights = (att[:N] @ spread.float()).view(side, side).cpu(), att[N:N + len(words)].cpu()
+            heat = Image.fromarray((255 * places / places.max()).byte().numpy()).resize(small.size, Image.BICUBIC)
+            x, y = 2 * image_px + 20, step * (image_px + 4)
+            strip.paste(small, (0, y))
+            strip.paste(Image.composite(small, Image.new('RGB', small.size), heat), (image_px + 4, y))
+            draw.text((x, y + image_px // 2 - 30), f'step {step + 1}: {weights.sum():.0%} on the question', 'gray', font)
+            for word, weight in zip(words, weights / weights.max()):
+                draw.rectangle((x, y + image_px // 2 - 8, x + font.getlength(word) + 5, y + image_px // 2 + 12), (255, *[int(255 - 190 * weight)] * 2))
+                draw.text((x + 3, y + image_px // 2 - 6), word, 'black', font)
+                x += font.getlength(word) + 8
+        tiles.append((strip, [rows.question[i], f"says: {said}, true: {' / '.join(rows.references[i][:3])}"]))
+        colors.append('darkgreen' if exact_match(said, rows.references[i]) else 'firebrick')
+    write_whole(path, lambda f: picture_sheet(tiles, columns=2, scale=1, colors=colors).save(f, 'PNG'))
+
+
 def draw_curves(out_dir):
     """Draws loss and Exact Match over the steps from log.jsonl to curves.png; without matplotlib, says how to get them."""
     try:
@@ -420,6 +465,8 @@ def main(argv=None):
     run = checkpoint['settings']
     for key in ('inner_steps', 'outer_steps'):
         if getattr(settings, key) is not None:
+            if run['kind'] == 'plain':
+                raise ValueError(f'--{key}: {settings.out_dir} holds a plain decoder, which takes no steps')
             checkpoint['model_config'][key] = getattr(settings, key)
     decoder, encoder, tokenizer = load_run(checkpoint, device)
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -444,7 +491,19 @@ def main(argv=None):
 
     rows = read_rows(settings.dataset or run['dataset'], settings.split)
     questions = Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], run['truncate'])
+    if settings.attention:
+        if not encoder:
+            raise ValueError(f'{settings.out_dir}: a run without vision has no picture to look at')
+        draw_attention(Path(settings.out_dir) / 'attention.png', decoder, encoder, tokenizer, rows, questions, device)
+        print(f'written: {settings.out_dir}/attention.png')
+        return
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    if settings.states:
+        batch = {key: t.to(device) for key, t in questions.batch(next(questions.rows_in_order(settings.batch_size))).items()}
+        sizes = state_sizes(decoder, vision_of(batch['picture']), batch['question'], batch['answer'])
+        for n in (1, 2, 4, 8, 16, 32, 64):
+            print(f'after {n:2} steps: ' + ', '.join(f'RMS of {name} {size:.2f}' for name, size in zip('yz', sizes[n - 1]) if size))
+        return
     metrics, predictions = evaluate(decoder, questions, vision_of, device, settings.batch_size, **sampling)
     print(result_table(metrics))
     usual = EvalConfig(out_dir=settings.out_dir, batch_size=settings.batch_size, device=settings.device)

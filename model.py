@@ -1,21 +1,27 @@
 """
 The decoders: a plain transformer, and a TRM that recurs on an answer state y and a latent state z.
 
-    B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens   T any of these lengths
+    B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens   T any length
     C width (n_embd)   D vision_dim   V vocabulary   nh heads   hs head size
     x context [image | question], fixed     y answer state (z_H in the reference code)     z latent state (z_L)
-    inner_steps: n in the paper (L_cycles)  outer_steps: T in the paper (H_cycles)
+    inner_steps: n in the paper (L_cycles)  outer_steps: its T (H_cycles)
 
 Both decoders are the same network F, a stack of blocks, and differ in what they do with it. F runs over the context once
 and keeps its keys and values. The plain decoder then runs F once over the answer y. The TRM runs F again and again over its
 states, reading the same context: x never sees y or z, so what it offers them is the same in every step.
 """
 
-from dataclasses import dataclass
+import copy
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -28,7 +34,11 @@ class ModelConfig:
     vision_dim: int = 128       # D, dimensions of an image token
     recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'add': z <- F(x + y + z), then y <- F(y + z)
     inner_steps: int = 4        # n, steps of a cycle
-    outer_steps: int = 1        # T, cycles; all but the last run without gradient
+    outer_steps: int = 1        # T, cycles
+    deep_supervision: bool = False      # every cycle is trained on, each from where the last one ended; false: the last one only
+    checkpoint_recursion: bool = False  # recompute the steps in the backward pass instead of keeping them: less memory, more time
+    norm: str = 'pre'           # 'pre': blocks norm what they read, F what it hands on; 'post': blocks norm what they hand on;
+                                # 'unbounded': as 'pre', but F hands on what it has, and the states grow
     use_vision: bool = True     # false: the blind control, which never sees the picture
     prefix_lm: bool = True      # context tokens see each other both ways; false: causally, as in the seed
     pad_id: int = 0
@@ -36,7 +46,7 @@ class ModelConfig:
     eos_id: int = 2
 
     def __post_init__(self):
-        for key, allowed in dict(kind=('plain', 'trm'), recursion=('concat', 'add')).items():
+        for key, allowed in dict(kind=('plain', 'trm'), recursion=('concat', 'add'), norm=('pre', 'post', 'unbounded')).items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
@@ -44,6 +54,11 @@ class ModelConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
+
+    @property
+    def streams(self):
+        """States for an answer position that go through F together: y and z, or one of them."""
+        return 2 if self.kind == 'trm' and self.recursion == 'concat' else 1
 
 
 def norm(x):
@@ -63,6 +78,36 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy, 64 rows at a time, so that at a vocabulary of 50,000 they stay in a CPU's cache; the gradient is made in passing.
+
+    Shapes: logits (R, V); targets (R,), -100 where there is nothing to predict -> mean nats per target
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        total, count, grad = 0, (targets >= 0).sum().clamp(min=1), torch.empty_like(logits)
+        for l, t, g in zip(logits.split(64), targets.split(64), grad.split(64)):
+            real, t = (t >= 0)[:, None], t.clamp(min=0)[:, None]
+            p = l.to(torch.promote_types(l.dtype, torch.float32)).log_softmax(-1)      # (64, V)
+            total = total - p.gather(1, t).mul(real).sum()
+            p = p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
+            g.copy_(p.mul_(real).div_(count))
+        ctx.save_for_backward(grad)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0] * upstream, None
+
+
+def cross_entropy(logits, targets):
+    """Shapes: logits (B, A, V), targets (B, A) -> mean nats per target that is not -100."""
+    if logits.device.type == 'cpu' and not torch.compiler.is_compiling():
+        return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+
 class Attention(nn.Module):
     """Multi-head attention, written out. A token sees its own stream under a mask and, if there is one, the whole context."""
 
@@ -72,39 +117,47 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, h, rope, mask, context=None):
+    def forward(self, h, rope, mask, context=None, past=None):
         """
-        Shapes: h (B, T, C); mask (T, T) or (B, 1, 1 or T, T), 0 where a token may look and -inf where not;
-            context, of this layer: keys (B, nh, S, hs), values (B, nh, S, hs), mask (B, 1, 1, S)
-            -> h (B, T, C), keys and values (B, nh, T, hs)
+        Shapes: h (B, T, C); mask (T, P + T) or (B, 1, 1 or T, T), 0 where a token may look and -inf where not;
+            context, of this layer: keys (B, nh, S, hs), values (B, nh, S, hs), mask (B, 1, 1, S);
+            past: memory for keys and values (2, B, nh, P + T or more, hs), and P, how many it holds; those of h are added
+            -> h (B, T, C), keys and values (B, nh, P + T, hs), attention (B, nh, T, [S +] P + T)
         """
         B, T, C = h.shape
         q, k, v = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         q, k = rotate(q, *rope) * (C // self.n_head) ** -.5, rotate(k, *rope)
-        att = q @ k.transpose(-2, -1) + mask                           # (B, nh, T, T)
+        if past is not None:
+            memory, P = past
+            memory[:, :, :, P:P + T] = torch.stack([k, v])
+            k, v = memory[:, :, :, :P + T]                             # (B, nh, P + T, hs) both
+        att = q @ k.transpose(-2, -1) + mask                           # (B, nh, T, P + T)
         if context is None:
-            y = att.softmax(-1) @ v                                    # (B, nh, T, hs)
+            att = att.softmax(-1)
+            y = att @ v                                                # (B, nh, T, hs)
         else:  # one softmax over both; the parts are multiplied apart, which spares copying the context
             keys, values, context_mask = context
-            att = torch.cat([q @ keys.transpose(-2, -1) + context_mask, att], dim=-1).softmax(-1)  # (B, nh, T, S + T)
+            att = torch.cat([q @ keys.transpose(-2, -1) + context_mask, att], dim=-1).softmax(-1)  # (B, nh, T, S + P + T)
             S = keys.size(2)
             y = att[..., :S] @ values + att[..., S:] @ v               # (B, nh, T, hs)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), (k, v)
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), (k, v), att
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A transformer block, with its norms before or after attention and MLP."""
 
     def __init__(self, config):
         super().__init__()
+        self.before, self.after = (nn.Identity(), norm) if config.norm == 'post' else (norm, nn.Identity())
         self.attention = Attention(config)
         self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, h, rope, mask, context=None):
-        attended, kv = self.attention(norm(h), rope, mask, context)
-        h = h + attended
-        return h + self.fc2(F.gelu(self.fc1(norm(h)))), kv
+    def forward(self, h, rope, mask, context=None, past=None):
+        """Shapes: as `Attention` -> h (B, T, C), keys and values, attention."""
+        attended, kv, att = self.attention(self.before(h), rope, mask, context, past)
+        h = self.after(h + attended)
+        return self.after(h + self.fc2(F.gelu(self.fc1(self.before(h))))), kv, att
 
 
 class Decoder(nn.Module):
@@ -137,11 +190,13 @@ class Decoder(nn.Module):
 
         Shapes: vision (B, N, D), ignored (may be None) without use_vision; question (B, Q), padded on the right with pad_id;
             answer (B, A), starting with bos_id; targets (B, A), ending with eos_id, -100 where there is nothing to predict
-            -> logits (B, A, V), loss: nats per target, mean over the batch, or None without targets
+            -> logits (B, A, V), loss: nats per target, mean over the batch (and the supervised cycles), or None without targets
         """
-        logits = self.head(self.answer_states(self.read_context(vision, question), answer))        # (B, A, V)
-        loss = None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return logits, loss
+        states = self.answer_states(self.read_context(vision, question), answer)
+        if targets is None:
+            return self.head(states[-1]), None
+        logits = [self.head(y) for y in states]                        # (B, A, V) each
+        return logits[-1], sum(cross_entropy(l, targets) for l in logits) / len(logits)
 
     def read_context(self, vision, question):
         """Runs F over x = [image | question] once. -> keys, values and mask for every layer, and the number of tokens (B,)."""
@@ -156,7 +211,7 @@ class Decoder(nn.Module):
         rope = rotations(positions[None], x.size(2) // self.config.n_head)
         h, layers = norm(x), []
         for block in self.blocks[:-1]:
-            h, kv = block(h, rope, mask_x)
+            h, kv, _ = block(h, rope, mask_x)
             layers.append((*kv, mask))
         layers.append((*self.last_kv(h, rope), mask))
         return layers, seen.sum(1)
@@ -164,64 +219,92 @@ class Decoder(nn.Module):
     def last_kv(self, h, rope):
         """Keys and values of the last layer, the only thing that it has to do for the context."""
         attention, C = self.blocks[-1].attention, h.size(2)
-        k, v = F.linear(norm(h), attention.qkv.weight[C:]).unflatten(2, (2, attention.n_head, -1)).permute(2, 0, 3, 1, 4)
+        k, v = F.linear(self.blocks[-1].before(h), attention.qkv.weight[C:]).unflatten(2, (2, attention.n_head, -1)).permute(2, 0, 3, 1, 4)
         return rotate(k, *rope), v                                     # (B, nh, S, hs) both
 
-    def answer_states(self, context, answer):
-        """Runs the decoder over the answer positions. Shapes: answer (B, A) -> y (B, A, C), from which the head predicts."""
+    def answer_states(self, context, answer, past=None, start=0, watch=None):
+        """Runs the decoder over answer positions.
+
+        Shapes: context, from `read_context`; answer (B, A), the positions from `start` on; past, from `fresh_past`, holds what
+            comes before them, and they are added; watch, a list to which every call of F adds its states (B, T, C) and, for each
+            block, its attention (B, nh, T, S + T)
+            -> y (B, A, C) at the end of every cycle that is trained on, a list; the head predicts from the last one
+        """
         layers, n_context = context
         c, A = self.config, answer.size(1)
         e = norm(self.embed(answer))                                   # (B, A, C)
-        time = torch.arange(A, device=answer.device)                   # a state of time t sees states of times <= t
-        if c.kind == 'trm' and c.recursion == 'concat':
-            time = time.repeat(2)                                      # y_t and z_t share their time and their position
-        mask = hide(time[:, None] < time, e.dtype)
-        rope = rotations(n_context[:, None] + time, c.n_embd // c.n_head)
+        when = torch.arange(A, device=answer.device).repeat(c.streams)  # y_t and z_t share their time and their position
+        mask = F.pad(hide(when[:, None] < when, e.dtype), (c.streams * start, 0))  # a state of time t sees states of times <= t
+        rope = rotations(n_context[:, None] + start + when, c.n_embd // c.n_head)
+        calls = None if past is None else iter(past)
+        bounded = norm if c.norm == 'pre' else nn.Identity()           # 'post': they are already; 'unbounded': they are not
 
         def network(h):
-            for block, layer in zip(self.blocks, layers):
-                h, _ = block(h, rope, mask, layer)
-            return norm(h)  # also what keeps the states bounded, however often they come round
+            seen, memories = [], next(calls) if calls else [None] * c.n_layer
+            for block, layer, memory in zip(self.blocks, layers, memories):
+                h, _, att = block(h, rope, mask, layer, None if memory is None else (memory, c.streams * start))
+                seen.append(att)
+            h = bounded(h)
+            if watch is not None:
+                watch.append((h, seen))
+            return h
 
         def cycle(y, z):
             for _ in range(c.inner_steps):
                 if c.recursion == 'concat':
-                    y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)
+                    y, z = step(torch.cat([y, z], dim=1)).chunk(2, dim=1)
                 else:
-                    z = network(norm(e + y + z))
-            return (y, z) if c.recursion == 'concat' else (network(norm(y + z)), z)
+                    z = step(bounded(e + y + z))
+            return (y, z) if c.recursion == 'concat' else (step(bounded(y + z)), z)
 
+        step = partial(checkpoint, network, use_reentrant=False) if c.checkpoint_recursion and torch.is_grad_enabled() else network
         if c.kind == 'plain':
-            return network(e)
+            return [self.read_out(network(e))]
         y = e if c.recursion == 'concat' else norm(self.y_start).expand_as(e)
         z = norm(self.z_start).expand_as(e)
-        with torch.no_grad():
-            for _ in range(c.outer_steps - 1):
-                y, z = cycle(y, z)
-        return cycle(y, z)[0]                                          # the gradient goes through the whole last cycle
+        ends = []
+        for t in range(c.outer_steps):  # the gradient goes through a whole cycle and not beyond it
+            trained = c.deep_supervision or t == c.outer_steps - 1
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                y, z = cycle(y, z) if t == 0 else cycle(y.detach(), z.detach())
+            if trained:
+                ends.append(self.read_out(y))
+        return ends
+
+    def read_out(self, y):
+        return norm(y) if self.config.norm == 'unbounded' else y
+
+    def fresh_past(self, context, length):
+        """Memory for keys and values of `length` answer positions: (calls of F, n_layer, 2, B, nh, T, hs), T states in a stream."""
+        c, keys = self.config, context[0][0][0]                        # (B, nh, S, hs)
+        calls = 1 if c.kind == 'plain' else c.outer_steps * (c.inner_steps + (c.recursion == 'add'))
+        return keys.new_empty(calls, c.n_layer, 2, len(keys), c.n_head, c.streams * length, keys.size(3))
 
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Answers token by token, greedily at temperature 0, else by drawing from the top_k likeliest tokens.
+        """Answers token by token, greedily at temperature 0, else by drawing from the top_k likeliest tokens. What position t computes
+        in a call of F depends on positions up to t alone, so a token costs one position: the keys and values before it are kept.
 
         Shapes: as `forward` -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after it.
         """
         c, context, B = self.config, self.read_context(vision, question), len(question)
-        answer = torch.full((B, 1), c.bos_id, device=question.device)
+        past = self.fresh_past(context, max_new_tokens)
+        answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
+        answer[:, 0] = c.bos_id
         done = torch.zeros(B, dtype=torch.bool, device=question.device)
-        for _ in range(max_new_tokens):
-            logits = self.head(self.answer_states(context, answer)[:, -1]).float()                 # (B, V)
+        for t in range(max_new_tokens):
+            logits = self.head(self.answer_states(context, answer[:, t:t + 1], past, start=t)[-1][:, 0]).float()  # (B, V)
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
                 if top_k:
                     logits[logits < logits.topk(min(top_k, c.vocab_size)).values[:, -1:]] = -torch.inf
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            token = token.masked_fill(done, c.pad_id)
-            answer, done = torch.cat([answer, token[:, None]], dim=1), done | (token == c.eos_id)
+            answer[:, t + 1] = token.masked_fill(done, c.pad_id)
+            done |= token == c.eos_id
             if done.all():
                 break
-        return F.pad(answer[:, 1:], (0, max_new_tokens + 1 - answer.size(1)), value=c.pad_id)
+        return answer[:, 1:]
 
     def parameter_counts(self):
         """Parameters by part: {'core': blocks and start states, 'embedding': tied with the head, 'vision_proj': ..., 'total': ...}."""
@@ -239,3 +322,237 @@ def hide(hidden, dtype):
 def build_model(config):
     """A decoder with fresh weights, drawn from torch's current seed."""
     return Decoder(config)
+
+
+# ----------------------------------------------------------------------------
+# python model.py: how large and how fast
+
+@dataclass
+class BenchConfig:
+    # the defaults are the scale of the seed: PixMo, GPT-2's vocabulary, 64 image tokens of 4096 dimensions
+    n_layer: int = 2         # blocks in F
+    n_head: int = 8          # attention heads
+    n_embd: int = 512        # width
+    inner_steps: int = 4     # steps of a cycle
+    outer_steps: int = 1     # cycles
+    vocab_size: int = 50257  # size of the vocabulary
+    vision_dim: int = 4096   # dimensions of an image token
+    n_image: int = 64        # image tokens
+    n_question: int = 20     # question tokens
+    n_answer: int = 32       # answer tokens
+    batch_size: int = 32     # rows
+    repeats: int = 3         # rounds of timing; every figure is the fastest of them
+    peak_size: int = 4096    # side of the matrices whose product shows the peak of the machine
+    memory: bool = False     # print the memory of a training step, by steps, with and without checkpoint_recursion, and stop
+    states: bool = False     # print the size of states and gradients, by steps and norm, and stop
+    device: str = 'cpu'      # cpu, cuda, ...
+
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f'{key}={value}: expected at least 1')
+
+
+def naive_logits(decoder, vision, question, answer):
+    """The decoder as one would first write it, and as the seed did: every step of the recursion runs F over the whole sequence
+    [x | y | z], built anew. No padding. The same logits as `Decoder.forward`; the yardstick of the benchmark.
+
+    Shapes: as `Decoder.forward`, without padding -> (B, A, V)
+    """
+    c, A = decoder.config, answer.size(1)
+    x = decoder.embed(question)
+    x = norm(torch.cat([decoder.vision_proj(vision.type_as(x)), x], dim=1) if c.use_vision else x)  # (B, S, C)
+    S, e = x.size(1), norm(decoder.embed(answer))                      # (B, A, C)
+    place = partial(torch.arange, device=x.device)
+    position = torch.cat([place(S), S + place(A).repeat(c.streams)])   # (S + streams * A,)
+    when = position.clamp(min=S - 1) if c.prefix_lm else position
+    mask = hide(when[:, None] < when, x.dtype)
+    rope = rotations(position[None], c.n_embd // c.n_head)
+    carry = norm if c.norm == 'pre' else lambda h: h
+
+    def network(h):
+        h = torch.cat([x, h], dim=1)
+        for block in decoder.blocks:
+            h, *_ = block(h, rope, mask)
+        return carry(h[:, S:])
+
+    if c.kind == 'plain':
+        y = network(e)
+    else:
+        y = e if c.recursion == 'concat' else norm(decoder.y_start).expand_as(e)
+        z = norm(decoder.z_start).expand_as(e)
+        for t in range(c.outer_steps):
+            with torch.set_grad_enabled(t == c.outer_steps - 1 and torch.is_grad_enabled()):
+                for _ in range(c.inner_steps):
+                    if c.recursion == 'concat':
+                        y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)
+                    else:
+                        z = network(carry(e + y + z))
+                if c.recursion == 'add':
+                    y = network(carry(y + z))
+    return decoder.head(decoder.read_out(y))
+
+
+def naive_generate(decoder, vision, question, max_new_tokens):
+    """Greedy generation that runs `naive_logits` over everything for every token. -> (B, max_new_tokens)"""
+    answer = torch.full((len(question), 1), decoder.config.bos_id, device=question.device)
+    for _ in range(max_new_tokens):
+        answer = torch.cat([answer, naive_logits(decoder, vision, question, answer)[:, -1:].argmax(-1)], dim=1)
+    return answer[:, 1:]
+
+
+def bench_decoder(b, **settings):
+    """A decoder of the benchmark's scale and a batch for it: (vision, question, answer, targets), all tokens real."""
+    torch.manual_seed(0)
+    scale = {key: getattr(b, key) for key in ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')}
+    decoder = build_model(ModelConfig(**scale | dict(eos_id=-1) | settings)).to(b.device)  # no end token: answers get their whole length
+    token = lambda length: torch.randint(3, b.vocab_size, (b.batch_size, length), device=b.device)
+    answer = token(b.n_answer)
+    return decoder, (torch.randn(b.batch_size, b.n_image, b.vision_dim, device=b.device), token(b.n_question), answer, answer.roll(-1, dims=1))
+
+
+def seconds(function, device):
+    """Wall clock of a call. On a GPU, waits for it."""
+    wait = partial(torch.cuda.synchronize, device) if device.startswith('cuda') else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def bench_run(b, name, loop, dtype, decoder, batch):
+    """One line of the benchmark: what to time, and the FLOPs of it, counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
+    autocast = torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32)
+
+    def loss():
+        with autocast:
+            if loop == 'naive':
+                return F.cross_entropy(naive_logits(decoder, *batch[:3]).flatten(0, 1).float(), batch[3].flatten())
+            return decoder(*batch)[1]
+
+    def step():
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def write(length=b.n_answer):
+        with autocast:
+            (naive_generate if loop == 'naive' else decoder.generate)(*[decoder] * (loop == 'naive'), *batch[:2], length)
+
+    counts = []
+    for function in (torch.no_grad()(loss), step):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        counts.append(counter.get_total_flops())
+    write(2)
+    return dict(name=name, loop=loop, dtype=dtype, step=step, write=write, flops=counts)
+
+
+def benchmark(b):
+    """Prints parameters, FLOPs, time of a training step and generation speed for plain, concat and add, beside the naive loop."""
+    bf16 = torch.cuda.is_bf16_supported() if b.device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
+    dtypes, peaks = [torch.float32] + [torch.bfloat16] * bf16, {}
+    for dtype in dtypes:
+        m = torch.randn(b.peak_size, b.peak_size, device=b.device, dtype=dtype)
+        peaks[dtype] = 2 * b.peak_size ** 3 / min(seconds(lambda: m @ m, b.device) for _ in range(4))
+    print(' | '.join(f'{str(dtype)[6:]} peak {p / 1e9:.0f} GFLOP/s' for dtype, p in peaks.items()), f'(a product of matrices of side {b.peak_size})')
+
+    runs, rows = [], []
+    for name, settings in (('plain', dict(kind='plain', n_layer=2 * b.n_layer)), ('concat', {}), ('add', dict(recursion='add'))):
+        decoder, batch = bench_decoder(b, **settings)
+        rows.append([name, *(f'{n / 1e6:.2f} M' for n in decoder.parameter_counts().values())])
+        runs += [bench_run(b, name, loop, dtype, decoder, batch) for loop, dtype in (('naive', torch.float32), *(('cached', d) for d in dtypes))]
+    print(table(['parameters', *decoder.parameter_counts()], rows))
+
+    for k in range(b.repeats):  # side by side: a round times everything once, but for the naive loop's generation, timed once in all
+        for run in runs:
+            run['step_s'] = min(run.get('step_s', math.inf), seconds(run['step'], b.device))
+            if k == 0 or run['loop'] != 'naive':
+                run['write_s'] = min(run.get('write_s', math.inf), seconds(run['write'], b.device))
+    naive, rows = {run['name']: run for run in runs if run['loop'] == 'naive'}, []
+    for run in runs:
+        slow, (forward, step) = naive[run['name']], run['flops']
+        rows.append([run['name'], run['loop'], str(run['dtype'])[6:], f'{forward / 1e9:.4g}', f'{step / 1e9:.4g}', f"{1e3 * run['step_s']:.3g}",
+                     f"{slow['step_s'] / run['step_s']:.1f}", f"{100 * step / run['step_s'] / peaks[run['dtype']]:.0f} %",
+                     f"{b.batch_size * b.n_answer / run['write_s']:.0f}", f"{slow['write_s'] / run['write_s']:.1f}"])
+    print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'speed-up', 'MFU', 'tokens/s written', 'speed-up'], rows))
+
+
+def state_sizes(decoder, vision, question, answer, steps=64):
+    """RMS of the states after every step of one long cycle. Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of
+    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None. Raises: ValueError if plain."""
+    if decoder.config.kind == 'plain':
+        raise ValueError('a plain decoder has no recurrent states')
+    rms = lambda h: h.float().square().mean().sqrt().item()
+    decoder = copy.deepcopy(decoder)
+    decoder.config.inner_steps, decoder.config.outer_steps, watch = steps, 1, []
+    with torch.no_grad():
+        decoder.answer_states(decoder.read_context(vision, question), answer, watch=watch)
+    if decoder.config.recursion == 'concat':
+        return [tuple(rms(half) for half in h.chunk(2, dim=1)) for h, _ in watch]
+    return [(None, rms(h)) for h, _ in watch[:-2]] + [(rms(watch[-1][0]), rms(watch[-2][0]))]
+
+
+def show_states(b):
+    """Prints the sizes of fresh states and gradients for every recursion and norm, at the width of the benchmark."""
+    rows, marks = [], (1, 4, 16, 64)
+    for recursion in ('concat', 'add'):
+        for placement in ('pre', 'post', 'unbounded'):
+            decoder, batch = bench_decoder(b, recursion=recursion, norm=placement)
+            sizes, grads = state_sizes(decoder, *batch[:3], steps=max(marks)), []
+            for n in (4, 8, 16):
+                decoder.config.inner_steps = n
+                decoder.zero_grad()
+                decoder(*batch)[1].backward()
+                grads.append(torch.stack([p.grad.norm() for p in decoder.blocks.parameters()]).norm().item())
+            rows.append([recursion, placement, *(f'{sizes[n - 1][1]:.2f}' for n in marks), f'{sizes[-1][0]:.2f}', *(f'{g:.2f}' for g in grads)])
+    print(table(['recursion', 'norm', *(f'z after {n}' for n in marks), f'y after {marks[-1]}', *(f'gradient at n={n}' for n in (4, 8, 16))], rows))
+
+
+def show_memory(b):
+    """Prints how much memory a forward and backward pass adds to the weights, gradients included, each in a process of its own."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    rows = []
+    for n in (1, 2, 4, 8, 16):
+        row = [n]
+        for recompute in (False, True):
+            with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+                row.append(f'{pool.submit(peak_memory, replace(b, inner_steps=n), recompute).result() / 2 ** 20:.0f}')
+        rows.append(row)
+    print(table(['steps', 'MiB, all kept', 'MiB, checkpoint_recursion'], rows))
+
+
+def peak_memory(b, recompute):
+    """Bytes that a forward and a backward pass add to the most that the process has used so far."""
+    import resource
+    decoder, batch = bench_decoder(b, checkpoint_recursion=recompute)
+    used = lambda: torch.cuda.max_memory_allocated(b.device) if b.device.startswith('cuda') else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    before = used()
+    decoder(*batch)[1].backward()
+    return used() - before
+
+
+def table(head, rows):
+    """Rows of cells as a Markdown table."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    lines = ['| ' + ' | '.join(f'{str(cell):>{w}}' for cell, w in zip(row, widths)) + ' |' for row in [head, *rows]]
+    lines.insert(1, '|' + '|'.join('-' * (w + 1) + ':' for w in widths) + '|')
+    return '\n'.join(lines) + '\n'
+
+
+def main():
+    from configurator import configure
+    from train import keep_freed_memory
+    settings, _ = configure(BenchConfig, sys.argv[1:], 'model.py')
+    keep_freed_memory()
+    (show_states if settings.states else show_memory if settings.memory else benchmark)(settings)
+
+
+if __name__ == '__main__':
+    from eval import run_script
+    run_script(main)

@@ -62,7 +62,10 @@ class TrainConfig:
     n_embd: int = 128                         # width
     recursion: str = 'concat'                 # concat: [y ; z] together; add: x + y + z
     inner_steps: int = 4                      # steps of a cycle
-    outer_steps: int = 1                      # cycles, all but the last without gradient
+    outer_steps: int = 1                      # cycles
+    deep_supervision: bool = False            # every cycle is trained on; false: the last one only
+    checkpoint_recursion: bool = False        # recompute the steps in the backward pass: less memory, more time
+    norm: str = 'pre'                         # pre, post, or unbounded: where the norms are, see model.ModelConfig
     use_vision: bool = True                   # false: the blind control
     prefix_lm: bool = True                    # the context sees itself both ways; false: causally
     # the encoder, in stage align; see encoder.EncoderConfig

@@ -5,13 +5,16 @@ import math
 import pytest
 import torch
 
-from model import ModelConfig, build_model
+from model import BenchConfig, CrossEntropy, ModelConfig, benchmark, build_model, naive_logits, show_memory, show_states, state_sizes
 
 V, N, Q, A = 40, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
 DECODERS = [dict(kind='plain', n_layer=3), dict(recursion='concat', inner_steps=1), dict(recursion='concat', inner_steps=3),
             dict(recursion='concat', inner_steps=2, outer_steps=2), dict(recursion='add', inner_steps=1),
-            dict(recursion='add', inner_steps=3), dict(recursion='add', inner_steps=2, outer_steps=2)]
+            dict(recursion='add', inner_steps=3), dict(recursion='add', inner_steps=2, outer_steps=2),
+            dict(recursion='concat', inner_steps=2, outer_steps=2, deep_supervision=True), dict(recursion='add', inner_steps=2, norm='post'),
+            dict(recursion='concat', inner_steps=2, norm='post'), dict(kind='plain', norm='post'), dict(inner_steps=2, norm='unbounded'),
+            dict(recursion='add', inner_steps=2, norm='unbounded'), dict(kind='plain', norm='unbounded')]
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
 
@@ -55,11 +58,14 @@ def test_everything_lives(settings, prefix_lm):
     decoder = decoder_of(settings, prefix_lm=prefix_lm)
     vision, question, answer = sample()
     vision.requires_grad_()
+    embedded = []  # of the question, then of the answer; the weights themselves are tied with the head, which would hide a dead end
+    hook = decoder.embed.register_forward_hook(lambda module, args, out: (out.retain_grad(), embedded.append(out)) and None)
     logits, _ = decoder(vision, question, answer)
     logits.square().sum().backward()
+    hook.remove()
     assert (vision.grad.abs().amax(2) > 0).all()
-    assert (decoder.embed.weight.grad[question.flatten()].abs().amax(1) > 0).all()
-    if decoder.config.kind == 'trm' and decoder.config.outer_steps == 1:
+    assert (embedded[0].grad.abs().amax(2) > 0).all()
+    if decoder.config.kind == 'trm' and decoder.config.outer_steps == 1:  # also true with deep supervision and one cycle
         assert decoder.z_start.grad.abs().max() > 1e-9
     elif decoder.config.kind == 'trm':
         decoder.z_start.data = -decoder.z_start
@@ -74,44 +80,60 @@ def test_context_once(settings, prefix_lm):
     vision, question, answer = sample()
     question[1, 4:] = PAD
     fast, _ = decoder(vision, question, answer)
-    assert torch.allclose(fast, naive_logits(decoder, vision, question, answer), atol=1e-10, rtol=0)
+    for logits, v, q, a in zip(fast, vision, question, answer):  # the naive loop knows no padding
+        assert torch.allclose(logits, naive_logits(decoder, v[None], q[None, q != PAD], a[None])[0], atol=1e-10, rtol=0)
 
 
-def naive_logits(decoder, vision, question, answer):
-    """The decoder as one would first write it: every step runs over the whole sequence, row by row, without padding."""
-    from model import norm, rotations
-    c, rows = decoder.config, []
-    for v, q, a in zip(vision, question, answer):
-        q = q[q != PAD]
-        x = norm(torch.cat([decoder.vision_proj(v), decoder.embed(q)]))                # (S, C)
-        S, e = len(x), norm(decoder.embed(a))
-        streams = 2 if c.kind == 'trm' and c.recursion == 'concat' else 1
-        time = torch.cat([torch.arange(S) if not c.prefix_lm else torch.full((S,), S - 1), S + torch.arange(len(a)).repeat(streams)])
-        position = torch.cat([torch.arange(S), S + torch.arange(len(a)).repeat(streams)])
-        mask = torch.zeros(len(time), len(time), dtype=x.dtype).masked_fill(time[:, None] < time, -math.inf)
-        rope = rotations(position[None], c.n_embd // c.n_head)
+@every_decoder
+@every_mask
+@torch.no_grad()
+def test_cache_is_exact(settings, prefix_lm):
+    """Logits from one position at a time, with the keys and values before it kept, equal those of the whole answer at once, for rows
+    of different lengths."""
+    decoder = decoder_of(settings, prefix_lm=prefix_lm)
+    vision, question, answer = sample()
+    question[1, 4:], question[2, 1:] = PAD, PAD
+    whole, _ = decoder(vision, question, answer)
+    context = decoder.read_context(vision, question)
+    past = decoder.fresh_past(context, A)
+    for t in range(A):
+        y = decoder.answer_states(context, answer[:, t:t + 1], past, start=t)[-1]
+        assert torch.allclose(decoder.head(y)[:, 0], whole[:, t], atol=1e-10, rtol=0)
 
-        def network(h):
-            h = torch.cat([x, h])[None]
-            for block in decoder.blocks:
-                h, _ = block(h, rope, mask)
-            return norm(h[0, S:])
 
-        y = e if c.recursion == 'concat' else norm(decoder.y_start).expand_as(e)
-        if c.kind == 'plain':
-            y = network(e)
-        else:
-            z = norm(decoder.z_start).expand_as(e)
-            for _ in range(c.outer_steps):
-                for _ in range(c.inner_steps):
-                    if c.recursion == 'concat':
-                        y, z = network(torch.cat([y, z])).chunk(2)
-                    else:
-                        z = network(norm(e + y + z))
-                if c.recursion == 'add':
-                    y = network(norm(y + z))
-        rows.append(decoder.head(y))
-    return torch.stack(rows)
+@every_decoder
+def test_checkpointing_changes_nothing(settings):
+    """checkpoint_recursion keeps less for the backward pass of a TRM and gives the same loss and the same gradients."""
+    grads, kept = [], []
+    for recompute in (False, True):
+        decoder = decoder_of(settings, checkpoint_recursion=recompute)
+        vision, question, answer = sample()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            _, loss = decoder(vision, question, answer, answer.roll(-1, dims=1))
+        kept.append(sum(sizes))
+        loss.backward()
+        grads.append([loss] + [p.grad for p in decoder.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(grads[1]) and all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(*grads))
+    assert kept[1] < kept[0] or decoder.config.kind == 'plain'
+
+
+@pytest.mark.parametrize('recursion', ['concat', 'add'])
+def test_deep_supervision(recursion):
+    """Deep supervision trains on every cycle: the loss is the mean over the cycles, each of which is what a decoder with so many cycles
+    predicts, and no gradient crosses from one cycle into the one before. Without it the first cycles get none."""
+    settings = dict(recursion=recursion, inner_steps=2, outer_steps=2)
+    vision, question, answer = sample()
+    targets = answer.roll(-1, dims=1)
+    one, two = decoder_of(settings | dict(outer_steps=1)), decoder_of(settings)
+    deep = decoder_of(settings, deep_supervision=True)
+    losses = [d(vision, question, answer, targets)[1] for d in (one, two, deep)]
+    assert torch.allclose(losses[2], (losses[0] + losses[1]) / 2, atol=1e-12, rtol=0)
+    for d, loss in zip((one, two, deep), losses):
+        loss.backward()
+    for name, p in deep.named_parameters():
+        a, b = one.get_parameter(name).grad, two.get_parameter(name).grad
+        assert torch.allclose(p.grad, sum(g for g in (a, b) if g is not None) / 2, atol=1e-12, rtol=0), name
 
 
 @every_decoder
@@ -133,15 +155,17 @@ def test_padding_and_rows(settings, prefix_lm):
 
 @every_decoder
 def test_generation_follows_forward(settings):
-    """Greedy generation gives, token for token, what the teacher-forced forward pass predicts; temperature 0.01 agrees."""
+    """Greedy generation gives, token for token, what the teacher-forced forward pass predicts, and nothing after the
+    end token; a temperature near 0 agrees."""
     decoder = decoder_of(settings)
     vision, question, _ = sample()
+    decoder.config.eos_id = decoder.generate(vision, question, 6)[1, 2].item()  # a token that is written, so that a row ends early
     written = decoder.generate(vision, question, 6)
     answer = torch.cat([torch.full((3, 1), BOS), written[:, :-1]], dim=1)
     predicted = decoder(vision, question, answer)[0].argmax(-1)
-    ended = (written == EOS).cumsum(1).cumsum(1) > 1  # behind the end token
+    ended = (written == decoder.config.eos_id).cumsum(1).cumsum(1) > 1  # behind the end token
     assert torch.equal(predicted[~ended], written[~ended])
-    assert (written[ended] == PAD).all()
+    assert ended.any() and (written[ended] == PAD).all()
     cold = decoder.generate(vision, question, 6, temperature=1e-4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(cold, written)
 
@@ -201,13 +225,48 @@ def test_targets_are_ignored_at_padding():
     assert torch.allclose(*losses, atol=1e-12)
 
 
-def test_states_stay_bounded():
-    """However many steps, the states keep an RMS of 1: the network ends with a norm."""
+def test_cross_entropy():
+    """Loss and gradient are those of F.cross_entropy, over several chunks, with and without targets to ignore, in float64 and bfloat16."""
+    torch.manual_seed(0)
+    targets = torch.randint(V, (150,))
+    for ignored, dtype, tolerance in ((0, torch.float64, 1e-12), (40, torch.float64, 1e-12), (150, torch.float64, 1e-12), (40, torch.bfloat16, 1e-2)):
+        logits = torch.randn(150, V, dtype=dtype, requires_grad=True)
+        targets[:ignored] = -100
+        losses = CrossEntropy.apply(logits, targets), torch.nn.functional.cross_entropy(logits.double(), targets, reduction='sum') / max(1, 150 - ignored)
+        grads = [torch.autograd.grad(3 * loss, logits)[0] for loss in losses]
+        assert torch.allclose(losses[0].double(), losses[1], atol=tolerance, rtol=0) and torch.allclose(*grads, atol=tolerance * .1, rtol=0)
+
+
+def test_state_sizes():
+    """'pre' and 'post' keep the states at RMS 1 over 64 steps, 'unbounded' lets them grow; what is measured is what the decoder hands on."""
+    vision, question, answer = sample()
     for recursion in ('concat', 'add'):
-        decoder = decoder_of(dict(recursion=recursion, inner_steps=64))
-        vision, question, answer = sample()
-        y = decoder.answer_states(decoder.read_context(vision, question), answer)
-        assert torch.allclose(y.square().mean(-1), torch.ones(3, A, dtype=y.dtype), atol=1e-3)
+        ends = {}
+        for placement in ('pre', 'post', 'unbounded'):
+            sizes = state_sizes(decoder_of(dict(recursion=recursion, norm=placement)), vision, question, answer)
+            ends[placement] = sizes[-1]
+            assert len(sizes) == 64
+        assert all(abs(size - 1) < 1e-3 for placement in ('pre', 'post') for size in ends[placement])
+        assert min(ends['unbounded']) > 3
+
+
+def test_benchmark(capsys):
+    """`python model.py` counts FLOPs as they follow from the shapes, and shows parameters and times for every decoder."""
+    b = BenchConfig(n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
+                    batch_size=2, repeats=1, peak_size=64)
+    C, V, D, S, A = b.n_embd, b.vocab_size, b.vision_dim, 8, 4
+    T = S + 2 * A
+    forward = 2 * 2 * (5 * D * C + 2 * (T * 12 * C * C + 2 * T * T * C) + A * C * V)  # 2 FLOPs, 2 rows; the naive concat loop
+    benchmark(b)
+    text = capsys.readouterr().out
+    assert f'{forward / 1e9:.4g}' in text and 'MFU' in text
+    assert all(text.count(f' {name} |') >= 3 for name in ('plain', 'concat', 'add'))
+    show_states(b)
+    assert 'gradient at n=16' in capsys.readouterr().out
+    show_memory(b)
+    assert 'checkpoint_recursion' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='repeats=0'):
+        BenchConfig(repeats=0)
 
 
 def test_blind():
@@ -218,13 +277,18 @@ def test_blind():
     assert decoder.parameter_counts()['vision_proj'] == 0
 
 
-def test_test_time_depth():
-    """A trained decoder runs with another number of steps, with the same weights and another result."""
-    decoder = decoder_of(DECODERS[2])
+@pytest.mark.parametrize('recursion', ['concat', 'add'])
+def test_test_time_depth(recursion):
+    """A decoder runs with other numbers of steps and cycles than it was made with: the same weights, another result, and generation
+    follows."""
+    decoder = decoder_of(dict(recursion=recursion, inner_steps=3))
     vision, question, answer = sample()
-    before, _ = decoder(vision, question, answer)
-    decoder.config.inner_steps = 7
-    assert not torch.allclose(before, decoder(vision, question, answer)[0])
+    seen = [decoder(vision, question, answer)[0]]
+    for key in ('inner_steps', 'outer_steps'):
+        setattr(decoder.config, key, 5)
+        seen.append(decoder(vision, question, answer)[0])
+        first = decoder(vision, question, answer[:, :1])[0].argmax(-1)
+        assert not torch.allclose(seen[-1], seen[-2]) and torch.equal(first, decoder.generate(vision, question, 1))
 
 
 @pytest.mark.parametrize('bad, message', [(dict(kind='trn'), 'kind=trn'), (dict(n_embd=30, n_head=4), 'n_embd=30'),

@@ -35,6 +35,9 @@ def test_answer_stage(config, flags, tmp_path, capsys):
     """Every ready config trains, evaluates and writes all its files; eval.py repeats the result and answers about a picture."""
     out = tmp_path / config
     train.main([str(ROOT / f'config/{config}.py'), *flags, f'--out_dir={out}'])
+    for flag in ['--inner_steps=3', '--states=true'] if config == 'plain' else []:
+        with pytest.raises(ValueError, match='plain decoder'):
+            evaluation.main([f'--out_dir={out}', '--device=cpu', flag])
     text = capsys.readouterr().out
     assert 'expected loss at the start' in text and 'mean of types' in text and '2 hops' in text
     assert {p.name for p in out.iterdir()} >= {'ckpt.pt', 'metrics.json', 'log.jsonl', 'predictions.jsonl', 'samples.png'}
@@ -55,15 +58,28 @@ def test_answer_stage(config, flags, tmp_path, capsys):
     assert capsys.readouterr().out.count('\n') == 1
 
 
-def test_eval_options(flags, tmp_path, capsys):
+def test_eval_options(flags, tmp_path, capsys, monkeypatch):
     """Another split, depth or temperature is evaluated without touching the run's own files; --compare reads them."""
     out = tmp_path / 'a'
     train.main([*flags, f'--out_dir={out}'])
     before = (out / 'metrics.json').read_bytes()
+    evaluate, losses = evaluation.evaluate, []
+
+    def remembered(*args, **kwargs):
+        metrics, predictions = evaluate(*args, **kwargs)
+        losses.append((metrics['loss'], [p['prediction'] for p in predictions]))
+        return metrics, predictions
+    monkeypatch.setattr(evaluation, 'evaluate', remembered)
     for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--temperature=1', '--top_k=5', '--seed=3']):
         capsys.readouterr()
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', *option])
         assert 'nothing written' in capsys.readouterr().out
+    assert len({loss for loss, _ in losses[:3]}) == 3 and losses[3][1] != losses[0][1]  # every option had an effect
+    evaluation.main([f'--out_dir={out}', '--device=cpu', '--attention=true'])
+    capsys.readouterr()
+    evaluation.main([f'--out_dir={out}', '--device=cpu', '--states=true'])
+    assert 'after 64 steps: RMS of y 1.00, RMS of z 1.00' in capsys.readouterr().out
+    assert (out / 'attention.png').stat().st_size > 1000
     assert (out / 'metrics.json').read_bytes() == before
     evaluation.main([f'--compare={out},{out}'])
     assert capsys.readouterr().out.count(str(out)) == 2
@@ -95,14 +111,15 @@ def test_trained_along(flags, tmp_path):
     evaluation.main([f'--out_dir={out}', '--device=cpu'])
 
 
-@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--outer_steps=2',
+@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--norm=post', '--norm=unbounded', '--outer_steps=2',
+                                    '--outer_steps=2 --deep_supervision=true',
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
                                     '--vocab_size=300', '--n_layer=1', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
 def test_settings_matter(option, flags, tmp_path):
     """Every setting changes the weights that come out: none is read and then forgotten."""
     more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120', '--dtype=float32']
     ends = []
-    for name, flag in (('a', []), ('b', [option])):
+    for name, flag in (('a', option.split()[:-1]), ('b', option.split())):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.AnswerTask, 'finish', lambda *args: None)
             train.main([*flags, *more, *flag, f'--out_dir={tmp_path / name}'])
