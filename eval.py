@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from configurator import configure
 from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array
-from model import ModelConfig, build_model, state_sizes
+from model import ModelConfig, build_model, state_sizes, table
 
 FORMAT = 1  # of checkpoints; raised when their content changes
 
@@ -444,15 +444,12 @@ def compare(out_dirs):
         runs.append((out_dir, json.loads(path.read_text())))
     types = sorted({t for _, m in runs for t in m['by_type']}, key=type_order)
     heads = ['run', 'parameters', 'core', 'steps', 'train s', 'em', 'f1', 'mean of types', *types]
-    table = [heads] + [[
+    rows = [[
         str(out_dir), f"{m['parameters']['total']:,}", f"{m['parameters']['core']:,}", str(m['step']), f"{m['train_s']:.0f}",
         f"{m['em']:.3f}", f"{m['f1']:.3f}", f"{m['em_types']:.3f}",
         *(f"{m['by_type'][t]['f1' if t == 'describe' else 'em']:.3f}" if t in m['by_type'] else '-' for t in types)]
         for out_dir, m in runs]
-    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-    lines = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(row, widths)) + ' |' for row in table]
-    lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
-    return '\n'.join(lines) + '\n(em by type; f1 for describe)' * ('describe' in types)
+    return table(heads, rows) + '(em by type; f1 for describe)' * ('describe' in types)
 
 
 def main(argv=None):
