@@ -159,7 +159,7 @@ def test_generation_follows_forward(settings):
     end token; a temperature near 0 agrees."""
     decoder = decoder_of(settings)
     vision, question, _ = sample()
-    decoder.config.eos_id = decoder.generate(vision, question, 6)[1, 2].item()  # a token that is written, so that a row ends early
+    decoder.config.eos_id = decoder.generate(vision, question, 6)[1, 0].item()  # a token that is written, so that a row ends early
     written = decoder.generate(vision, question, 6)
     answer = torch.cat([torch.full((3, 1), BOS), written[:, :-1]], dim=1)
     predicted = decoder(vision, question, answer)[0].argmax(-1)
