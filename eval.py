@@ -333,6 +333,7 @@ def draw_curves(out_dir):
     """Draws loss and Exact Match over the steps from log.jsonl to curves.png; without matplotlib, says how to get them."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         print('curves.png not drawn: pip install matplotlib, then run eval.py on this folder')
         return
@@ -347,8 +348,9 @@ def draw_curves(out_dir):
     figure_of_merit = evals[0]['figure'] if evals else 'em'
     right.plot([e['step'] for e in evals], [e[figure_of_merit] for e in evals], 'o-', markersize=3, color='tab:green')
     right.set(xlabel='step', ylabel=f'validation {figure_of_merit}', ylim=(0, 1))
-    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        axis('{x:g}')
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter('{x:g}')
+    left.yaxis.set_minor_formatter('')
     for axes in (left, right):
         axes.grid(alpha=.3)
     figure.suptitle(str(out_dir))
