@@ -42,7 +42,7 @@ class TrainConfig:
     dtype: str = 'auto'                       # of the matrix products: float32, bfloat16, or auto: bfloat16 where it is fast
     compile: bool | None = None               # torch.compile; None: on a GPU only
     log_interval: int = 50                    # steps between log lines
-    eval_interval: int = 350                  # steps between validations, each followed by a checkpoint
+    eval_interval: int = 300                  # steps between validations, each followed by a checkpoint
     wandb: bool = False                       # log to Weights & Biases too (pip install wandb)
     # pictures and words
     dataset: str = 'data/shapes'              # folder with train, val and test.parquet; data/shapes is drawn if it is missing
@@ -77,7 +77,7 @@ class TrainConfig:
     encoder_dim: int = 128                    # dimensions of a token; its half, quarter and eighth are the Matryoshka prefixes
     # the optimizer
     optimizer: str = 'muon'                   # muon: Muon on the layers' matrices and AdamW on the rest; adamw: on everything
-    max_steps: int = 1400                     # optimizer steps
+    max_steps: int = 1800                     # optimizer steps
     batch_size: int = 128                     # rows in a forward pass
     grad_accum: int = 1                       # forward passes in an optimizer step
     learning_rate: float = 2e-3               # at its peak
