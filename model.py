@@ -345,6 +345,8 @@ class BenchConfig:
     peak_size: int = 4096    # side of the matrices whose product shows the peak of the machine
     memory: bool = False     # print the memory of a training step, by steps, with and without checkpoint_recursion, and stop
     states: bool = False     # print the size of states and gradients, by steps and norm, and stop
+    profile: bool = False    # print the costliest operations of a training step of concat, and stop
+    compile: bool = False    # time a compiled training step too (torch.compile; with CUDA graphs on a GPU)
     device: str = 'cpu'      # cpu, cuda, ...
 
     def __post_init__(self):
@@ -427,35 +429,46 @@ def bench_run(b, name, loop, dtype, decoder, batch):
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
     autocast = torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32)
 
-    def loss():
+    def loss(forward):
         with autocast:
             if loop == 'naive':
                 return F.cross_entropy(naive_logits(decoder, *batch[:3]).flatten(0, 1).float(), batch[3].flatten())
-            return decoder(*batch)[1]
+            return forward(*batch)[1]
 
-    def step():
-        loss().backward()
+    def step(forward):
+        loss(forward).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def write(length=b.n_answer):
         with autocast:
-            (naive_generate if loop == 'naive' else decoder.generate)(*[decoder] * (loop == 'naive'), *batch[:2], length)
+            generate = partial(naive_generate, decoder) if loop == 'naive' else decoder.generate
+            generate(*batch[:2], length)
 
-    counts = []
+    flops, forward = [], decoder
     for function in (torch.no_grad()(loss), step):
         with FlopCounterMode(display=False) as counter:
-            function()
-        counts.append(counter.get_total_flops())
-    write(2)
-    return dict(name=name, loop=loop, dtype=dtype, step=step, write=write, flops=counts)
+            function(decoder)
+        flops.append(counter.get_total_flops())
+    if loop == 'compiled':
+        forward = torch.compile(decoder, mode='reduce-overhead')       # static shapes; on a GPU with CUDA graphs
+        for _ in range(3):  # compile, warm up, record
+            step(forward)
+    else:
+        write(2)
+    return dict(name=name, loop=loop, dtype=dtype, step=partial(step, forward), write=write, flops=flops)
+
+
+def fast_dtypes(device):
+    """float32, and bfloat16 after it where the hardware multiplies in it."""
+    bf16 = torch.cuda.is_bf16_supported() if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
+    return [torch.float32] + [torch.bfloat16] * bf16
 
 
 def benchmark(b):
     """Prints parameters, FLOPs, time of a training step and generation speed for plain, concat and add, beside the naive loop."""
-    bf16 = torch.cuda.is_bf16_supported() if b.device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
-    dtypes, peaks = [torch.float32] + [torch.bfloat16] * bf16, {}
+    dtypes, peaks = fast_dtypes(b.device), {}
     for dtype in dtypes:
         m = torch.randn(b.peak_size, b.peak_size, device=b.device, dtype=dtype)
         peaks[dtype] = 2 * b.peak_size ** 3 / min(seconds(lambda: m @ m, b.device) for _ in range(4))
@@ -465,21 +478,34 @@ def benchmark(b):
     for name, settings in (('plain', dict(kind='plain', n_layer=2 * b.n_layer)), ('concat', {}), ('add', dict(recursion='add'))):
         decoder, batch = bench_decoder(b, **settings)
         rows.append([name, *(f'{n / 1e6:.2f} M' for n in decoder.parameter_counts().values())])
-        runs += [bench_run(b, name, loop, dtype, decoder, batch) for loop, dtype in (('naive', torch.float32), *(('cached', d) for d in dtypes))]
+        loops = [('naive', torch.float32)] + [(loop, dtype) for dtype in dtypes for loop in ['cached'] + ['compiled'] * b.compile]
+        runs += [bench_run(b, name, loop, dtype, decoder, batch) for loop, dtype in loops]
     print(table(['parameters', *decoder.parameter_counts()], rows))
 
     for k in range(b.repeats):  # side by side: a round times everything once, but for the naive loop's generation, timed once in all
         for run in runs:
             run['step_s'] = min(run.get('step_s', math.inf), seconds(run['step'], b.device))
-            if k == 0 or run['loop'] != 'naive':
+            if run['loop'] == 'cached' or run['loop'] == 'naive' and k == 0:
                 run['write_s'] = min(run.get('write_s', math.inf), seconds(run['write'], b.device))
     naive, rows = {run['name']: run for run in runs if run['loop'] == 'naive'}, []
     for run in runs:
         slow, (forward, step) = naive[run['name']], run['flops']
         rows.append([run['name'], run['loop'], str(run['dtype'])[6:], f'{forward / 1e9:.4g}', f'{step / 1e9:.4g}', f"{1e3 * run['step_s']:.4g}",
                      f"{slow['step_s'] / run['step_s']:.1f}", f"{100 * step / run['step_s'] / peaks[run['dtype']]:.0f} %",
-                     f"{b.batch_size * b.n_answer / run['write_s']:.0f}", f"{slow['write_s'] / run['write_s']:.1f}"])
+                     *((f"{b.batch_size * b.n_answer / run['write_s']:.0f}", f"{slow['write_s'] / run['write_s']:.1f}") if 'write_s' in run else '--')])
     print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'speed-up', 'MFU', 'tokens/s written', 'speed-up'], rows))
+
+
+def show_profile(b, most=8):
+    """Prints the costliest operations of a training step of concat, in the fastest dtype."""
+    decoder, batch = bench_decoder(b)
+    step = bench_run(b, 'concat', 'compiled' if b.compile else 'cached', fast_dtypes(b.device)[-1], decoder, batch)['step']
+    with torch.profiler.profile() as profiler:
+        step()
+    own = lambda event: event.self_device_time_total if b.device.startswith('cuda') else event.self_cpu_time_total  # microseconds
+    events = sorted(profiler.key_averages(), key=own, reverse=True)
+    total = sum(map(own, events))
+    print(table(['operation', 'calls', 'ms', 'share'], [[e.key[:60], e.count, f'{own(e) / 1e3:.1f}', f'{own(e) / total:.0%}'] for e in events[:most]]))
 
 
 def state_sizes(decoder, vision, question, answer, steps=64):
@@ -550,7 +576,7 @@ def main():
     from train import keep_freed_memory
     settings, _ = configure(BenchConfig, sys.argv[1:], 'model.py')
     keep_freed_memory()
-    (show_states if settings.states else show_memory if settings.memory else benchmark)(settings)
+    (show_states if settings.states else show_memory if settings.memory else show_profile if settings.profile else benchmark)(settings)
 
 
 if __name__ == '__main__':

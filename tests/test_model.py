@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import BenchConfig, CrossEntropy, ModelConfig, benchmark, build_model, naive_logits, show_memory, show_states, state_sizes
+from model import BenchConfig, CrossEntropy, ModelConfig, benchmark, build_model, naive_logits, show_memory, show_profile, show_states, state_sizes
 
 V, N, Q, A = 40, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
@@ -265,6 +265,22 @@ def test_benchmark(capsys):
     assert 'gradient at n=16' in capsys.readouterr().out
     show_memory(b)
     assert 'checkpoint_recursion' in capsys.readouterr().out
+    show_profile(b)
+    assert 'mm' in capsys.readouterr().out
+
+
+def test_benchmark_compiled(capsys, monkeypatch):
+    """With --compile the compiled step is timed beside the others, and it is torch.compile's that runs."""
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda decoder, mode: lambda *batch: compiled.append(mode) or decoder(*batch))
+    benchmark(BenchConfig(n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
+                          batch_size=2, repeats=1, peak_size=64, compile=True))
+    text = capsys.readouterr().out
+    assert text.count(' compiled |') * 4 == len(compiled) and text.count(' - |') == 2 * text.count(' compiled |')
+
+
+def test_bad_bench_settings():
+    """A setting out of range is an error that names it."""
     with pytest.raises(ValueError, match='repeats=0'):
         BenchConfig(repeats=0)
 
