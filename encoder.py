@@ -14,19 +14,23 @@ prefix of the D dimensions is trained to be an embedding of its own, so a decode
 import argparse
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 @dataclass
@@ -34,17 +38,34 @@ class EncoderConfig:
     image_px: int = 64                      # side of the square picture, in pixels
     patch_px: int = 8                       # side of a patch, in pixels
     stem: str = 'conv'                      # 'conv': strided 3x3 convolutions; 'patch': one patch_px convolution (CLIP)
-    width: int = 128                        # W, width of the trunk and the resampler
+    width: int = 128                        # W, width of the trunk
     n_layer: int = 2                        # layers of the trunk
-    n_head: int = 4                         # attention heads, everywhere
+    n_head: int = 4                         # attention heads of the trunk
+    mlp_width: int | None = None            # of the trunk's MLPs; None: 4 W
     activation: str = 'gelu'                # 'gelu' or 'quick_gelu' (OpenAI's CLIP)
-    class_token: bool = False               # CLIP's; dropped before the resampler
+    class_token: bool = False               # CLIP's
+    keep_class_token: bool = False          # it is the first token; false: it is dropped behind the trunk
+    adapter: str = 'none'                   # between trunk and resampler: 'none', 'linear' or 'mlp'
+    adapter_width: int = 2048               # of the adapter's MLP
     n_latents: int = 16                     # N, tokens of a picture; 0: no resampler, the patches are the tokens
     perceiver_layers: int = 2               # layers of the resampler
+    perceiver_width: int | None = None      # of the resampler; None: W
+    perceiver_heads: int | None = None      # of the resampler; None: n_head
+    projection: str = 'linear'              # behind the resampler: 'none', 'linear' or 'norm_linear'
     vision_dim: int = 128                   # D, dimensions of a token
     prefixes: tuple = (16, 32, 64, 128)     # Matryoshka: each of these prefixes of D is an embedding
     mean: tuple = (0.5, 0.5, 0.5)           # of a channel, pixels 0..1
     std: tuple = (0.25, 0.25, 0.25)         # of a channel, pixels 0..1
+    fit: str = 'squash'                     # how a picture becomes square: 'squash', 'crop' its middle, 'pad' it with gray
+    upright: bool = True                    # turn photographs as their EXIF orientation says
+
+    def __post_init__(self):
+        for key, allowed in dict(stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'), adapter=('none', 'linear', 'mlp'),
+                                 projection=('none', 'linear', 'norm_linear'), fit=('squash', 'crop', 'pad')).items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
+        if self.image_px % self.patch_px:
+            raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
 
 
 def attention(q, k, v, n_head, seen=None, watch=None):
@@ -64,12 +85,12 @@ def attention(q, k, v, n_head, seen=None, watch=None):
 class Block(nn.Module):
     """A pre-norm transformer block, as in CLIP's trunk."""
 
-    def __init__(self, width, n_head, activation='gelu'):
+    def __init__(self, width, n_head, activation='gelu', mlp_width=None):
         super().__init__()
-        self.n_head, self.activation = n_head, activation
+        self.n_head, self.activation, mlp_width = n_head, activation, mlp_width or 4 * width
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x, seen=None):                                                   # (B, T, W)
         q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
@@ -111,6 +132,7 @@ class ViT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.keep_class_token = config.keep_class_token
         W, side = config.width, config.image_px // config.patch_px
         if config.stem == 'conv':  # halves the picture until a patch is a pixel, then looks around once more
             widths = [W * 2 ** i // config.patch_px for i in range(1, config.patch_px.bit_length())]
@@ -126,7 +148,7 @@ class ViT(nn.Module):
             positions = torch.cat([torch.zeros(1, W), positions])
         self.positions = nn.Parameter(positions)
         self.norm = nn.LayerNorm(W)
-        self.blocks = nn.ModuleList(Block(W, config.n_head, config.activation) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(W, config.n_head, config.activation, config.mlp_width) for _ in range(config.n_layer))
 
     def forward(self, images):                                                         # (B, 3, S, S)
         x = self.patches(images).flatten(2).transpose(1, 2)                            # (B, P, W)
@@ -135,7 +157,7 @@ class ViT(nn.Module):
         x = self.norm(x + self.positions)
         for block in self.blocks:
             x = block(x)
-        return x if self.class_token is None else x[:, 1:]                             # (B, P, W)
+        return x if self.class_token is None or self.keep_class_token else x[:, 1:]    # (B, P, W)
 
 
 class Perceiver(nn.Module):
@@ -144,13 +166,13 @@ class Perceiver(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        W = config.width
+        W = config.perceiver_width or config.width
         side = math.isqrt(config.n_latents)
         if side * side == config.n_latents:  # latents start spread over the picture, one looking at each part of it
             self.latents = nn.Parameter(sinusoids_2d(side, W, config.image_px // config.patch_px))
         else:
             self.latents = nn.Parameter(torch.randn(config.n_latents, W))
-        self.layers = nn.ModuleList(Reader(W, config.n_head) for _ in range(config.perceiver_layers))
+        self.layers = nn.ModuleList(Reader(W, config.perceiver_heads or config.n_head) for _ in range(config.perceiver_layers))
         self.norm = nn.LayerNorm(W)
         for layer in self.layers:  # like reads like: at the start a latent reads the patches around its own place
             nn.init.orthogonal_(layer.to_q.weight, gain=1.5)
@@ -169,22 +191,52 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        W, inner, D = config.width, config.perceiver_width or config.width, config.vision_dim
+        if not config.n_latents and config.adapter == 'none':
+            inner = W
         self.trunk = ViT(config)
+        self.adapter = {'none': nn.Identity, 'linear': lambda: nn.Linear(W, inner), 'mlp': lambda: nn.Sequential(
+            nn.LayerNorm(W), nn.Linear(W, config.adapter_width), nn.GELU(), nn.Linear(config.adapter_width, inner))}[config.adapter]()
         self.resampler = Perceiver(config) if config.n_latents else nn.Identity()
-        self.projection = nn.Linear(config.width, config.vision_dim)
+        self.projection = {'none': nn.Identity, 'linear': lambda: nn.Linear(inner, D),
+                           'norm_linear': lambda: nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, D))}[config.projection]()
 
     def forward(self, images):
         """Shapes: (B, 3, S, S), normalised as `preprocess` does, -> (B, N, D)."""
-        return self.projection(self.resampler(self.trunk(images)))
+        return self.resample(self.trunk(images))
+
+    def resample(self, patches):
+        """What follows the trunk. Shapes: (B, P, W) -> (B, N, D)."""
+        return self.projection(self.resampler(self.adapter(patches)))
 
     def preprocess(self, picture):
         """A Pillow picture of any mode and size -> a normalised float tensor (3, S, S)."""
         return self.normalise(self.pixels(picture))
 
     def pixels(self, picture):
-        """A Pillow picture of any mode and size -> uint8 (3, S, S), squashed to a square."""
-        picture, size = picture.convert('RGB'), (self.config.image_px,) * 2
-        picture = picture if picture.size == size else picture.resize(size, Image.BICUBIC)
+        """A Pillow picture of any mode and size -> uint8 (3, S, S), made square as `fit` says; what is transparent becomes white.
+        Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit."""
+        S, fit = self.config.image_px, self.config.fit
+        picture = ImageOps.exif_transpose(picture) if self.config.upright else picture
+        if 'A' in picture.getbands() or 'transparency' in picture.info:
+            picture = picture.convert('RGBA')
+            picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
+        picture = picture.convert('RGB')
+        w, h = picture.size
+        if fit == 'crop':  # the short side becomes S; then the middle of the long one
+            w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
+        elif fit == 'pad':  # the long side becomes S
+            w, h = (max(1, round(S * w / h)), S) if w <= h else (S, max(1, round(S * h / w)))
+        else:
+            w, h = S, S
+        picture = picture if picture.size == (w, h) else picture.resize((w, h), Image.BICUBIC)
+        if fit == 'crop':
+            left, top = (w - S) // 2, (h - S) // 2
+            picture = picture.crop((left, top, left + S, top + S))
+        elif fit == 'pad':
+            square = Image.new('RGB', (S, S), tuple(round(255 * m) for m in self.config.mean))
+            square.paste(picture, ((S - w) // 2, (S - h) // 2))
+            picture = square
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def normalise(self, pixels):
@@ -199,7 +251,8 @@ class Encoder(nn.Module):
 
     def fingerprint(self):
         """A short hash of the config and the weights: what its tokens depend on."""
-        digest = hashlib.sha256(repr(asdict(self.config)).encode())
+        changed = {f.name: getattr(self.config, f.name) for f in fields(EncoderConfig) if getattr(self.config, f.name) != f.default}
+        digest = hashlib.sha256(repr(sorted(changed.items())).encode())
         for key, t in sorted(self.state_dict().items()):
             digest.update(key.encode() + t.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -266,6 +319,32 @@ class AlignModel(nn.Module):
 # files
 
 FORMAT = 1  # of encoder files; raised when their content changes
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+TRUNK_NAMES = {  # CLIP's tensors, as Hugging Face | as OpenAI and open_clip call them: here
+    r'(embeddings\.)?class_embedding': 'class_token',
+    r'embeddings\.position_embedding\.weight|positional_embedding': 'positions',
+    r'embeddings\.patch_embedding|conv1': 'patches',
+    r'pre_layrnorm|ln_pre': 'norm',
+    r'encoder\.layers|transformer\.resblocks': 'blocks',
+    r'(layer_norm|ln_)([12])': r'norm\2',
+    r'self_attn\.([qkv])_proj': r'\1',
+    r'attn\.in_proj_': 'qkv.',
+    r'(self_)?attn\.out_proj': 'out',
+    r'mlp\.(fc1|c_fc)': 'fc1',
+    r'mlp\.(fc2|c_proj)': 'fc2'}
+TRUNK_UNUSED = r'post_layernorm\..*|embeddings\.position_ids|ln_post\..*|proj'  # they make CLIP's embedding of the whole picture
+OTHER_TOWER = (r'(visual|text)_projection\.weight|text_model\..*|text\..*|transformer\..*|token_embedding\.weight|positional_embedding|'
+               r'ln_final\..*|text_projection|attn_mask|logit_scale|logit_bias|input_resolution|context_length|vocab_size')
+SEED_NAMES = {  # what the seed has behind CLIP: here
+    r'perceiver\.layers\.(\d+)\.(attn\.)?': r'resampler.layers.\1.',
+    r'perceiver': 'resampler',
+    r'to_out': 'out',
+    r'ff\.net\.0': 'fc1',
+    r'ff\.net\.3': 'fc2',
+    r'final_projector': 'projection',
+    r'projector\.net\.4': 'adapter.3',
+    r'projector(\.net)?': 'adapter'}
 
 
 def save_encoder(encoder, path):
@@ -276,26 +355,228 @@ def save_encoder(encoder, path):
     os.replace(partial, path)
 
 
-def load_encoder(path):
-    """Reads an encoder that `save_encoder` wrote; a relative path is also looked up beside this file.
+def load_encoder(path, **changes):
+    """Reads an encoder: one that `save_encoder` wrote, or CLIP as Hugging Face (a folder, or its weights file), OpenAI or open_clip store
+    it, or an aligned checkpoint of the seed. Which one it is, its content says. A relative path is also looked up beside this file.
 
+    CLIP alone has no resampler: its tokens are the last hidden states of the patches. `changes` are settings of `EncoderConfig` that
+    shall differ from what is read: activation, fit, upright, n_head, perceiver_heads, image_px (the positions are interpolated).
     Raises: FileNotFoundError; ValueError for another kind of file and for missing or left-over weights, which it names.
     """
-    found = next((p for p in (Path(path), Path(__file__).parent / path) if p.is_file()), None)
+    found = next((p for p in (Path(path), Path(__file__).parent / path) if p.exists()), None)
     if found is None:
-        raise FileNotFoundError(f'{path}: no such encoder file; python train.py config/align.py makes one')
+        raise FileNotFoundError(f'{path}: no such encoder file or folder; python train.py config/align.py makes one')
+    tensors, about = read_tensors(found)
+    if about.get('kind') == 'encoder':
+        if about['format'] != FORMAT:
+            raise ValueError(f'{path}: an encoder file of format {about["format"]}, this code reads format {FORMAT}')
+        config, weights = about['config'], {key: t.float() for key, t in tensors.items()}
+    else:
+        config, weights = translate(path, tensors, about)
+    config = EncoderConfig(**config | {key: value for key, value in changes.items() if value is not None})
+    weights['trunk.positions'] = fit_positions(weights['trunk.positions'], config)
+    encoder = Encoder(config)
     try:
-        saved = torch.load(found, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path}: not an encoder file that can be read safely ({str(e).splitlines()[0][:200]})') from None
-    if not isinstance(saved, dict) or saved.get('kind') != 'encoder' or saved.get('format') != FORMAT:
-        raise ValueError(f'{path}: not an encoder file of format {FORMAT}')
-    encoder = Encoder(EncoderConfig(**saved['config']))
-    try:
-        encoder.load_state_dict({key: t.float() for key, t in saved['weights'].items()})
+        encoder.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f'{path}: its weights do not fit its config: {e}') from None
+        raise ValueError(f'{path}: its weights are not what its kind of encoder has: {e}') from None
     return encoder.eval().requires_grad_(False)
+
+
+def translate(path, tensors, about):
+    """The tensors of CLIP, or of a checkpoint of the seed -> config (a dict) and weights of an `Encoder`; what is not known keeps its name.
+
+    Sources: transformers, models/clip; openai/CLIP, clip/model.py; Edge-Glass, src/encoders/{vision,perceiver}.py, three versions.
+    """
+    tensors = {key.removeprefix('module.'): t for key, t in tensors.items()}
+    seed = any(key.startswith('vision_encoder.') for key in tensors)
+    if seed:  # its other towers are left alone
+        tensors = {key.removeprefix('vision_encoder.'): t for key, t in tensors.items() if key.startswith('vision_encoder.')}
+    root = next((found[1] for key in tensors if (found := re.fullmatch(r'(|.*\.)(embeddings\.patch_embedding|conv1)\.weight', key))), None)
+    if root is None:
+        raise ValueError(f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of the seed: it has '
+                         f'{", ".join(list(tensors)[:5]) or "no tensors"}, ...')
+    tokens_of_all = any(key.startswith('attention_pool.') for key in tensors)
+    resampled = 'perceiver.latents' in tensors
+    weights = {}
+    for key, t in tensors.items():
+        in_trunk = key.startswith(root)
+        name = key.removeprefix(root) if in_trunk else key
+        if re.fullmatch(TRUNK_UNUSED if in_trunk else r'attention_pool\..*' if seed else OTHER_TOWER, name):
+            continue
+        for theirs, ours in (TRUNK_NAMES if in_trunk else SEED_NAMES).items():
+            name = re.sub(theirs, ours, name)
+        weights['trunk.' * in_trunk + name] = (t() if callable(t) else t).float()
+    for key in [key for key in weights if re.search(r'\.q\.(weight|bias)$', key)]:  # three matrices become one
+        parts = [re.sub(r'\.q\.', f'.{p}.', key) for p in 'qkv']
+        if all(part in weights for part in parts):
+            weights[re.sub(r'\.q\.', '.qkv.', key)] = torch.cat([weights.pop(part) for part in parts])
+    if not resampled:  # the seed's one linear layer is then the last one
+        weights = {re.sub('^adapter', 'projection', key): t for key, t in weights.items()}
+
+    size = lambda key, axis=0: weights[key].size(axis) if key in weights and weights[key].dim() > axis else 0
+    width, side = size('trunk.positions', 1), math.isqrt(max(0, size('trunk.positions') - 1))
+    vision_dim = size('projection.weight') or size('projection.1.weight') or width
+    config = dict(
+        stem='patch', class_token=True, width=width, patch_px=size('trunk.patches.weight', 3), image_px=side * size('trunk.patches.weight', 3),
+        n_layer=len({key.split('.')[2] for key in weights if key.startswith('trunk.blocks.')}), mlp_width=size('trunk.blocks.0.fc1.weight'),
+        n_head=about.get('n_head') or max(1, width // 64), activation=about.get('activation', 'quick_gelu'), keep_class_token=seed and tokens_of_all,
+        n_latents=size('resampler.latents'), perceiver_width=size('resampler.latents', 1) or None, perceiver_heads=8 if resampled else None,
+        perceiver_layers=len({key.split('.')[2] for key in weights if key.startswith('resampler.layers.')}),
+        adapter='linear' if 'adapter.weight' in weights else 'mlp' if 'adapter.1.weight' in weights else 'none',
+        adapter_width=size('adapter.1.weight') or 2048,
+        projection='linear' if 'projection.weight' in weights else 'norm_linear' if 'projection.1.weight' in weights else 'none',
+        vision_dim=vision_dim, prefixes=tuple(d for d in (512, 768, 1024, 1536, 2048, 3072) if seed and d < vision_dim) + (vision_dim,),
+        mean=tuple(about.get('mean', CLIP_MEAN)), std=tuple(about.get('std', CLIP_STD)), fit='squash' if seed else 'crop')
+    if side * side + 1 != size('trunk.positions'):
+        raise ValueError(f'{path}: {size("trunk.positions")} positions: expected those of a class token and a square of patches')
+    return config, weights
+
+
+def fit_positions(positions, config):
+    """Learned positions for another number of patches, interpolated. Shapes: (1 or 0 + P, W) -> (1 or 0 + P', W)."""
+    first, grid = positions[:config.class_token], positions[config.class_token:]
+    old, new = math.isqrt(len(grid)), config.image_px // config.patch_px
+    if old == new:
+        return positions
+    print(f'encoder: pictures of {config.image_px} pixels, its positions interpolated from {old} x {old} to {new} x {new} patches')
+    grid = F.interpolate(grid.T.view(1, -1, old, old), (new, new), mode='bicubic', antialias=new < old)
+    return torch.cat([first, grid.view(-1, new * new).T])
+
+
+def read_tensors(path):
+    """Opens the weights of a file or a folder without reading them all -> {name: tensor, or function that reads it}, and what is said
+    beside them: of this project's own file 'kind', 'format', 'config'; of the others n_head, activation, mean, std, as far as known."""
+    names = [f'{stem}.{ext}' for ext in ('safetensors', 'bin') for stem in ('model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')]
+    folder = path if path.is_dir() else path.parent if path.name in names else None
+    described = lambda name: json.loads((folder / name).read_text()) if folder and (folder / name).is_file() else {}
+    files = [path]
+    if path.is_dir():
+        for name in names:
+            if (folder / f'{name}.index.json').is_file():
+                files = [folder / Path(part).name for part in sorted(set(described(f'{name}.index.json')['weight_map'].values()))]
+                break
+            if (folder / name).is_file():
+                files = [folder / name]
+                break
+        else:
+            raise ValueError(f'{path}: a folder without weights: expected one of {", ".join(names)}, or {names[0]}.index.json')
+    tensors, about = {}, {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f'{file}: no such file; {path} names it as a part of its weights')
+        part, said = read_safetensors(file) if file.suffix == '.safetensors' else read_torch_file(file)
+        tensors, about = tensors | part, about | said
+    if about.get('kind') == 'encoder':
+        return tensors, about
+
+    seen = {}
+    if any(key.endswith('visual.conv1.weight') for key in tensors):
+        config = described('open_clip_config.json')
+        vision = config.get('model_cfg', {}).get('vision_cfg', {})
+        if config:
+            seen = dict(activation='quick_gelu' if config['model_cfg'].get('quick_gelu') else 'gelu')
+            if 'width' in vision:
+                seen['n_head'] = vision['width'] // vision.get('head_width', 64)
+            seen |= {key: config['preprocess_cfg'][key] for key in ('mean', 'std') if key in config.get('preprocess_cfg', {})}
+        elif not about.get('torchscript'):
+            seen = dict(activation='gelu')
+            print(f'{path}: attention heads of 64 dimensions and activation gelu assumed, as the file does not tell; weights that OpenAI '
+                  f'trained want quick_gelu')
+    elif config := described('config.json'):
+        vision = config.get('vision_config') or config
+        if vision.get('layer_norm_eps', 1e-5) != 1e-5 or vision.get('hidden_act', 'quick_gelu') not in ('gelu', 'quick_gelu'):
+            raise ValueError(f'{path}: config.json says layer_norm_eps {vision.get("layer_norm_eps")}, hidden_act {vision.get("hidden_act")}: '
+                             f'expected 1e-5, and gelu or quick_gelu')
+        pictures = described('preprocessor_config.json')
+        seen = dict(activation=vision.get('hidden_act', 'quick_gelu'), n_head=vision.get('num_attention_heads', 12))
+        seen |= {key: pictures[f'image_{key}'] for key in ('mean', 'std') if f'image_{key}' in pictures}
+    else:
+        print(f'{path}: attention heads of 64 dimensions and activation quick_gelu assumed, as OpenAI trained them: no config.json beside it')
+    return tensors, seen
+
+
+def read_safetensors(path):
+    """-> ({name: function that reads the tensor}, {}). Needs the package safetensors."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError(f'{path}: to read it, pip install safetensors') from None
+    try:
+        file = safe_open(path, framework='pt')
+    except SafetensorError as e:
+        raise ValueError(f'{path}: not a safetensors file ({e})') from None
+    return {key: partial(file.get_tensor, key) for key in file.keys()}, {}
+
+
+def read_torch_file(path):
+    """-> ({name: tensor, memory-mapped}, {}) of a file of torch.save or, read without running any of it, of a TorchScript archive.
+    Of this project's own files and of training checkpoints, the second dict holds what stands beside the weights."""
+    zipped = zipfile.is_zipfile(path)
+    if zipped and any(name.endswith('/constants.pkl') for name in zipfile.ZipFile(path).namelist()):
+        return read_torchscript(path), {'torchscript': True}
+    saved = safe_load(path)
+    if isinstance(saved, dict) and saved.get('kind') == 'encoder':
+        return saved.pop('weights', {}), saved
+    for level in ('model_state_dict', 'state_dict'):
+        saved = saved.get(level, saved) if isinstance(saved, dict) else {}
+    return {key: t for key, t in saved.items() if torch.is_tensor(t)}, {}
+
+
+def safe_load(path):
+    """torch.load of tensors and plain types only: nothing in the file is run. The settings that the seed pickled into its checkpoints,
+    classes of its module `config`, become empty objects. Raises: ValueError for everything else."""
+    try:
+        zipped = zipfile.is_zipfile(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        inert = [(type('Settings', (), {}), name) for name in foreign if re.fullmatch(r'config\.\w+Config', name)]
+        with torch.serialization.safe_globals(inert):
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+        raise ValueError(f'{path}: not a file that can be read safely ({str(e).splitlines()[0][:200]})') from None
+
+
+def read_torchscript(path):
+    """The tensors of a TorchScript archive, OpenAI's form -> {name: function that reads the tensor}. Its code is not touched, and the
+    classes of its pickle become empty objects; anything but these and tensors is refused."""
+    archive = zipfile.ZipFile(path)
+    root = archive.namelist()[0].split('/')[0]
+
+    def tensor(storage, offset, size, stride, *_):
+        dtype, name = storage
+        return lambda: torch.frombuffer(bytearray(archive.read(f'{root}/data/{name}')), dtype=dtype).as_strided(size, stride, offset)
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.split('.')[0] == '__torch__':
+                return type(name, (), {})
+            if (module, name) == ('torch._utils', '_rebuild_tensor_v2'):
+                return tensor
+            if (module, name) == ('collections', 'OrderedDict'):
+                return dict
+            if module == 'torch' and name.endswith('Storage'):
+                return {'HalfStorage': torch.float16, 'FloatStorage': torch.float32, 'LongStorage': torch.int64, 'BFloat16Storage': torch.bfloat16}[name]
+            if module == 'torch.jit._pickle':  # wraps plain lists
+                return lambda value, *_: value
+            raise pickle.UnpicklingError(f'it wants {module}.{name}')
+
+        def persistent_load(self, storage):
+            return storage[1:3]  # dtype and number
+
+    tensors = {}
+
+    def collect(module, prefix):
+        for key, value in vars(module).items():
+            if callable(value) and not isinstance(value, type):
+                tensors[prefix + key] = value
+            elif hasattr(value, '__dict__') and not isinstance(value, type):
+                collect(value, f'{prefix}{key}.')
+
+    try:
+        collect(Reader(archive.open(f'{root}/data.pkl')).load(), '')
+    except (KeyError, AttributeError, EOFError, TypeError, pickle.UnpicklingError) as e:
+        raise ValueError(f'{path}: not a TorchScript archive that can be read safely ({e})') from None
+    return tensors
 
 
 # ----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ Evaluation: Exact Match, token F1 and token accuracy by question type; retrieval
 import json
 import math
 import os
-import pickle
 import random
 import re
 import string
@@ -28,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from configurator import configure
 from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
-from encoder import Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array
+from encoder import Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
 
 FORMAT = 1  # of checkpoints; raised when their content changes
@@ -379,10 +378,7 @@ def read_checkpoint(out_dir):
     path = Path(out_dir) / 'ckpt.pt'
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file; a run writes it: python train.py config/trm.py --out_dir={out_dir}')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path}: not a checkpoint that can be read safely ({str(e).splitlines()[0][:200]})') from None
+    checkpoint = safe_load(path)
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise ValueError(f'{path}: checkpoint format {found}, this code reads format {FORMAT}; train again, or use the code that '

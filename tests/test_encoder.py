@@ -79,14 +79,14 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     """A file with code in it is refused and the code is not run; so are files of another kind, torn ones and missing ones."""
     monkeypatch.chdir(tmp_path)
     torch.save(dict(format=1, kind='encoder', config=Evil()), 'evil.pt')
-    with pytest.raises(ValueError, match='evil.pt: not an encoder file that can be read safely'):
+    with pytest.raises(ValueError, match='evil.pt: not a file that can be read safely'):
         load_encoder('evil.pt')
     assert not os.path.exists('HACKED')
     (tmp_path / 'torn.pt').write_bytes((tmp_path / 'evil.pt').read_bytes()[:100])
     with pytest.raises(ValueError, match='torn.pt'):
         load_encoder('torn.pt')
     torch.save({'weights': {}}, 'other.pt')
-    with pytest.raises(ValueError, match='not an encoder file of format 1'):
+    with pytest.raises(ValueError, match='not an encoder of this project, not CLIP'):
         load_encoder('other.pt')
     with pytest.raises(FileNotFoundError, match='config/align.py makes one'):
         load_encoder('none.pt')

@@ -191,10 +191,10 @@ def test_bad_checkpoints(tmp_path, flags):
     with pytest.raises(ValueError, match='checkpoint format 99, this code reads format 1'):
         evaluation.read_checkpoint(tmp_path)
     path.write_bytes(path.read_bytes()[:80])
-    with pytest.raises(ValueError, match='not a checkpoint that can be read safely'):
+    with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
     torch.save(dict(format=1, evil=print), path)
-    with pytest.raises(ValueError, match='not a checkpoint that can be read safely'):
+    with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
 
 
