@@ -18,6 +18,7 @@ pictures (drawn from a seed, no download), the importers, the tokenizer, and bat
     python data.py easyvqa --source=easy_vqa/data --out=data/easyvqa # import a published dataset
 """
 
+import hashlib
 import importlib
 import io
 import math
@@ -284,13 +285,14 @@ def write_dataset(out, rows_of_split):
     partial = out.with_name(f'.{out.name}.{os.getpid()}.partial')
     partial.mkdir(parents=True)
     for split, rows in rows_of_split.items():
-        start, n, batch = time.time(), 0, []
+        start, n, batch, size, last = time.time(), 0, [], 0, None
         with pq.ParquetWriter(partial / f'{split}.parquet', SCHEMA, use_dictionary=True) as writer:
             for row in rows:
                 batch.append(row)
-                if len(batch) == 2000:  # a row group: a picture asked several times is stored once in it
+                size, last = size + len(row['image']) * (row['image'] != last), row['image']
+                if len(batch) == 2000 or size > 2 ** 22:  # a row group, quickly read: a picture asked several times is stored once in it
                     writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
-                    n, batch = n + len(batch), []
+                    n, batch, size = n + len(batch), [], 0
                     print(f'\r{out}: {split} | {n} questions | {time.time() - start:.0f} s', end='', flush=True)
             writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
         print(f'\r{out}: {split} | {n + len(batch)} questions | {time.time() - start:.0f} s')
@@ -328,16 +330,16 @@ def read_rows(folder, split):
         raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
                                 f'(python data.py --help says how to draw or import one)')
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
     except pa.ArrowInvalid as e:
         raise ValueError(f'{path}: not a parquet file: {e}') from None
-    columns = {key: table[key].to_pylist() if key in table.column_names else [None] * len(table) for key in SCHEMA.names}
     for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
-        if not set(needed) & set(table.column_names):
-            raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(table.column_names)}')
+        if not set(needed) & set(file.schema_arrow.names):
+            raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
 
     rows, bad, picture_of = Rows(path), [], {}
-    for i, (image, question, answer, caption, sample_id, type) in enumerate(zip(*columns.values())):
+    for i, (place, row) in enumerate(stream(file, SCHEMA.names)):
+        image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
         if question is None and caption:
             question, answer, type = drawn_prompt(i), caption, type or 'describe'
         image = read_image(image, folder)
@@ -349,28 +351,71 @@ def read_rows(folder, split):
         elif not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
             bad.append((i, 'the answer is empty or no text'))
         else:
-            if image not in picture_of:
-                picture_of[image] = len(rows.pictures)
-                rows.pictures.append(image)
-                rows.picture_name.append(f'{path}, row {i}')
-            rows.picture.append(picture_of[image])
+            digest = hashlib.sha256(image).digest()
+            if digest not in picture_of:
+                picture_of[digest] = len(rows.pictures)
+                rows.pictures.add(digest, place, f'{path}, row {i}')
+                rows.caption.append(None)
+            rows.picture.append(picture_of[digest])
+            rows.caption[picture_of[digest]] = rows.caption[picture_of[digest]] or caption
             rows.question.append(question)
             rows.references.append(references)
             rows.type.append(type or 'all')
             rows.sample_id.append(sample_id or f'row {i}')
-    report_bad(path, bad, len(table), 'remove or repair them')
+    report_bad(path, bad, file.metadata.num_rows, 'remove or repair them')
     return rows
 
 
+def stream(file, columns, at_once=100):
+    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows at a time."""
+    columns = [key for key in columns if key in file.schema_arrow.names]
+    for group in range(file.num_row_groups):
+        k = 0
+        for batch in file.iter_batches(at_once, [group], columns):
+            for row in batch.to_pylist():
+                yield (group, k), row
+                k += 1
+
+
 class Rows:
-    """A split in memory, see `read_rows`."""
+    """A split, see `read_rows`: its texts in memory, its pictures on disk."""
 
     def __init__(self, path):
-        self.path, self.pictures, self.picture_name = path, [], []  # picture files as bytes, each once, and where they stand
+        self.path, self.pictures, self.caption = path, Pictures(path), []  # each picture once, and its caption or None
         self.picture, self.question, self.references, self.type, self.sample_id = [], [], [], [], []
 
     def __len__(self):
         return len(self.question)
+
+
+class Pictures:
+    """The different pictures of a parquet file, as bytes, read when they are asked for: all in order (iterate), or one ([i], which reads
+    its row group). `digests` holds the sha256 of each, `names` what to call it in messages."""
+
+    def __init__(self, path):
+        self.path, self.digests, self.names, self.places, self.group = path, [], [], [], (None, None)
+
+    def add(self, digest, place, name):
+        self.digests.append(digest)
+        self.places.append(place)
+        self.names.append(name)
+
+    def __len__(self):
+        return len(self.digests)
+
+    def __iter__(self):
+        places = iter(self.places)
+        place = next(places, None)
+        for here, row in stream(pq.ParquetFile(self.path), ['image']):
+            if here == place:
+                yield read_image(row['image'], self.path.parent)
+                place = next(places, None)
+
+    def __getitem__(self, i):
+        group, k = self.places[i]
+        if self.group[0] != group:
+            self.group = group, pq.ParquetFile(self.path).read_row_group(group, ['image'])['image']
+        return read_image(self.group[1][k].as_py(), self.path.parent)
 
 
 PROMPTS = ('what is in this image?', 'describe this image.', 'what do you see?', 'describe the picture.')
@@ -560,9 +605,42 @@ class DrawnCaptions:
         (B, P, L) bool, every other word or so."""
         scenes, pixels, rng = self.scenes(split, step, batch_size, seed)
         phrases = [self.tokenizer.encode(phrase) for scene in scenes for phrase in locate(scene, rng, self.config.image_px)]
-        caption = padded(phrases, -100).unflatten(0, (batch_size, -1))
-        left_out = torch.rand(caption.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))) < .5
-        return dict(pixels=pixels, caption=caption, left_out=left_out)
+        return dict(pixels=pixels, names=[f'step {step}'], **cloze(phrases, batch_size, rng))
+
+
+def cloze(phrases, batch_size, rng):
+    """Shapes: phrases, batch_size * P lists of tokens -> caption (B, P, L), padded with -100, left_out (B, P, L), every other word or so."""
+    caption = padded(phrases, -100).unflatten(0, (batch_size, -1))
+    return dict(caption=caption, left_out=torch.rand(caption.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))) < .5)
+
+
+class Captions:
+    """The captions of a split's pictures for the alignment, `n_phrases` sentences at a time, none longer than `most_tokens`: longer ones
+    are cut into several. A batch depends on (seed, step) and nothing else; an epoch shows every picture once, but for those that fill no batch.
+    Raises: ValueError where pictures have no caption, naming them.
+    """
+
+    def __init__(self, rows, tokenizer, n_phrases=4, most_tokens=64):
+        bad = [name for name, caption in zip(rows.pictures.names, rows.caption) if not (caption and caption.strip())]
+        if bad:
+            raise ValueError(f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, which captions=dataset needs: {", ".join(bad[:3])}')
+        self.n_phrases, self.names, self.phrases = n_phrases, rows.pictures.names, []
+        for caption in rows.caption:
+            tokens = [tokenizer.encode(sentence) for sentence in re.split(r'(?<=[.!?])\s+', caption.strip())]
+            self.phrases.append([np.array(t[i:i + most_tokens], np.int32) for t in tokens for i in range(0, len(t), most_tokens)])
+
+    def batch(self, step, batch_size, seed):
+        """Shapes: -> picture (B,) to index pictures or features with; caption (B, P, L) and left_out (B, P, L), see `cloze`.
+        Raises: ValueError where there are fewer pictures than a batch has."""
+        if batch_size > len(self.phrases):
+            raise ValueError(f'batch_size={batch_size}: more than the {len(self.phrases)} pictures of the split')
+        epoch, k = divmod(step, len(self.phrases) // batch_size)
+        picture = np.random.default_rng([seed, epoch]).permutation(len(self.phrases))[k * batch_size:(k + 1) * batch_size]
+        rng, phrases = random.Random(f'captions/{seed}/{step}'), []
+        for i in picture:
+            chosen = rng.sample(self.phrases[i], min(self.n_phrases, len(self.phrases[i])))
+            phrases += [list(map(int, p)) for p in (chosen * self.n_phrases)[:self.n_phrases]]
+        return dict(picture=torch.from_numpy(picture), names=[self.names[i] for i in picture], **cloze(phrases, batch_size, rng))
 
 
 def caption_sample(config, n=3000):

@@ -19,9 +19,11 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -45,6 +47,7 @@ class EncoderConfig:
     activation: str = 'gelu'                # 'gelu' or 'quick_gelu' (OpenAI's CLIP)
     class_token: bool = False               # CLIP's
     keep_class_token: bool = False          # it is the first token; false: it is dropped behind the trunk
+    pool: int = 1                           # patches are averaged pool x pool behind the trunk
     adapter: str = 'none'                   # between trunk and resampler: 'none', 'linear' or 'mlp'
     adapter_width: int = 2048               # of the adapter's MLP
     n_latents: int = 16                     # N, tokens of a picture; 0: no resampler, the patches are the tokens
@@ -66,6 +69,8 @@ class EncoderConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
         if self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
+        if self.pool < 1 or self.image_px // self.patch_px % self.pool or self.pool > 1 and self.keep_class_token:
+            raise ValueError(f'pool={self.pool}: expected a divisor of the {self.image_px // self.patch_px} patches of a side, and 1 with keep_class_token')
 
 
 def attention(q, k, v, n_head, seen=None, watch=None):
@@ -203,7 +208,14 @@ class Encoder(nn.Module):
 
     def forward(self, images):
         """Shapes: (B, 3, S, S), normalised as `preprocess` does, -> (B, N, D)."""
-        return self.resample(self.trunk(images))
+        return self.resample(self.patches(images))
+
+    def patches(self, images):
+        """The trunk's part, averaged pool x pool. Shapes: (B, 3, S, S) -> (B, P, W)."""
+        x, side = self.trunk(images), self.config.image_px // self.config.patch_px
+        if self.config.pool > 1:
+            x = F.avg_pool2d(x.transpose(1, 2).unflatten(2, (side, side)), self.config.pool).flatten(2).transpose(1, 2)
+        return x                                                                       # (B, P, W)
 
     def resample(self, patches):
         """What follows the trunk. Shapes: (B, P, W) -> (B, N, D)."""
@@ -272,7 +284,7 @@ class AlignModel(nn.Module):
 
     def __init__(self, encoder, vocab_size, width=128, n_layer=1, max_tokens=64):
         super().__init__()
-        D, n_head = encoder.config.vision_dim, encoder.config.n_head
+        D, n_head = encoder.config.vision_dim, max(1, width // 32)
         self.encoder = encoder
         self.embed = nn.Embedding(vocab_size + 1, width)  # the last one stands for a word left out
         self.positions = nn.Parameter(torch.randn(max_tokens, width))
@@ -283,10 +295,9 @@ class AlignModel(nn.Module):
         self.cloze_norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab_size)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10)))
 
-    def forward(self, images, caption, left_out):
-        """Shapes: images (B, 3, S, S); caption (B, P, L), P phrases of up to L tokens, padded with -100; left_out (B, P, L) bool
-        -> losses, a dict of scalars in nats."""
-        tokens = self.encoder(images)                                                  # (B, N, D)
+    def forward(self, tokens, caption, left_out):
+        """Shapes: tokens (B, N, D), the encoder's; caption (B, P, L), P phrases of up to L tokens, padded with -100; left_out (B, P, L)
+        bool -> losses, a dict of scalars in nats."""
         idx = caption.masked_fill(left_out, self.embed.num_embeddings - 1)
         h, embedding = self.read_text(idx)                                             # (B, P * L, W), (B, D)
         losses = {'contrast': self.contrast(tokens.mean(1), embedding)}
@@ -306,13 +317,23 @@ class AlignModel(nn.Module):
         return h.reshape(B, P * L, -1), self.text_projection(words)
 
     def contrast(self, pooled, text):
-        """Symmetric InfoNCE, mean over the prefixes, in float32. Shapes: two (B, D) -> a scalar, ln B at chance."""
+        """Symmetric InfoNCE among the pairs of all processes, mean over the prefixes, in float32. Shapes: two (B, D) -> a scalar, ln B
+        at chance."""
         with torch.autocast(pooled.device.type, enabled=False):
+            pooled, text = gathered(pooled), gathered(text)
             scale, labels, loss = self.log_scale.exp().clamp(max=100), torch.arange(len(text), device=text.device), 0
             for d in self.encoder.config.prefixes:
                 sims = scale * F.normalize(pooled[:, :d].float(), dim=1) @ F.normalize(text[:, :d].float(), dim=1).T
                 loss = loss + (F.cross_entropy(sims, labels) + F.cross_entropy(sims.T, labels)) / 2
             return loss / len(self.encoder.config.prefixes)
+
+
+def gathered(x):
+    """The rows of all processes of a distributed run, with gradient; x itself in a run of one process. Shapes: (B, D) -> (world * B, D)"""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.nn.functional import all_gather
+        return torch.cat(all_gather(x))
+    return x
 
 
 # ----------------------------------------------------------------------------
@@ -580,7 +601,8 @@ def read_torchscript(path):
 
 
 # ----------------------------------------------------------------------------
-# encode once, keep on disk
+# pictures as files -> pixels -> tokens. `pictures` is a sequence of files as bytes that also has `digests`, their sha256, and `names`, what
+# to call them in messages: data.Pictures, say.
 
 def open_picture(data, most_pixels=2 ** 26):
     """Decodes a picture file completely. Raises: ValueError where it is no picture, is cut off, or is gigantic."""
@@ -594,56 +616,149 @@ def open_picture(data, most_pixels=2 ** 26):
         raise ValueError(f'not a picture that can be decoded ({e})') from None
 
 
-def decode_all(encoder, pictures, names):
-    """Yields the pixels of every picture file, uint8 (3, S, S). Raises: ValueError at the end, counting and naming those that fail."""
-    bad = []
-    for data, name in zip(pictures, names):
-        try:
-            yield encoder.pixels(open_picture(data))
-        except ValueError as e:
-            bad.append(f'{name}: {e}')
+def decode(encoder, data):
+    """The pixels of a picture file, uint8 (3, S, S), or a string that says why there are none."""
+    try:
+        return encoder.pixels(open_picture(data))
+    except ValueError as e:
+        return str(e)
+
+
+def decode_all(encoder, pictures, wanted, batch_size):
+    """Decodes with all cores, a batch ahead: yields [(index, pixels), ...] for those pictures whose index is in `wanted`.
+    Raises: ValueError at the end, counting and naming those that cannot be decoded."""
+    if not wanted:
+        return
+    bad, ahead = [], []
+
+    def finished(batch):
+        good = [(i, future.result()) for i, future in batch]
+        bad.extend(f'{pictures.names[i]}: {pixels}' for i, pixels in good if isinstance(pixels, str))
+        return [(i, pixels) for i, pixels in good if not isinstance(pixels, str)]
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        for i, data in enumerate(pictures):
+            if i in wanted:
+                ahead.append((i, pool.submit(decode, encoder, data)))
+                if len(ahead) == 2 * batch_size:
+                    yield finished(ahead[:batch_size])
+                    del ahead[:batch_size]
+        for start in range(0, len(ahead), batch_size):
+            yield finished(ahead[start:start + batch_size])
     if bad:
         raise ValueError(f'{len(bad)} of {len(pictures)} pictures cannot be used: {"; ".join(bad[:3])}'
                          f'{"; ..." * (len(bad) > 3)}: remove or repair them')
 
 
-def pixel_array(encoder, pictures, names):
-    """All pictures decoded, in memory, for training the encoder along. Shapes: -> (n, 3, S, S) uint8."""
-    return torch.stack(list(decode_all(encoder, pictures, names)))
+def pixel_array(encoder, pictures):
+    """All pictures decoded, in memory. Shapes: -> (n, 3, S, S) uint8."""
+    batches = decode_all(encoder, pictures, range(len(pictures)), 256)
+    return torch.stack([pixels for batch in batches for _, pixels in batch])
 
 
-def cached_features(encoder, pictures, names, cache_dir, device='cpu', batch_size=256):
-    """The tokens of all pictures, encoded once and kept in `cache_dir` under a name made of what they were made from.
+class PixelReader:
+    """Pictures decoded when they are asked for, with all cores. Shapes: [indices (B,)] -> (B, 3, S, S) uint8"""
 
-    Shapes: pictures, a list of n picture files as bytes; names, what to call them in messages
-        -> (n, N, D) float16, memory-mapped
-    Raises: ValueError naming the pictures that cannot be decoded.
+    def __init__(self, encoder, pictures):
+        self.encoder, self.pictures, self.pool, self.begun = encoder, pictures, ThreadPoolExecutor(), {}
+
+    def begin(self, indices):
+        """Starts to decode pictures that will soon be asked for."""
+        indices = tuple(indices.tolist())
+        if indices not in self.begun:
+            self.begun[indices] = [self.pool.submit(decode, self.encoder, self.pictures[i]) for i in indices]
+        return indices
+
+    def __getitem__(self, indices):
+        pixels = [future.result() for future in self.begun.pop(self.begin(indices))]
+        for i, p in zip(indices.tolist(), pixels):
+            if isinstance(p, str):
+                raise ValueError(f'{self.pictures.names[i]}: {p}: remove or repair it')
+        return torch.stack(pixels)
+
+
+class Features:
+    """The tokens of pictures, memory-mapped from the parts of a cache. Shapes: [indices (B,)] -> (B, N, D) float16"""
+
+    def __init__(self, files, per_part):
+        self.parts, self.per_part = [np.load(file, mmap_mode='r') for file in files], per_part
+
+    def __len__(self):
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, indices):
+        return torch.from_numpy(np.stack([self.parts[i // self.per_part][i % self.per_part] for i in indices.tolist()]))
+
+
+def rows_at_once(encoder, most=2 ** 27):
+    """How many pictures to encode at once: attention of a layer takes some 0.5 GB."""
+    tokens = (encoder.config.image_px // encoder.config.patch_px) ** 2
+    return max(1, min(256, most // (encoder.config.n_head * tokens ** 2)))
+
+
+def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=None, part_bytes=2 ** 28):
+    """The tokens of all pictures, encoded once and kept in `cache_dir`, in parts of `part_bytes`. A part is named after what it is made
+    from: encoder, dim, dtype and the content of its pictures; so it is never stale, every run shares it, and a run that is killed
+    goes on behind the last whole part.
+
+    Shapes: dim, how many dimensions of a token to keep, None: all; dtype of the matrix products, None: bfloat16 on a GPU, else
+        float32 -> (n, N, dim) float16
+    Raises: ValueError naming the pictures that cannot be decoded, and where the disk is too small.
     """
-    key = hashlib.sha256(encoder.fingerprint().encode())
-    for data in pictures:
-        key.update(hashlib.sha256(data).digest())
-    path = Path(cache_dir) / f'{key.hexdigest()[:32]}.npy'
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-        start, done, batch, features = time.time(), 0, [], None
-        try:
-            for pixels in decode_all(encoder, pictures, names):
-                batch.append(pixels)
-                if len(batch) == batch_size or done + len(batch) == len(pictures):
-                    tokens = encoder.encode_images(encoder.normalise(torch.stack(batch).to(device))).half().cpu().numpy()
-                    if features is None:
-                        features = np.lib.format.open_memmap(partial, 'w+', np.float16, (len(pictures), *tokens.shape[1:]))
-                    features[done:done + len(batch)] = tokens
-                    done, batch = done + len(batch), []
-                    eta = (time.time() - start) / done * (len(pictures) - done)
-                    print(f'\rencoding pictures | {done}/{len(pictures)} | eta {eta:.0f} s ', end='', flush=True)
-            print(f'| took {time.time() - start:.0f} s')
-            features.flush()
-            os.replace(partial, path)  # whole or not at all
-        finally:
-            partial.unlink(missing_ok=True)
-    return np.load(path, mmap_mode='r')
+    dim, start = dim or encoder.config.vision_dim, time.time()
+    dtype = dtype or (torch.bfloat16 if device.startswith('cuda') else torch.float32)
+    with torch.no_grad():
+        shape = encoder(torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)).shape[1:-1] + (dim,)
+    per_part, maker = max(1, part_bytes // (2 * math.prod(shape))), f'{encoder.fingerprint()} {dim} {dtype}'.encode()
+    digests = [pictures.digests[i:i + per_part] for i in range(0, len(pictures), per_part)]
+    files = [Path(cache_dir) / f'{hashlib.sha256(maker + b"".join(part)).hexdigest()[:32]}.npy' for part in digests]
+    missing = [p for p, file in enumerate(files) if not is_whole(file, (len(digests[p]), *shape))]
+    wanted = {i for p in missing for i in range(p * per_part, p * per_part + len(digests[p]))}
+    if wanted:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        need, free = 2 * math.prod(shape) * len(wanted), shutil.disk_usage(cache_dir).free
+        print(f'encoding {len(wanted)} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
+        if need > free:
+            raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
+                             f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step')
+    done, part = 0, {}
+    for batch in decode_all(encoder, pictures, wanted, rows_at_once(encoder)):
+        if not batch:
+            continue
+        with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
+            tokens = encoder.encode_images(encoder.normalise(torch.stack([pixels for _, pixels in batch]).to(device)))[..., :dim].half().cpu()
+        for (i, _), t in zip(batch, tokens):
+            part.setdefault(i // per_part, []).append(t)
+        for p in [p for p, tokens in part.items() if len(tokens) == len(digests[p])]:
+            write_array(files[p], torch.stack(part.pop(p)).numpy())
+        done += len(batch)
+        eta = (time.time() - start) / done * (len(wanted) - done)
+        print(f'\rencoding pictures | {done}/{len(wanted)} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
+    if wanted:
+        print(f'| took {time.time() - start:.0f} s')
+    return Features(files, per_part)
+
+
+def is_whole(file, shape):
+    """Whether a part of a cache is there and has its size; one that has not is encoded anew."""
+    try:
+        return file.is_file() and np.load(file, mmap_mode='r').shape == shape
+    except (ValueError, OSError, EOFError):
+        print(f'{file}: damaged, it is made again')
+        return False
+
+
+def write_array(file, array):
+    """Writes an array to a file that appears whole or not at all."""
+    partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
+    try:
+        with open(partial, 'wb') as f:
+            np.save(f, array)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(argv=None):

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from configurator import configure
 from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
-from encoder import Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array, safe_load
+from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
 
 FORMAT = 1  # of checkpoints; raised when their content changes
@@ -179,12 +179,12 @@ def clock(seconds):
 @torch.no_grad()
 def retrieval(pooled, text, prefixes):
     """Finds each caption's picture among all, and each picture's caption. Shapes: pooled and text (n, D)
-    -> {prefix: {'R@1', 'R@5', 'R@10'}}, the mean over both directions."""
+    -> {prefix: {'R@1', 'R@5', 'R@10', 'median rank'}}, over both directions; the best rank is 1."""
     results = {}
     for d in prefixes:
         sims = F.normalize(pooled[:, :d], dim=1) @ F.normalize(text[:, :d], dim=1).T
-        rank = torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in (sims, sims.T)])  # how many are nearer than the right one
-        results[d] = {f'R@{k}': (rank < k).float().mean().item() for k in (1, 5, 10)}
+        rank = torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in (sims, sims.T)]) + 1  # 1: nothing is nearer than the right one
+        results[d] = {f'R@{k}': (rank <= k).float().mean().item() for k in (1, 5, 10)} | {'median rank': rank.float().median().item()}
     return results
 
 
@@ -399,11 +399,16 @@ def load_run(checkpoint, device):
         encoder = Encoder(EncoderConfig(**checkpoint['encoder_config']))
         encoder.load_state_dict(checkpoint['best']['encoder'])
     elif settings['use_vision']:
-        encoder = load_encoder(settings['encoder'])
+        encoder = open_encoder(settings['encoder'], settings)
         if encoder.fingerprint() != checkpoint['encoder_fingerprint']:
             raise ValueError(f"{settings['encoder']}: not the encoder that this run was trained with (another fingerprint)")
     encoder = encoder.to(device).eval() if encoder else None
     return decoder.to(device).eval(), encoder, Tokenizer(checkpoint['tokenizer'])
+
+
+def open_encoder(path, settings, **more):
+    """`load_encoder` with what the settings of a run change of it."""
+    return load_encoder(path, image_px=settings['encoder_px'], **{key: settings[key] for key in ('fit', 'upright', 'activation')}, **more)
 
 
 def pick_device(device):
@@ -415,12 +420,11 @@ def vision_source(settings, encoder, rows, device):
     from the cache where the encoder is frozen, else anew from the pixels, with gradient; None without vision."""
     if not settings['use_vision']:
         return lambda encoder, picture: None
-    if settings['train_encoder']:
-        pixels = pixel_array(encoder, rows.pictures, rows.picture_name)                # (n, 3, S, S) uint8
-        return lambda encoder, picture: encoder(encoder.normalise(pixels[picture.cpu()].to(device)))
-    features = cached_features(encoder, rows.pictures, rows.picture_name, settings['cache_dir'], device)
-    D = settings['vision_dim'] or encoder.config.vision_dim
-    return lambda encoder, picture: torch.from_numpy(features[picture.cpu().numpy()])[..., :D].to(device, torch.float32)
+    if settings['train_encoder'] or not settings['cache']:
+        pixels = pixel_array(encoder, rows.pictures) if settings['cache'] else PixelReader(encoder, rows.pictures)
+        return lambda encoder, picture: encoder(encoder.normalise(pixels[picture.cpu()].to(device)))[..., :settings['vision_dim']]
+    features = cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim'])
+    return lambda encoder, picture: features[picture.cpu()].to(device, torch.float32)
 
 
 def write_results(out_dir, metrics, rows, predictions):
@@ -458,6 +462,12 @@ def main(argv=None):
     device = pick_device(settings.device)
     checkpoint = read_checkpoint(settings.out_dir)
     run = checkpoint['settings']
+    if checkpoint['stage'] == 'align' and not settings.image:
+        from train import AlignTask, TrainConfig
+        task = AlignTask(TrainConfig(**run), device, checkpoint)
+        task.model.load_state_dict(checkpoint['best']['model'])
+        task.report(task.model.to(device).eval(), settings.split)
+        return
     for key in ('inner_steps', 'outer_steps'):
         if getattr(settings, key) is not None:
             if run['kind'] == 'plain':

@@ -26,7 +26,7 @@ import torch
 
 import eval as evaluation
 from configurator import configure, echo
-from data import DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
+from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
 from model import ModelConfig, build_model
 
@@ -47,7 +47,12 @@ class TrainConfig:
     # pictures and words
     dataset: str = 'data/shapes'              # folder with train, val and test.parquet; data/shapes is drawn if it is missing
     cache_dir: str = 'data/cache'             # where encoded pictures are kept
-    encoder: str = 'assets/encoder_shapes.pt' # the frozen encoder
+    cache: bool = True                        # keep encoded pictures there; false: decode and encode them anew in every step
+    encoder: str = 'assets/encoder_shapes.pt' # the frozen encoder: this project's file, or CLIP, or a checkpoint of the seed
+    encoder_px: int | None = None             # side of the pictures it gets, in pixels; None: as it was made for
+    fit: str | None = None                    # how pictures become square: crop, squash or pad; None: as it was made for
+    upright: bool | None = None               # turn photographs as their EXIF orientation says; None: as it was made for
+    activation: str | None = None             # of CLIP, quick_gelu or gelu; None: what its files say
     train_encoder: bool = False               # train the encoder along instead of freezing it
     vision_dim: int | None = None             # Matryoshka: read only so many dimensions of a token; None: all
     tokenizer: str = 'bpe'                    # bpe: trained on the training questions and answers; gpt2
@@ -69,12 +74,22 @@ class TrainConfig:
     use_vision: bool = True                   # false: the blind control
     prefix_lm: bool = True                    # the context sees itself both ways; false: causally
     # the encoder, in stage align; see encoder.EncoderConfig
-    image_px: int = 64                        # side of the picture
+    captions: str = 'drawn'                   # drawn: pictures of shapes with captions, as they are needed; dataset: those of the dataset
     max_objects: int = 6                      # objects in a drawn picture, at most
-    encoder_width: int = 128                  # width of trunk and resampler
-    encoder_layers: int = 2                   # layers of the trunk
+    trunk: str | None = None                  # the encoder (CLIP) whose trunk is taken over and frozen; None: a small one, trained too
+    image_px: int = 64                        # side of the picture, without a trunk
+    encoder_width: int = 128                  # width, without a trunk
+    encoder_layers: int = 2                   # layers, without a trunk
+    pool: int = 1                             # the trunk's patches are averaged pool x pool
+    adapter: str = 'none'                     # between trunk and resampler: none, linear or mlp
     n_latents: int = 16                       # tokens of a picture
-    encoder_dim: int = 128                    # dimensions of a token; its half, quarter and eighth are the Matryoshka prefixes
+    perceiver_layers: int = 2                 # layers of the resampler
+    perceiver_width: int | None = None        # of the resampler; None: the trunk's
+    perceiver_heads: int = 4                  # attention heads of the resampler
+    encoder_dim: int = 128                    # dimensions of a token
+    prefixes: str | None = None               # the Matryoshka prefixes, separated by commas; None: an eighth, a quarter, a half, all
+    text_width: int = 128                     # width of the text tower
+    text_layers: int = 1                      # layers of the text tower
     # the optimizer
     optimizer: str = 'muon'                   # muon: Muon on the layers' matrices and AdamW on the rest; adamw: on everything
     max_steps: int = 1800                     # optimizer steps
@@ -91,7 +106,8 @@ class TrainConfig:
     ema: float = 0.998                        # decay of the averaged weights, which are what is evaluated; 0: the raw ones
 
     def __post_init__(self):
-        choices = dict(stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16'), tokenizer=('bpe', 'gpt2'))
+        choices = dict(stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16'), tokenizer=('bpe', 'gpt2'),
+                       captions=('drawn', 'dataset'))
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
@@ -103,6 +119,8 @@ class TrainConfig:
         for key in ('ema', 'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'momentum', 'weight_decay'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
+        if self.trunk and self.captions == 'drawn':
+            raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; give --captions=dataset')
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: there is no picture to train the encoder on')
 
@@ -125,7 +143,7 @@ class AnswerTask:
             self.tokenizer = Tokenizer(train_bpe(texts, settings.vocab_size))
         self.questions = {split: self.tokenized(r) for split, r in rows.items()}
 
-        encoder = load_encoder(settings.encoder).to(device) if settings.use_vision else None
+        encoder = evaluation.open_encoder(settings.encoder, asdict(settings)).to(device) if settings.use_vision else None
         if settings.vision_dim and settings.vision_dim not in encoder.config.prefixes:
             raise ValueError(f'vision_dim={settings.vision_dim}: expected one of the prefixes of the encoder, {encoder.config.prefixes}')
         self.fingerprint = encoder.fingerprint() if encoder else None
@@ -149,8 +167,9 @@ class AnswerTask:
             print(f'{rows.path}: {questions.cut} questions or answers cut to their limits')
         return questions
 
-    def expected_loss(self):
-        return math.log(self.config.vocab_size)
+    def chance(self):
+        """What every loss is, about, before anything is learnt."""
+        return {'answer': math.log(self.config.vocab_size)}
 
     def batch(self, step):
         questions = self.questions['train']
@@ -197,38 +216,75 @@ class AnswerTask:
 
 
 class AlignTask:
-    """Stage 1: the encoder learns from captions of pictures that are drawn as they are needed."""
+    """Stage 1: the encoder learns from captions, of pictures that are drawn as they are needed or of a dataset. A pretrained trunk is
+    frozen: what it makes of the pictures is computed once, and what follows it is trained."""
     figure = 'R@1'
 
     def __init__(self, settings, device, saved):
-        self.settings, self.device = settings, device
-        shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
-        self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(caption_sample(shapes), settings.vocab_size))
-        self.data = DrawnCaptions(shapes, self.tokenizer)
-        D = settings.encoder_dim
-        self.config = EncoderConfig(image_px=settings.image_px, width=settings.encoder_width, n_layer=settings.encoder_layers,
-                                    n_latents=settings.n_latents, vision_dim=D, prefixes=(D // 8, D // 4, D // 2, D))
-        self.model = AlignModel(Encoder(self.config), self.tokenizer.vocab_size)
+        self.settings, self.device, self.frozen, self.look = settings, device, None, {}
+        if settings.captions == 'drawn':
+            shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
+            texts = caption_sample(shapes)
+        else:
+            train = read_rows(settings.dataset, 'train')
+            texts = [caption for caption in train.caption if caption]
+        self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))
+        s, D = settings, settings.encoder_dim
+        trunk = dict(image_px=s.image_px, width=s.encoder_width, n_layer=s.encoder_layers)
+        if s.trunk:
+            self.frozen = evaluation.open_encoder(s.trunk, asdict(s), pool=s.pool).to(device)
+            if self.frozen.config.n_latents or self.frozen.config.projection != 'none':
+                raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
+            trunk = asdict(self.frozen.config)
+        prefixes = [int(d) for d in s.prefixes.split(',')] if s.prefixes else [D // 8, D // 4, D // 2, D]
+        self.config = EncoderConfig(**trunk | dict(
+            pool=s.pool, adapter=s.adapter, n_latents=s.n_latents, perceiver_layers=s.perceiver_layers, perceiver_width=s.perceiver_width,
+            perceiver_heads=s.perceiver_heads, projection='linear', vision_dim=D, prefixes=tuple(sorted(prefixes))))
+        self.model = AlignModel(Encoder(self.config), self.tokenizer.vocab_size, s.text_width, s.text_layers)
+        if s.trunk:
+            self.model.encoder.trunk = torch.nn.Identity()
+        if s.captions == 'drawn':
+            drawn = DrawnCaptions(shapes, self.tokenizer)
+            self.data = {split: partial(drawn.batch, split) for split in ('train', 'val', 'test')}
+            self.drawn, self.pictures = drawn, dict(val=1000, test=1000)
+        else:
+            self.data, self.drawn, self.pictures = {}, None, {}
+            self.open('train', train)
+            self.open('val', read_rows(s.dataset, 'val'))
 
-    def expected_loss(self):
-        return math.log(self.settings.batch_size) + math.log(self.tokenizer.vocab_size)
+    def open(self, split, rows):
+        """Makes a split of the dataset ready: its captions as tokens, its pictures encoded by the frozen trunk."""
+        captions = Captions(rows, self.tokenizer)
+        seen = asdict(self.settings) | dict(use_vision=True, vision_dim=None, train_encoder=self.frozen is None)
+        self.look[split] = evaluation.vision_source(seen, self.frozen or self.model.encoder, rows, self.device)
+        self.data[split], self.pictures[split] = captions.batch, len(rows.pictures)
+
+    def chance(self):
+        return {'contrast': math.log(self.settings.batch_size), 'cloze': math.log(self.tokenizer.vocab_size)}
 
     def batch(self, step):
-        return self.data.batch('train', step, self.settings.batch_size, self.settings.seed) | dict(names=[f'step {step}'])
+        return self.data['train'](step, self.settings.batch_size, self.settings.seed)
 
-    def losses(self, model, batch):
-        images = model.encoder.normalise(batch['pixels'])
-        return model(images, batch['caption'], batch['left_out'])
+    def tokens(self, model, batch, split):
+        """The encoder's tokens of a batch. -> (B, N, D)"""
+        if self.drawn:
+            return model.encoder(model.encoder.normalise(batch['pixels']))
+        seen = self.look[split](self.frozen or model.encoder, batch['picture'])
+        return model.encoder.resample(seen) if self.frozen else seen
 
-    def validate(self, model, split='val', batches=4):
-        """Loss, and retrieval among the pictures of all batches."""
-        loss, pooled, text = 0, [], []
-        for step in range(batches):
-            batch = on_device(self.data.batch(split, step, 250, self.settings.seed), self.device)
-            with torch.no_grad():
-                loss += sum(self.losses(model, batch).values()).item() / batches
-                pooled.append(model.encoder(model.encoder.normalise(batch['pixels'])).mean(1))
-                text.append(model.read_text(batch['caption'])[1])
+    def losses(self, model, batch, split='train'):
+        return model(self.tokens(model, batch, split), batch['caption'], batch['left_out'])
+
+    @torch.no_grad()
+    def validate(self, model, split='val', most=1000):
+        """Loss, and retrieval among up to `most` pictures."""
+        loss, pooled, text, size = 0, [], [], min(250, most, self.pictures[split])
+        steps = min(most, self.pictures[split]) // size
+        for step in range(steps):
+            batch = on_device(self.data[split](step, size, self.settings.seed), self.device)
+            loss += sum(self.losses(model, batch, split).values()).item() / steps
+            pooled.append(self.tokens(model, batch, split).mean(1).float())
+            text.append(model.read_text(batch['caption'])[1].float())
         self.retrieval = evaluation.retrieval(torch.cat(pooled), torch.cat(text), self.config.prefixes)
         return {'loss': loss, 'R@1': self.retrieval[self.config.vision_dim]['R@1']}
 
@@ -243,20 +299,32 @@ class AlignTask:
 
     def parameters(self):
         encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
-        return dict(encoder=encoder, text=total - encoder, total=total)
+        return dict(encoder=encoder, text=total - encoder, total=total) | (
+            {'frozen trunk': sum(p.numel() for p in self.frozen.parameters())} if self.frozen else {})
+
+    def report(self, model, split, most=5000):
+        """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens -> both, and the loss."""
+        if split not in self.data:
+            self.open(split, read_rows(self.settings.dataset, split))
+        scores = self.validate(model, split, most)
+        n = min(most, self.pictures[split])
+        print(f'retrieval among {n} pictures, both ways')
+        print(evaluation.table(['dimensions', 'R@1', 'R@5', 'R@10', 'median rank'], [
+            [d, *(f'{r[k]:.3f}' for k in ('R@1', 'R@5', 'R@10')), f"{r['median rank']:.0f}"] for d, r in self.retrieval.items()]))
+        scores |= dict(retrieval=self.retrieval)
+        if self.drawn:
+            scores['probe'] = evaluation.probe(model.encoder, self.drawn, self.device)
+            print('probe | ' + ' | '.join(f'{k} {v:.3f}' for k, v in scores['probe'].items()))
+        return scores
 
     def finish(self, model, facts):
-        """Writes encoder.pt; reports retrieval at every prefix on fresh pictures, and what a probe reads from the tokens."""
+        """Writes encoder.pt, the trunk included, and reports on the test split, which nothing has looked at so far."""
         out_dir = Path(self.settings.out_dir)
+        if self.frozen:
+            model.encoder.trunk = self.frozen.trunk
         save_encoder(model.encoder, out_dir / 'encoder.pt')
-        encoder = load_encoder(out_dir / 'encoder.pt').to(self.device)  # what was written is what is judged
-        model.encoder = encoder
-        scores = self.validate(model, 'test')
-        probed = evaluation.probe(encoder, self.data, self.device)
-        for d, r in self.retrieval.items():
-            print(f'prefix {d:4} | ' + ' | '.join(f'{k} {v:.3f}' for k, v in r.items()) + ' | among 1000 pictures, both ways')
-        print('probe | ' + ' | '.join(f'{k} {v:.3f}' for k, v in probed.items()))
-        metrics = facts | scores | dict(retrieval=self.retrieval, probe=probed)
+        model.encoder = load_encoder(out_dir / 'encoder.pt').to(self.device)  # what was written is what is judged
+        metrics = facts | self.report(model, 'test')
         evaluation.write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
         evaluation.draw_curves(out_dir)
 
@@ -281,7 +349,7 @@ def main(argv=None):
     model = task.model.to(device)
     ema_model = copy.deepcopy(model).requires_grad_(False).eval() if settings.ema else model
     print('parameters | ' + ' | '.join(f'{k} {n:,}' for k, n in task.parameters().items()))
-    print(f'{settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {task.expected_loss():.2f}')
+    print(f'{settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {sum(task.chance().values()):.2f}')
 
     # ---- optimizers
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -304,7 +372,7 @@ def main(argv=None):
     log.write(dict(event='start', step=step, **about, parameters=task.parameters(), settings=asdict(settings)))
 
     # ---- the loop
-    total, since, mark = {}, 0, time.time()
+    total, since, mark, warned = {}, 0, time.time(), False
     while step < settings.max_steps:
         lr = learning_rate(step, settings)
         for group in sum((optimizer.param_groups for optimizer in optimizers), []):
@@ -336,6 +404,11 @@ def main(argv=None):
             parts = {key: value.item() / since for key, value in total.items()}
             log.line(step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm.item(), ms=1e3 * seconds / since,
                                 examples_per_s=settings.batch_size * settings.grad_accum * since / seconds, train_s=train_s))
+            for key, chance in task.chance().items():
+                if step >= 100 and not warned and parts[key] > chance - .01:
+                    warned = True
+                    print(f'step {step}: the loss {key} is {parts[key]:.3f} and was to fall below {chance:.3f}, what a guess costs: nothing is '
+                          f'learnt yet; a lower --learning_rate is the usual remedy')
             total, since, mark = {}, 0, time.time()
 
         if step % settings.eval_interval == 0 or step == settings.max_steps:

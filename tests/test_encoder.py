@@ -1,8 +1,10 @@
 """encoder.py: shapes, the safety of its files, the cache, and what alignment trains."""
 
+import hashlib
 import io
 import math
 import os
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 import encoder as encoder_module
 from conftest import ROOT
-from encoder import AlignModel, Encoder, EncoderConfig, cached_features, load_encoder, open_picture, pixel_array, save_encoder
+from encoder import AlignModel, Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, save_encoder
 
 
 def png(color=(9, 90, 9), size=(64, 64), mode='RGB'):
@@ -103,30 +105,83 @@ def test_weights_are_accounted_for(tmp_path):
     assert 'extra.weight' in str(error.value)
 
 
+class Files(list):
+    """Picture files in memory, with what the encoder wants to know of them."""
+    names = property(lambda self: [f'picture {i}' for i in range(len(self))])
+    digests = property(lambda self: [hashlib.sha256(data).digest() for data in self])
+
+
 def test_cache(tmp_path, monkeypatch):
-    """Features are computed once, memory-mapped, equal to encoding anew, and never reused for another encoder or picture."""
-    e, pictures = small(), [png((10 * i, 99, 9)) for i in range(7)]
-    names = [f'picture {i}' for i in range(7)]
-    features = cached_features(e, pictures, names, tmp_path, batch_size=3)
+    """Features are computed once, memory-mapped, equal to encoding anew, and never reused for another encoder, picture or size."""
+    e, pictures = small(), Files(png((10 * i, 99, 9)) for i in range(7))
+    everything = torch.arange(7)
+    features = cached_features(e, pictures, tmp_path)
     fresh = e.encode_images(torch.stack([e.preprocess(open_picture(p)) for p in pictures]))
-    assert isinstance(features, np.memmap) and torch.allclose(torch.from_numpy(features.copy()).float(), fresh, atol=2e-3)
+    assert isinstance(features.parts[0], np.memmap) and torch.allclose(features[everything].float(), fresh, atol=2e-3) and len(features) == 7
     calls = []
     monkeypatch.setattr(Encoder, 'encode_images', lambda self, images: calls.append(1) or self(images).detach())
-    assert np.array_equal(cached_features(e, pictures, names, tmp_path), features) and not calls
-    cached_features(e, pictures[:6], names, tmp_path)
+    assert torch.equal(cached_features(e, pictures, tmp_path)[everything], features[everything]) and not calls
+    cached_features(e, Files(pictures[:6]), tmp_path)
+    assert torch.equal(cached_features(e, pictures, tmp_path, dim=8)[everything], features[everything][..., :8])
     torch.manual_seed(1)
-    cached_features(Encoder(e.config), pictures, names, tmp_path)
-    assert calls and len(list(tmp_path.iterdir())) == 3
+    cached_features(Encoder(e.config), pictures, tmp_path)
+    assert calls and len(list(tmp_path.iterdir())) == 4
 
 
-def test_cache_is_whole_or_absent(tmp_path):
-    """Pictures that cannot be decoded are counted and named, all of them, and leave no cache behind."""
-    bad = [png(), b'<html>not found</html>', png()[:60], png()]
-    for read in (lambda: cached_features(small(), bad, ['a', 'x.parquet, row 1', 'row 2', 'd'], tmp_path),
-                 lambda: pixel_array(small(), bad, ['a', 'x.parquet, row 1', 'row 2', 'd'])):
-        with pytest.raises(ValueError, match='2 of 4 pictures cannot be used: x.parquet, row 1: not a picture.*row 2'):
+def test_cache_in_parts(tmp_path, monkeypatch, capsys):
+    """A cache in parts holds the same; killed on the way, it goes on behind the last whole part; a damaged part is made again."""
+    e, pictures = small(), Files(png((10 * i, 99, 9)) for i in range(11))
+    part = 3 * 2 * 16 * 16  # three pictures
+    whole = cached_features(e, pictures, tmp_path / 'whole')[torch.arange(11)]
+    monkeypatch.setattr(encoder_module, 'rows_at_once', lambda e: 2)
+    encode, calls = Encoder.encode_images, []
+
+    def killed(self, images):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Encoder, 'encode_images', killed)
+        cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
+    kept = sorted((tmp_path / 'parts').iterdir())
+    assert len(kept) == 2 and all(f.suffix == '.npy' for f in kept)
+    features = cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
+    assert 'encoding 5 pictures' in capsys.readouterr().out
+    assert len(features.parts) == 4 and torch.allclose(features[torch.arange(11)].float(), whole.float(), atol=2e-3)
+    order = torch.tensor([10, 0, 5, 5, 3])
+    assert torch.equal(features[order], features[torch.arange(11)][order])
+    kept[1].write_bytes(kept[1].read_bytes()[:-1])
+    cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
+    text = capsys.readouterr().out
+    assert 'damaged, it is made again' in text and 'encoding 3 pictures' in text
+
+
+def test_cache_needs_room(tmp_path, monkeypatch):
+    """The need is said before anything is encoded, and where the disk is too small that is an error that says what helps."""
+    monkeypatch.setattr(encoder_module.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match='are needed.*--vision_dim.*--cache=false'):
+        cached_features(small(), Files([png()]), tmp_path)
+
+
+def test_bad_pictures_are_named(tmp_path):
+    """Pictures that cannot be decoded are counted and named, all of them, and no part with one of them is kept."""
+    bad = Files([png(), b'<html>not found</html>', png()[:60], png()])
+    for read in (lambda: cached_features(small(), bad, tmp_path), lambda: pixel_array(small(), bad)):
+        with pytest.raises(ValueError, match='2 of 4 pictures cannot be used: picture 1: not a picture.*picture 2'):
             read()
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match='picture 1: not a picture'):
+        PixelReader(small(), bad)[torch.tensor([0, 1])]
+
+
+def test_pixel_reader():
+    """Pictures read when they are asked for are those that are read at once, begun before or not."""
+    e, pictures = small(), Files(png((10 * i, 99, 9), (30 + i, 50)) for i in range(5))
+    reader, everything, order = PixelReader(e, pictures), pixel_array(e, pictures), torch.tensor([4, 1, 1])
+    reader.begin(order)
+    assert torch.equal(reader[order], everything[order]) and torch.equal(reader[order], everything[order]) and not reader.begun
 
 
 def test_gigantic_pictures_are_refused():
@@ -145,7 +200,8 @@ def align_batch(B=16, V=30):
 def test_alignment_losses():
     """Both losses start at chance, and together they reach every weight of the encoder."""
     model = AlignModel(small(), 30)
-    losses = model(*align_batch())
+    images, *captions = align_batch()
+    losses = model(model.encoder(images), *captions)
     assert abs(losses['contrast'].item() - math.log(16)) < .7 and abs(losses['cloze'].item() - math.log(30)) < .7
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.encoder.parameters())
@@ -158,7 +214,7 @@ def test_alignment_learns():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     images, caption, left_out = align_batch()
     for _ in range(80):
-        losses = model(images, caption, left_out)
+        losses = model(model.encoder(images), caption, left_out)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -167,6 +223,32 @@ def test_alignment_learns():
     for d in model.encoder.config.prefixes:
         sims = torch.nn.functional.normalize(pooled[:, :d], dim=1) @ torch.nn.functional.normalize(text[:, :d], dim=1).T
         assert (sims.argmax(1) == torch.arange(16)).float().mean() > .3  # chance: .06
+
+
+def contrast_of_rank(rank, file, pooled, text, out):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
+    model = AlignModel(small(), 30).double()
+    mine = slice(4 * rank, 4 * rank + 4)
+    a, b = pooled[mine].clone().requires_grad_(), text[mine].clone().requires_grad_()
+    loss = model.contrast(a, b)
+    loss.backward()
+    torch.save((loss.item(), a.grad / 2, b.grad / 2, model.log_scale.grad), f'{out}.{rank}')  # DDP takes the mean over the processes
+    torch.distributed.destroy_process_group()
+
+
+def test_contrast_sees_all_processes(tmp_path):
+    """Two processes with half a batch each get the contrast and the gradients of one process with the whole batch."""
+    torch.manual_seed(0)
+    pooled, text = (torch.randn(8, 16, dtype=torch.float64).requires_grad_() for _ in 'ab')
+    model = AlignModel(small(), 30).double()
+    loss = model.contrast(pooled, text)
+    loss.backward()
+    torch.multiprocessing.spawn(contrast_of_rank, (tmp_path / 'meet', pooled.detach(), text.detach(), tmp_path / 'out'), nprocs=2)
+    for rank in range(2):
+        theirs, a, b, scale = torch.load(f'{tmp_path}/out.{rank}', weights_only=True)
+        mine = slice(4 * rank, 4 * rank + 4)
+        assert abs(theirs - loss.item()) < 1e-6 and torch.allclose(a, pooled.grad[mine], atol=1e-7) and torch.allclose(b, text.grad[mine], atol=1e-7)
+        assert torch.allclose(scale, model.log_scale.grad, atol=1e-6)
 
 
 def test_padding_of_phrases():

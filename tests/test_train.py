@@ -89,7 +89,8 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
     """config/align.py trains an encoder on drawn captions, reports retrieval per prefix and the probe, and its file then serves
     stage 2."""
     monkeypatch.setattr(evaluation, 'probe', lambda *args: dict(pair_f1=0., exact_scene=0., place_error_px=0.))
-    monkeypatch.setattr(train.AlignTask.validate, '__defaults__', ('val', 1))
+    monkeypatch.setattr(train.AlignTask.validate, '__defaults__', ('val', 250))
+    monkeypatch.setattr(train.AlignTask.report, '__defaults__', (250,))
     out = tmp_path / 'align'
     train.main([str(ROOT / 'config/align.py'), '--max_steps=4', '--eval_interval=2', '--log_interval=2', '--batch_size=4',
                 '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4', '--max_objects=4',
@@ -97,8 +98,12 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
     metrics = json.loads((out / 'metrics.json').read_text())
     assert list(metrics['retrieval']) == ['2', '4', '8', '16'] and 'probe' in metrics
     assert train.load_encoder(out / 'encoder.pt').config.vision_dim == 16
+    capsys.readouterr()
+    evaluation.main([f'--out_dir={out}', '--device=cpu'])
+    text = capsys.readouterr().out
+    assert 'retrieval among 250 pictures' in text and 'median rank' in text and 'probe' in text
     with pytest.raises(ValueError, match='has no decoder'):
-        evaluation.main([f'--out_dir={out}', '--device=cpu'])
+        evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?'])
 
 
 def test_trained_along(flags, tmp_path):
