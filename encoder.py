@@ -9,6 +9,7 @@ prefix of the D dimensions is trained to be an embedding of its own, so a decode
 `cached_features` keeps the result on disk (stage 2).
 
     python encoder.py FILE...    # encode pictures, print shapes and timing
+    python encoder.py --bench=16 # pictures per second and memory at the scale of the seed
 """
 
 import argparse
@@ -368,6 +369,11 @@ SEED_NAMES = {  # what the seed has behind CLIP: here
     r'projector(\.net)?': 'adapter'}
 
 
+SEED_CONFIG = EncoderConfig(  # CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions
+    image_px=336, patch_px=14, stem='patch', width=1024, n_layer=24, n_head=16, activation='quick_gelu', class_token=True, adapter='linear',
+    n_latents=64, perceiver_layers=4, perceiver_heads=8, vision_dim=4096, prefixes=(512, 768, 1024, 1536, 2048, 3072, 4096), mean=CLIP_MEAN, std=CLIP_STD)
+
+
 def save_encoder(encoder, path):
     """Writes an encoder in half precision: config and weights, tensors and plain types only."""
     weights = {key: t.half().cpu() for key, t in encoder.state_dict().items()}
@@ -657,20 +663,13 @@ def pixel_array(encoder, pictures):
 
 
 class PixelReader:
-    """Pictures decoded when they are asked for, with all cores. Shapes: [indices (B,)] -> (B, 3, S, S) uint8"""
+    """Pictures decoded when they are asked for, on all cores. Shapes: [indices (B,)] -> (B, 3, S, S) uint8"""
 
     def __init__(self, encoder, pictures):
-        self.encoder, self.pictures, self.pool, self.begun = encoder, pictures, ThreadPoolExecutor(), {}
-
-    def begin(self, indices):
-        """Starts to decode pictures that will soon be asked for."""
-        indices = tuple(indices.tolist())
-        if indices not in self.begun:
-            self.begun[indices] = [self.pool.submit(decode, self.encoder, self.pictures[i]) for i in indices]
-        return indices
+        self.encoder, self.pictures, self.pool = encoder, pictures, ThreadPoolExecutor()
 
     def __getitem__(self, indices):
-        pixels = [future.result() for future in self.begun.pop(self.begin(indices))]
+        pixels = list(self.pool.map(partial(decode, self.encoder), [self.pictures[i] for i in indices.tolist()]))
         for i, p in zip(indices.tolist(), pixels):
             if isinstance(p, str):
                 raise ValueError(f'{self.pictures.names[i]}: {p}: remove or repair it')
@@ -761,15 +760,47 @@ def write_array(file, array):
         partial.unlink(missing_ok=True)
 
 
+def bench(encoder, n, device):
+    """Prints how many pictures per second are decoded and encoded, and the most memory that took: n photographs of noise, 1024 x 768."""
+    from model import most_memory, seconds
+    rng, files = np.random.default_rng(0), []
+    for _ in range(n):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).resize((1024, 768), Image.BICUBIC).save(buffer, 'JPEG', quality=90)
+        files.append(buffer.getvalue())
+    with ThreadPoolExecutor() as pool:
+        took = seconds(lambda: list(pool.map(partial(decode, encoder), files)), device)
+    print(f'decoding, all cores: {n / took:.1f} pictures/s')
+    encoder, pixels = encoder.to(device), decode(encoder, files[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        images = encoder.normalise(torch.stack([pixels] * min(n, rows_at_once(encoder))).to(device))
+        with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
+            encoder.encode_images(images[:1])
+            took = min(seconds(lambda: encoder.encode_images(images), device) for _ in range(2))
+        print(f'encoding, {str(dtype)[6:]}: {len(images) / took:.2f} pictures/s, {len(images)} at once')
+    print(f'at most {most_memory(device) / 1e9:.1f} GB of memory; a picture takes {2e-6 * encoder.encode_images(images[:1]).numel():.2f} MB of the cache')
+
+
 def main(argv=None):
     """Encodes pictures and shows what comes out."""
     parser = argparse.ArgumentParser(description='Encode pictures with a frozen encoder and show the shapes and the time.')
-    parser.add_argument('pictures', nargs='+', help='picture files')
-    parser.add_argument('--encoder', default='assets/encoder_shapes.pt', help='encoder file (default: %(default)s)')
+    parser.add_argument('pictures', nargs='*', help='picture files')
+    parser.add_argument('--encoder', help='encoder file or folder: this project\'s, CLIP, or a checkpoint of the seed (default: assets/encoder_shapes.pt; '
+                                          'with --bench random weights of the seed\'s shapes: CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions)')
+    parser.add_argument('--bench', type=int, metavar='N', help='time the decoding and encoding of N drawn photographs instead')
+    parser.add_argument('--device', default='cpu', help='cpu, cuda, ... (default: %(default)s)')
     args = parser.parse_args(argv)
-    encoder = load_encoder(args.encoder)
-    parameters = sum(p.numel() for p in encoder.parameters())
-    print(f'{args.encoder} | {parameters:,} parameters | fingerprint {encoder.fingerprint()}')
+    if not args.pictures and not args.bench:
+        parser.error('which pictures? FILE ..., or --bench=N')
+    if args.bench and not args.encoder:
+        encoder = Encoder(SEED_CONFIG).eval().requires_grad_(False)
+        print(f'random weights | {sum(p.numel() for p in encoder.parameters()):,} parameters')
+    else:
+        path = args.encoder or 'assets/encoder_shapes.pt'
+        encoder = load_encoder(path)
+        print(f'{path} | {sum(p.numel() for p in encoder.parameters()):,} parameters | fingerprint {encoder.fingerprint()}')
+    if args.bench:
+        bench(encoder, args.bench, args.device)
     for file in args.pictures:
         images = encoder.preprocess(open_picture(Path(file).read_bytes()))[None]
         start = time.time()

@@ -298,7 +298,7 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
     chosen = [next((i for i, t in enumerate(rows.type) if t == type), None) for type in types]
     for i in [i for i in chosen if i is not None] or range(min(4, len(rows))):
         picture, read, watch = open_picture(rows.pictures[rows.picture[i]]).convert('RGB'), [], []
-        patches = encoder.trunk(encoder.preprocess(picture)[None].to(device))          # (1, P, W)
+        patches = encoder.adapter(encoder.patches(encoder.preprocess(picture)[None].to(device)))   # (1, P, W)
         tokens = encoder.resampler(patches, read) if encoder.config.n_latents else patches
         vision = encoder.projection(tokens)[..., :decoder.config.vision_dim]           # (1, N, D)
         N, side = tokens.size(1), math.isqrt(patches.size(1))
@@ -313,7 +313,7 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
         draw = ImageDraw.Draw(strip)
         for step, (_, seen) in enumerate(watch):
             att = torch.stack([a[0, :, 0].float().mean(0) for a in seen]).mean(0)      # (S + T,), of the first state
-            places, weights = (att[:N] @ spread.float()).view(side, side).cpu(), att[N:N + len(words)].cpu()
+            places, weights = (att[:N] @ spread.float())[-side * side:].view(side, side).cpu(), att[N:N + len(words)].cpu()
             heat = Image.fromarray((255 * places / places.max()).byte().numpy()).resize(small.size, Image.BICUBIC)
             x, y = 2 * image_px + 20, step * (image_px + 4)
             strip.paste(small, (0, y))

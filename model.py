@@ -555,12 +555,21 @@ def show_memory(b):
 
 def peak_memory(b, recompute):
     """Bytes that a forward and a backward pass add to the most that the process has used so far."""
-    import resource
     decoder, batch = bench_decoder(b, checkpoint_recursion=recompute)
-    used = lambda: torch.cuda.max_memory_allocated(b.device) if b.device.startswith('cuda') else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    before = used()
+    before = most_memory(b.device)
     decoder(*batch)[1].backward()
-    return used() - before
+    return most_memory(b.device) - before
+
+
+def most_memory(device):
+    """The most bytes that this process has used so far, of the GPU's memory or, on a CPU, of the machine's; 0 where it cannot be told."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def table(head, rows):

@@ -28,7 +28,7 @@ import eval as evaluation
 from configurator import configure, echo
 from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
-from model import ModelConfig, build_model
+from model import ModelConfig, build_model, most_memory
 
 
 @dataclass
@@ -431,7 +431,7 @@ def main(argv=None):
             tensor.copy_(best[name][key])
     print(f"best validation {task.figure} {best['scores'][task.figure]:.3f} at step {best['step']}")
     task.finish(ema_model, facts(settings, task, step, best, about, train_s, time.time() - start))
-    print(f'{out_dir}: done after {evaluation.clock(time.time() - start)}')
+    print(f'{out_dir}: done after {evaluation.clock(time.time() - start)}, at most {most_memory(device) / 1e9:.1f} GB of memory')
 
 
 # ----------------------------------------------------------------------------
@@ -504,8 +504,8 @@ def saved_run(settings):
 
 def facts(settings, task, step, best, about, train_s, wall_s):
     """What metrics.json says beside the results."""
-    return dict(parameters=task.parameters(), step=step, best_step=best['step'], train_s=train_s, wall_s=wall_s, **about,
-                settings=asdict(settings))
+    return dict(parameters=task.parameters(), step=step, best_step=best['step'], train_s=train_s, wall_s=wall_s,
+                peak_memory_gb=most_memory(task.device) / 1e9, **about, settings=asdict(settings))
 
 
 def on_device(batch, device):

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import os
-import random
+import subprocess
 import sys
 import types
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import encoder as encoder_module
+from conftest import ROOT
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 
 
@@ -238,6 +239,39 @@ def test_seed(version, perceiver, tmp_path, images, monkeypatch):
     e = load_encoder(tmp_path / 'checkpoint_best.pt')
     assert e.config.fit == 'squash' and e.config.prefixes == (24,)
     same_tokens(e, seed(images), images)
+
+
+def test_from_clip_to_answers(tmp_path, tiny_shapes):
+    """The whole way on the command line: CLIP as Hugging Face stores it, aligned by config/align_pixmo.py, read by config/trm_pixmo.py at a Matryoshka
+    prefix, evaluated; with the cache and without it the result is nearly the same."""
+    hugging_face().save_pretrained(tmp_path / 'clip')
+
+    def run(*argv):
+        done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    common = [f'--dataset={tiny_shapes}', f'--cache_dir={tmp_path}/cache', '--max_steps=20', '--eval_interval=10', '--log_interval=10', '--device=cpu']
+    text = run('train.py', 'config/align_pixmo.py', *common, f'--out_dir={tmp_path}/align', f'--trunk={tmp_path}/clip', '--batch_size=16', '--encoder_px=48',
+               '--pool=2', '--n_latents=4', '--perceiver_layers=1', '--perceiver_width=32', '--perceiver_heads=2', '--encoder_dim=32', '--prefixes=8,32',
+               '--text_width=32', '--text_layers=1', '--vocab_size=300')
+    assert 'interpolated from 4 x 4 to 6 x 6' in text and 'retrieval among 20 pictures' in text and 'frozen trunk' in text
+    e = load_encoder(tmp_path / 'align/encoder.pt')
+    assert e.config.prefixes == (8, 32) and e.config.pool == 2 and e.encode_images(torch.randn(1, 3, 48, 48)).shape == (1, 4, 32)
+    clip = load_encoder(tmp_path / 'clip', image_px=48)
+    assert all(torch.equal(t.half(), clip.state_dict()[key].half()) for key, t in e.state_dict().items() if key.startswith('trunk.'))
+    text = run('eval.py', f'--out_dir={tmp_path}/align', '--split=val')
+    assert 'median rank' in text
+
+    ems = []
+    for name, flags in (('cached', []), ('fresh', ['--cache=false'])):
+        run('train.py', 'config/trm_pixmo.py', *common, *flags, f'--out_dir={tmp_path}/{name}', f'--encoder={tmp_path}/align/encoder.pt', '--tokenizer=bpe',
+            '--vision_dim=8', '--n_embd=16', '--n_head=2', '--batch_size=16')
+        ems.append(json.loads((tmp_path / name / 'metrics.json').read_text()))
+    assert abs(ems[0]['loss'] - ems[1]['loss']) < .01 and ems[0]['peak_memory_gb'] > .1
+    again = run('eval.py', f'--out_dir={tmp_path}/cached')
+    assert 'mean of types' in again
+    run('eval.py', f'--out_dir={tmp_path}/cached', '--attention=true')
 
 
 # ----------------------------------------------------------------------------

@@ -177,11 +177,10 @@ def test_bad_pictures_are_named(tmp_path):
 
 
 def test_pixel_reader():
-    """Pictures read when they are asked for are those that are read at once, begun before or not."""
+    """Pictures read when they are asked for are those that are read at once."""
     e, pictures = small(), Files(png((10 * i, 99, 9), (30 + i, 50)) for i in range(5))
     reader, everything, order = PixelReader(e, pictures), pixel_array(e, pictures), torch.tensor([4, 1, 1])
-    reader.begin(order)
-    assert torch.equal(reader[order], everything[order]) and torch.equal(reader[order], everything[order]) and not reader.begun
+    assert torch.equal(reader[order], everything[order])
 
 
 def test_gigantic_pictures_are_refused():
@@ -278,3 +277,8 @@ def test_command_line(tmp_path, tiny_encoder, capsys):
     (tmp_path / 'a.png').write_bytes(png(size=(30, 50)))
     encoder_module.main([str(tmp_path / 'a.png'), f'--encoder={tiny_encoder}'])
     assert '(1, 3, 64, 64) -> (1, 4, 16)' in capsys.readouterr().out
+    encoder_module.main(['--bench=2', f'--encoder={tiny_encoder}'])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ('decoding, all cores', 'encoding, float32', 'encoding, bfloat16', 'GB of memory'))
+    with pytest.raises(SystemExit):
+        encoder_module.main([])

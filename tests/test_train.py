@@ -106,6 +106,16 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
         evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?'])
 
 
+@pytest.mark.parametrize('rate, warned', [(1e-9, True), (3e-3, False)])
+def test_a_loss_at_chance_is_said(rate, warned, tmp_path, capsys, monkeypatch):
+    """A run whose contrast has not fallen below that of a guess after a hundred steps says so, once; one that learns does not."""
+    monkeypatch.setattr(train.AlignTask, 'finish', lambda *args: None)
+    monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
+    train.main([str(ROOT / 'config/align.py'), '--max_steps=120', '--log_interval=20', '--eval_interval=120', '--batch_size=8', '--encoder_width=32',
+                '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4', f'--learning_rate={rate}', '--warmup_ratio=0.1', f'--out_dir={tmp_path}'])
+    assert capsys.readouterr().out.count('nothing is learnt yet') == warned
+
+
 def test_trained_along(flags, tmp_path):
     """train_encoder=True changes the encoder, keeps it in the checkpoint, and evaluates with it."""
     out = tmp_path / 'a'
@@ -119,7 +129,7 @@ def test_trained_along(flags, tmp_path):
 @pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--norm=post', '--norm=unbounded', '--outer_steps=2',
                                     '--outer_steps=2 --deep_supervision=true',
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
-                                    '--vocab_size=300', '--n_layer=1', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
+                                    '--vocab_size=300', '--n_layer=1', '--cache=false', '--encoder_px=128', '--activation=quick_gelu', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
 def test_settings_matter(option, flags, tmp_path):
     """Every setting changes the weights that come out: none is read and then forgotten."""
     more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120', '--dtype=float32']

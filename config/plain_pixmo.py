@@ -1,0 +1,21 @@
+# The baseline of config/trm_pixmo.py: a plain decoder of four blocks, otherwise the same.
+out_dir = 'out/plain_pixmo'
+kind = 'plain'
+dataset = 'data/pixmo_qa'             # 8,400 / 1,800 / 1,800 questions, or captions as answers to a drawn prompt
+encoder = 'out/align_pixmo/encoder.pt'
+tokenizer = 'gpt2'
+max_question_tokens = 32
+max_answer_tokens = 32
+truncate = True                       # most captions are longer
+n_layer = 4
+n_head = 8
+n_embd = 512
+optimizer = 'adamw'
+learning_rate = 1e-4
+min_lr_ratio = 0.0
+weight_decay = 0.01
+warmup_ratio = 0.05
+ema = 0.0
+batch_size = 128                      # 32 rows of 32 answer tokens, as in the seed; see data.Questions
+max_steps = 2625                      # ten times through 8,400 rows, 32 at a time
+eval_interval = 262
