@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # How long the seed's experiment takes on this machine: an encoder with random weights of the true shapes (CLIP ViT-L/14 at 336 pixels, 64 latents,
 # 4096 dimensions), N noise photographs of 640 x 480, encoded once, then config/trm_pixmo.py. A timing: nothing is learnt.
-#     bash config/pixmo_timing.sh 14000 4375     # pictures, steps: ten times through them, 32 at a time
+#     bash config/pixmo_timing.sh 14000 4375 gpt2     # pictures; steps: ten times through them, 32 at a time; tokenizer
 set -euo pipefail
 cd "$(dirname "$0")/.."
-N=${1:-14000} STEPS=${2:-4375} WORK=${3:-out/pixmo_timing}
+N=${1:-14000} STEPS=${2:-4375} TOKENIZER=${3:-gpt2} WORK=out/pixmo_timing
 mkdir -p "$WORK"
 python - "$N" "$WORK" <<'DRAW'
 import io, sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ def row(i):
 
 n, work = int(sys.argv[1]), Path(sys.argv[2])
 if not (work / 'data').exists():
-    with ProcessPoolExecutor() as pool:
-        write_dataset(work / 'data', {split: pool.map(row, ids, chunksize=50) for split, ids in
+    with ThreadPoolExecutor() as pool:
+        write_dataset(work / 'data', {split: pool.map(row, ids) for split, ids in
                                       dict(train=range(n), val=range(n, n + 8), test=range(n + 8, n + 16)).items()})
 torch.manual_seed(0)
 save_encoder(Encoder(SEED_CONFIG), work / 'encoder.pt')
 DRAW
 start=$SECONDS
-python train.py config/trm_pixmo.py --fresh=true --dataset="$WORK/data" --encoder="$WORK/encoder.pt" --tokenizer=bpe --vocab_size=50257 \
+python train.py config/trm_pixmo.py --fresh=true --dataset="$WORK/data" --encoder="$WORK/encoder.pt" --tokenizer="$TOKENIZER" \
     --cache_dir="$WORK/cache" --out_dir="$WORK/run" --max_steps="$STEPS" --eval_interval="$STEPS"
 echo "$N pictures encoded and $STEPS steps: $((SECONDS - start)) s"
