@@ -73,6 +73,11 @@ class EncoderConfig:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
             raise ValueError(f'prefixes={self.prefixes}: expected numbers up to vision_dim={self.vision_dim}, and that one among them')
+        inner = self.perceiver_width or self.width
+        if self.adapter == 'none' and inner != self.width:
+            raise ValueError(f'perceiver_width={inner}: another width than the trunk\'s, {self.width}, needs an adapter')
+        if self.projection == 'none' and self.vision_dim != inner:
+            raise ValueError(f'vision_dim={self.vision_dim}: without a projection it is the width, {inner}')
         if self.pool < 1 or self.image_px // self.patch_px % self.pool or self.pool > 1 and self.keep_class_token:
             raise ValueError(f'pool={self.pool}: expected a divisor of the {self.image_px // self.patch_px} patches of a side, and 1 with keep_class_token')
 
@@ -201,8 +206,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         W, inner, D = config.width, config.perceiver_width or config.width, config.vision_dim
-        if not config.n_latents and config.adapter == 'none':
-            inner = W
         self.trunk = ViT(config)
         self.adapter = {'none': nn.Identity, 'linear': lambda: nn.Linear(W, inner), 'mlp': lambda: nn.Sequential(
             nn.LayerNorm(W), nn.Linear(W, config.adapter_width), nn.GELU(), nn.Linear(config.adapter_width, inner))}[config.adapter]()

@@ -209,7 +209,8 @@ def test_damaged_exif():
     assert small().pixels(open_picture(buffer.getvalue())).shape == (3, 64, 64)
 
 
-@pytest.mark.parametrize('bad', [dict(prefixes=(4, 8)), dict(prefixes=(16, 32)), dict(prefixes=()), dict(pool=3), dict(fit='stretch'), dict(image_px=60)])
+@pytest.mark.parametrize('bad', [dict(prefixes=(4, 8)), dict(prefixes=(16, 32)), dict(prefixes=()), dict(pool=3), dict(fit='stretch'), dict(image_px=60), dict(perceiver_width=64),
+                                 dict(vision_dim=16, projection='none')])
 def test_bad_settings(bad):
     """A setting out of range is an error that names it."""
     with pytest.raises(ValueError, match=next(iter(bad))):
