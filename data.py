@@ -19,7 +19,6 @@ pictures (drawn from a seed, no download), the importers, the tokenizer, and bat
 """
 
 import hashlib
-import importlib
 import io
 import math
 import multiprocessing
@@ -30,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
@@ -274,8 +274,8 @@ SCHEMA = pa.schema([('image', pa.binary()), ('question', pa.string()), ('answer'
                     ('sample_id', pa.string()), ('type', pa.string())])
 
 
-def write_dataset(out, rows_of_split):
-    """Writes {split: iterable of rows} to the folder `out`, which appears whole or not at all.
+def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
+    """Writes (split, row) pairs to the folder `out`, which appears whole or not at all; `finish` may add files to it.
 
     Raises: FileExistsError when `out` is there already.
     """
@@ -284,18 +284,29 @@ def write_dataset(out, rows_of_split):
         raise FileExistsError(f'{out}: already there; delete it or choose another --out')
     partial = out.with_name(f'.{out.name}.{os.getpid()}.partial')
     partial.mkdir(parents=True)
-    for split, rows in rows_of_split.items():
-        start, n, batch, size, last = time.time(), 0, [], 0, None
-        with pq.ParquetWriter(partial / f'{split}.parquet', SCHEMA, use_dictionary=True) as writer:
-            for row in rows:
-                batch.append(row)
-                size, last = size + len(row['image']) * (row['image'] != last), row['image']
-                if len(batch) == 2000 or size > 2 ** 22:  # a row group, quickly read: a picture asked several times is stored once in it
-                    writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
-                    n, batch, size = n + len(batch), [], 0
-                    print(f'\r{out}: {split} | {n} questions | {time.time() - start:.0f} s', end='', flush=True)
-            writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
-        print(f'\r{out}: {split} | {n + len(batch)} questions | {time.time() - start:.0f} s')
+    start, n, batch, size, last, files = time.time(), Counter(), {split: [] for split in SPLITS}, Counter(), {}, {}
+    # a row group is quickly read; a picture that is asked several times is stored once in it
+    options = dict(use_dictionary=True, dictionary_pagesize_limit=2 ** 26)
+    with ExitStack() as stack:
+        for split in SPLITS:
+            files[split] = stack.enter_context(pq.ParquetWriter(partial / f'{split}.parquet', schema, **options))
+
+        def flush(split):
+            files[split].write_table(pa.Table.from_pylist(batch[split], schema))
+            batch[split], size[split] = [], 0
+            print(f'\r{out} | ' + ' | '.join(f'{split} {n[split]}' for split in SPLITS) + f' questions | {time.time() - start:.0f} s', end='', flush=True)
+
+        for split, row in rows:
+            n[split] += 1
+            batch[split].append(row)
+            size[split] += len(row['image']) * (row['image'] != last.get(split))
+            last[split] = row['image']
+            if len(batch[split]) == 2000 or size[split] > 2 ** 22:
+                flush(split)
+        for split in SPLITS:
+            flush(split)
+    print()
+    finish(partial)
     os.replace(partial, out)
 
 
@@ -306,7 +317,7 @@ def draw_shapes(config, shard=2000):
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
         shards = {split: pool.map(shapes_rows, repeat(config), repeat(split), range(0, n, shard),
                                   [min(shard, n - start) for start in range(0, n, shard)]) for split, n in sizes.items()}
-        write_dataset(config.out, {split: chain.from_iterable(rows) for split, rows in shards.items()})
+        write_dataset(config.out, ((split, row) for split, rows in shards.items() for row in chain.from_iterable(rows)))
 
 
 def contact_sheet(config, columns=6, rows=4):
@@ -346,10 +357,8 @@ def read_rows(folder, split):
         references = [answer] if isinstance(answer, str) else answer
         if not isinstance(image, bytes):
             bad.append((i, image))
-        elif not isinstance(question, str) or not question.strip():
-            bad.append((i, f'the question is {"empty" if isinstance(question, str) else "no text"}'))
-        elif not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
-            bad.append((i, 'the answer is empty or no text'))
+        elif problem := text_problem(question, references):
+            bad.append((i, problem))
         else:
             digest = hashlib.sha256(image).digest()
             if digest not in picture_of:
@@ -364,6 +373,14 @@ def read_rows(folder, split):
             rows.sample_id.append(sample_id or f'row {i}')
     report_bad(path, bad, file.metadata.num_rows, 'remove or repair them')
     return rows
+
+
+def text_problem(question, references):
+    """What is wrong with the texts of a row, or None."""
+    if not isinstance(question, str) or not question.strip():
+        return f'the question is {"empty" if isinstance(question, str) else "no text"}'
+    if not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
+        return 'the answer is empty or no text'
 
 
 def stream(file, columns, at_once=100):
@@ -653,22 +670,11 @@ def caption_sample(config, n=3000):
 # ----------------------------------------------------------------------------
 # the command line
 
-@dataclass
-class ImportConfig:
-    source: str = ''  # folder or file of the published dataset
-    out: str = ''     # folder to write the dataset to
-
-    def __post_init__(self):
-        for key in ('source', 'out'):
-            if not getattr(self, key):
-                raise ValueError(f'--{key} is needed: --source=FOLDER of the published files, --out=FOLDER to write')
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    formats = sorted(path.stem for path in (Path(__file__).parent / 'prepare').glob('*.py'))
+    from prepare import ImportConfig, import_dataset, formats
     if not argv or argv[0].startswith('-'):
-        print(__doc__.strip() + f'\n\nformats: shapes, {", ".join(formats)}; python data.py shapes --help lists its settings')
+        print(__doc__.strip() + f'\n\nformats: shapes, {", ".join(formats())}; python data.py shapes --help lists its settings')
     elif argv[0] == 'shapes':
         config, _ = configure(ShapesConfig, [arg for arg in argv[1:] if arg != '--show'], 'data.py shapes [--show]')
         if '--show' in argv:
@@ -676,15 +682,11 @@ def main(argv=None):
             print('written: shapes.png')
         else:
             draw_shapes(config)
-    elif argv[0] in formats:
+    elif argv[0] in formats():
         config, _ = configure(ImportConfig, argv[1:], f'data.py {argv[0]}')
-        module = importlib.import_module(f'prepare.{argv[0]}')
-        rows = {split: [] for split in SPLITS}
-        for split, row in module.rows(config.source):
-            rows[split].append(row)
-        write_dataset(config.out, rows)
+        import_dataset(argv[0], config)
     else:
-        raise ValueError(f'{argv[0]}: no such format; there are shapes, {", ".join(formats)}')
+        raise ValueError(f'{argv[0]}: no such format; there are shapes, {", ".join(formats())}')
 
 
 if __name__ == '__main__':
