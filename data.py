@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -288,6 +289,7 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
     # a row group is quickly read; a picture that is asked several times is stored once in it
     options = dict(use_dictionary=True, dictionary_pagesize_limit=2 ** 26)
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)  # it is in place by then, or of no use
         for split in SPLITS:
             files[split] = stack.enter_context(pq.ParquetWriter(partial / f'{split}.parquet', schema, **options))
 
@@ -305,9 +307,10 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
                 flush(split)
         for split in SPLITS:
             flush(split)
-    print()
-    finish(partial)
-    os.replace(partial, out)
+            files[split].close()
+        print()
+        finish(partial)
+        os.replace(partial, out)
 
 
 def draw_shapes(config, shard=2000):
@@ -340,16 +343,13 @@ def read_rows(folder, split):
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
                                 f'(python data.py --help says how to draw or import one)')
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as e:
-        raise ValueError(f'{path}: not a parquet file: {e}') from None
+    file = open_parquet(path)
     for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
         if not set(needed) & set(file.schema_arrow.names):
             raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
 
     rows, bad, picture_of = Rows(path), [], {}
-    for i, (place, row) in enumerate(stream(file, SCHEMA.names)):
+    for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
         image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
         if question is None and caption:
             question, answer, type = drawn_prompt(i), caption, type or 'describe'
@@ -383,13 +383,28 @@ def text_problem(question, references):
         return 'the answer is empty or no text'
 
 
-def stream(file, columns, at_once=100):
-    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows at a time."""
+def open_parquet(path):
+    """Raises: ValueError where the file is no parquet file or a damaged one."""
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f'{path}: not a parquet file: {str(e).splitlines()[0]}') from None
+
+
+def stream(path, columns, at_once=100):
+    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows at a time. Raises: ValueError."""
+    file = open_parquet(path)
     columns = [key for key in columns if key in file.schema_arrow.names]
     for group in range(file.num_row_groups):
-        k = 0
-        for batch in file.iter_batches(at_once, [group], columns):
-            for row in batch.to_pylist():
+        k, batches = 0, file.iter_batches(at_once, [group], columns)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                break
+            except (pa.ArrowException, OSError, ValueError) as e:
+                raise ValueError(f'{path}: damaged in row group {group}, behind row {k} of it: {str(e).splitlines()[0]}') from None
+            for row in rows:
                 yield (group, k), row
                 k += 1
 
@@ -423,7 +438,7 @@ class Pictures:
     def __iter__(self):
         places = iter(self.places)
         place = next(places, None)
-        for here, row in stream(pq.ParquetFile(self.path), ['image']):
+        for here, row in stream(self.path, ['image']):
             if here == place:
                 yield read_image(row['image'], self.path.parent)
                 place = next(places, None)
@@ -431,7 +446,7 @@ class Pictures:
     def __getitem__(self, i):
         group, k = self.places[i]
         if self.group[0] != group:
-            self.group = group, pq.ParquetFile(self.path).read_row_group(group, ['image'])['image']
+            self.group = group, open_parquet(self.path).read_row_group(group, ['image'])['image']
         return read_image(self.group[1][k].as_py(), self.path.parent)
 
 

@@ -157,10 +157,10 @@ def read_json_lines(path):
     """Yields the value of every line. Raises: as `read_json`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: no such file; --source is the folder of the published files, see prepare/')
-    with open(path, encoding='utf-8-sig') as f:
-        try:
-            for i, line in enumerate(f):
+    with open(path, 'rb') as f:
+        for i, line in enumerate(f):
+            try:
                 if line.strip():
-                    yield json.loads(line)
-        except ValueError as e:
-            raise ValueError(f'{path}, line {i + 1}: not JSON: {e}') from None
+                    yield json.loads(line.decode('utf-8-sig'))
+            except ValueError as e:
+                raise ValueError(f'{path}, line {i + 1}: not JSON: {e}') from None

@@ -7,9 +7,7 @@ by the content of the pictures. Columns are known by their usual names; [USER] a
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
-from data import stream
+from data import open_parquet, stream
 from prepare import split_of_name, turns
 
 NAMES = dict(  # what a column may be called, the first that is there counts
@@ -25,11 +23,11 @@ def rows(config):
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
     for path in files:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path)
         column = {key: next((name for name in names if name in file.schema_arrow.names), None) for key, names in NAMES.items()}
         if column['image'] is None:
             raise ValueError(f'{path}: no image column; it has {", ".join(file.schema_arrow.names)}; URLs of PixMo: python data.py pixmo')
-        for i, (_, row) in enumerate(stream(file, [name for name in column.values() if name])):
+        for i, (_, row) in enumerate(stream(path, [name for name in column.values() if name])):
             row = {key: row.get(name) for key, name in column.items()}
             if isinstance(row['image'], list):
                 if len(row['image']) > 1:

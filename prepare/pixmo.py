@@ -18,9 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-import pyarrow.parquet as pq
-
-from data import stream
+from data import open_parquet, stream
 from encoder import open_picture
 from prepare import split_of_name, turns
 
@@ -37,13 +35,13 @@ def rows(config):
         raise ValueError('--images is needed: the folder that keeps the pictures that are fetched')
     urls = {}
     for path in files:
-        file = pq.ParquetFile(path)
+        file = open_parquet(path)
         if 'image_url' not in file.schema_arrow.names:
             raise ValueError(f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: python data.py parquet')
-        urls |= {row['image_url']: row.get('image_sha256') for _, row in stream(file, ('image_url', 'image_sha256')) if row['image_url']}
+        urls |= {row['image_url']: row.get('image_sha256') for _, row in stream(path, ('image_url', 'image_sha256')) if row['image_url']}
     fate = fetch(urls, Path(config.images), config)
     for path in files:
-        for i, (_, row) in enumerate(stream(pq.ParquetFile(path), COLUMNS)):
+        for i, (_, row) in enumerate(stream(path, COLUMNS)):
             name, split = f'{path.stem}-{i}', split_of_name(path.name) if path.name.startswith(('validation', 'test')) else None
             reason = fate.get(row['image_url'], 'no URL')
             if reason:

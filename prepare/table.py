@@ -19,7 +19,7 @@ def rows(config):
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .csv or .jsonl files')
     for file in files:
-        lines = csv.DictReader(file.open(newline='', encoding='utf-8-sig')) if file.suffix == '.csv' else read_json_lines(file)
+        lines = read_csv(file) if file.suffix == '.csv' else read_json_lines(file)
         for i, line in enumerate(lines):
             if not isinstance(line, dict) or not isinstance(line.get('image'), str):
                 yield None, dict(image=None, sample_id=f'{file.name}-{i}')
@@ -27,3 +27,12 @@ def rows(config):
             known = {key: line.get(key) or None for key in ('question', 'answer', 'caption', 'sample_id', 'type')}
             yield split_of_name(file.name) if source.is_dir() else None, known | dict(
                 image=Path(config.images or file.parent) / line['image'], sample_id=str(known['sample_id'] or f'{file.name}-{i}'))
+
+
+def read_csv(path):
+    """Yields every line as a dict. Raises: ValueError."""
+    with path.open(newline='', encoding='utf-8-sig') as f:
+        try:
+            yield from csv.DictReader(f)
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise ValueError(f'{path}: not CSV in UTF-8: {e}') from None
