@@ -19,6 +19,7 @@ pictures (drawn from a seed, no download), the importers, the tokenizer, and bat
 """
 
 import hashlib
+import heapq
 import io
 import math
 import multiprocessing
@@ -523,21 +524,29 @@ def train_bpe(texts, vocab_size):
     """
     counts = Counter(word for text in texts for word in re.findall(WORDS, text))
     words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
-    tokens = [bytes([b]) for b in range(256)]
+    tokens = {bytes([b]): None for b in range(256)}  # in order
     pairs, where = Counter(), {}
     for i, (word, n) in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += n
             where.setdefault(pair, set()).add(i)
-    while len(tokens) + 3 < vocab_size and pairs:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+    last_first = lambda token: (*(-b for b in token), 1)  # of pairs that are equally frequent the last in alphabetical order comes first
+    entry = lambda pair: (-pairs[pair], *map(last_first, pair), pair)
+    queue = [entry(pair) for pair in pairs]
+    heapq.heapify(queue)
+    while len(tokens) + 3 < vocab_size and queue:
+        count, *_, best = heapq.heappop(queue)
+        if -count != pairs[best]:  # it has changed since, and its new count is in the queue too
+            continue
         if pairs[best] < 2:
             break
-        tokens.append(best[0] + best[1])
-        for i in sorted(where.pop(best)):  # only the words that hold the pair change
+        tokens[best[0] + best[1]] = None
+        changed = set()
+        for i in where.pop(best):  # only the words that hold the pair change
             word, n = words[i]
             for pair in zip(word, word[1:]):
                 pairs[pair] -= n
+                changed.add(pair)
             j = 0
             while j < len(word) - 1:
                 if (word[j], word[j + 1]) == best:
@@ -545,8 +554,13 @@ def train_bpe(texts, vocab_size):
                 j += 1
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
+                changed.add(pair)
                 where.setdefault(pair, set()).add(i)
-        del pairs[best]
+        for pair in changed:
+            if pairs[pair]:
+                heapq.heappush(queue, entry(pair))
+            else:
+                del pairs[pair]
     return {'name': 'bpe', 'tokens': [token.hex() for token in tokens]}
 
 
