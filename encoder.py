@@ -21,6 +21,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import sys
 import time
 import zipfile
@@ -70,6 +71,8 @@ class EncoderConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
         if self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
+        if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
+            raise ValueError(f'prefixes={self.prefixes}: expected numbers up to vision_dim={self.vision_dim}, and that one among them')
         if self.pool < 1 or self.image_px // self.patch_px % self.pool or self.pool > 1 and self.keep_class_token:
             raise ValueError(f'pool={self.pool}: expected a divisor of the {self.image_px // self.patch_px} patches of a side, and 1 with keep_class_token')
 
@@ -228,9 +231,13 @@ class Encoder(nn.Module):
 
     def pixels(self, picture):
         """A Pillow picture of any mode and size -> uint8 (3, S, S), made square as `fit` says; what is transparent becomes white.
-        Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit."""
+        Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'. Raises: ValueError."""
         S, fit = self.config.image_px, self.config.fit
-        picture = ImageOps.exif_transpose(picture) if self.config.upright else picture
+        if self.config.upright:
+            try:
+                picture = ImageOps.exif_transpose(picture)
+            except (SyntaxError, ValueError, OSError, struct.error):  # damaged EXIF: the picture is taken as it lies
+                pass
         if 'A' in picture.getbands() or 'transparency' in picture.info:
             picture = picture.convert('RGBA')
             picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
@@ -242,6 +249,8 @@ class Encoder(nn.Module):
             w, h = (max(1, round(S * w / h)), S) if w <= h else (S, max(1, round(S * h / w)))
         else:
             w, h = S, S
+        if w * h > 2 ** 26:
+            raise ValueError(f'{picture.width} x {picture.height} pixels are too long and thin to be cropped to a square')
         picture = picture if picture.size == (w, h) else picture.resize((w, h), Image.BICUBIC)
         if fit == 'crop':
             left, top = (w - S) // 2, (h - S) // 2
@@ -259,8 +268,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images):
-        """Shapes: (B, 3, S, S) -> (B, N, D), without gradient."""
-        return self(images)
+        """Shapes: (B, 3, S, S) -> (B, N, D), without gradient, as many at a time as need some 0.5 GB for the attention of a layer."""
+        at_once = max(1, 2 ** 27 // (self.config.n_head * (self.config.image_px // self.config.patch_px) ** 4))
+        return torch.cat([self(part) for part in images.split(at_once)])
 
     def fingerprint(self):
         """A short hash of the config and the weights: what its tokens depend on."""
@@ -285,7 +295,7 @@ class AlignModel(nn.Module):
 
     def __init__(self, encoder, vocab_size, width=128, n_layer=1, max_tokens=64):
         super().__init__()
-        D, n_head = encoder.config.vision_dim, max(1, width // 32)
+        D, n_head = encoder.config.vision_dim, max(4, width // 64)
         self.encoder = encoder
         self.embed = nn.Embedding(vocab_size + 1, width)  # the last one stands for a word left out
         self.positions = nn.Parameter(torch.randn(max_tokens, width))
@@ -358,6 +368,8 @@ TRUNK_NAMES = {  # CLIP's tensors, as Hugging Face | as OpenAI and open_clip cal
 TRUNK_UNUSED = r'post_layernorm\..*|embeddings\.position_ids|ln_post\..*|proj'  # they make CLIP's embedding of the whole picture
 OTHER_TOWER = (r'(visual|text)_projection\.weight|text_model\..*|text\..*|transformer\..*|token_embedding\.weight|positional_embedding|'
                r'ln_final\..*|text_projection|attn_mask|logit_scale|logit_bias|input_resolution|context_length|vocab_size')
+SEED_UNUSED = r'attention_pool\..*'  # its embedding of the whole picture
+SEED_PREFIXES = (512, 768, 1024, 1536, 2048, 3072, 4096)
 SEED_NAMES = {  # what the seed has behind CLIP: here
     r'perceiver\.layers\.(\d+)\.(attn\.)?': r'resampler.layers.\1.',
     r'perceiver': 'resampler',
@@ -371,15 +383,15 @@ SEED_NAMES = {  # what the seed has behind CLIP: here
 
 SEED_CONFIG = EncoderConfig(  # CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions
     image_px=336, patch_px=14, stem='patch', width=1024, n_layer=24, n_head=16, activation='quick_gelu', class_token=True, adapter='linear',
-    n_latents=64, perceiver_layers=4, perceiver_heads=8, vision_dim=4096, prefixes=(512, 768, 1024, 1536, 2048, 3072, 4096), mean=CLIP_MEAN, std=CLIP_STD)
+    n_latents=64, perceiver_layers=4, perceiver_heads=8, vision_dim=4096, prefixes=SEED_PREFIXES, mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def save_encoder(encoder, path):
     """Writes an encoder in half precision: config and weights, tensors and plain types only."""
     weights = {key: t.half().cpu() for key, t in encoder.state_dict().items()}
-    partial = f'{path}.partial'
-    torch.save(dict(format=FORMAT, kind='encoder', config=asdict(encoder.config), weights=weights), partial)
-    os.replace(partial, path)
+    unfinished = f'{path}.partial'
+    torch.save(dict(format=FORMAT, kind='encoder', config=asdict(encoder.config), weights=weights), unfinished)
+    os.replace(unfinished, path)
 
 
 def load_encoder(path, **changes):
@@ -397,67 +409,94 @@ def load_encoder(path, **changes):
     if about.get('kind') == 'encoder':
         if about['format'] != FORMAT:
             raise ValueError(f'{path}: an encoder file of format {about["format"]}, this code reads format {FORMAT}')
-        config, weights = about['config'], {key: t.float() for key, t in tensors.items()}
+        config = about['config']
     else:
-        config, weights = translate(path, tensors, about)
-    config = EncoderConfig(**config | {key: value for key, value in changes.items() if value is not None})
-    weights['trunk.positions'] = fit_positions(weights['trunk.positions'], config)
-    encoder = Encoder(config)
+        about['keep_class_token'] = any(key.startswith('vision_encoder.attention_pool.') for key in tensors)  # two of the seed's versions
+        tensors = renamed(path, tensors)
+        config = config_of(path, tensors, about)
+    config |= {key: value for key, value in changes.items() if value is not None}
+    with torch.device('meta'):
+        expected = Encoder(EncoderConfig(**config)).state_dict().keys()
+    if expected != tensors.keys():
+        raise ValueError(f'{path}: weights are missing: {some(expected - tensors.keys()) or "none"}; left over: {some(tensors.keys() - expected) or "none"}')
+    try:
+        weights = {key: read(t).float() for key, t in tensors.items()}
+    except (KeyError, RuntimeError, OSError, zipfile.BadZipFile) as e:
+        raise ValueError(f'{path}: damaged ({e})') from None
+    encoder = Encoder(EncoderConfig(**config))
+    weights['trunk.positions'] = fit_positions(weights['trunk.positions'], encoder.config)
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f'{path}: its weights are not what its kind of encoder has: {e}') from None
+        raise ValueError(f'{path}: its weights do not fit its config: {e}') from None
     return encoder.eval().requires_grad_(False)
 
 
-def translate(path, tensors, about):
-    """The tensors of CLIP, or of a checkpoint of the seed -> config (a dict) and weights of an `Encoder`; what is not known keeps its name.
+def read(t):
+    """A tensor, or what the function reads that stands for one."""
+    return t() if callable(t) else t
 
-    Sources: transformers, models/clip; openai/CLIP, clip/model.py; Edge-Glass, src/encoders/{vision,perceiver}.py, three versions.
-    """
+
+def some(names, most=8):
+    return ', '.join(sorted(names)[:most]) + f', ... ({len(names)} in all)' * (len(names) > most)
+
+
+def renamed(path, tensors):
+    """The tensors of CLIP, or of a checkpoint of the seed, under the names of an `Encoder`'s; what is not known keeps its name."""
     tensors = {key.removeprefix('module.'): t for key, t in tensors.items()}
     seed = any(key.startswith('vision_encoder.') for key in tensors)
     if seed:  # its other towers are left alone
         tensors = {key.removeprefix('vision_encoder.'): t for key, t in tensors.items() if key.startswith('vision_encoder.')}
     root = next((found[1] for key in tensors if (found := re.fullmatch(r'(|.*\.)(embeddings\.patch_embedding|conv1)\.weight', key))), None)
     if root is None:
-        raise ValueError(f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of the seed: it has '
-                         f'{", ".join(list(tensors)[:5]) or "no tensors"}, ...')
-    tokens_of_all = any(key.startswith('attention_pool.') for key in tensors)
-    resampled = 'perceiver.latents' in tensors
-    weights = {}
-    for key, t in tensors.items():
-        in_trunk = key.startswith(root)
-        name = key.removeprefix(root) if in_trunk else key
-        if re.fullmatch(TRUNK_UNUSED if in_trunk else r'attention_pool\..*' if seed else OTHER_TOWER, name):
-            continue
-        for theirs, ours in (TRUNK_NAMES if in_trunk else SEED_NAMES).items():
-            name = re.sub(theirs, ours, name)
-        weights['trunk.' * in_trunk + name] = (t() if callable(t) else t).float()
-    for key in [key for key in weights if re.search(r'\.q\.(weight|bias)$', key)]:  # three matrices become one
-        parts = [re.sub(r'\.q\.', f'.{p}.', key) for p in 'qkv']
+        raise ValueError(f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of the seed: its tensors are '
+                         f'{some(tensors) or "none"}')
+    names = {}
+    for key in tensors:
+        in_trunk, name = key.startswith(root), key.removeprefix(root)
+        unused = TRUNK_UNUSED if in_trunk else SEED_UNUSED if seed else OTHER_TOWER
+        if not re.fullmatch(unused, name):
+            for theirs, ours in (TRUNK_NAMES if in_trunk else SEED_NAMES).items():
+                name = re.sub(theirs, ours, name)
+            if 'perceiver.latents' not in tensors:  # then the seed's one linear layer is the last one
+                name = re.sub('^adapter', 'projection', name)
+            names['trunk.' * in_trunk + name] = key
+    weights = {name: tensors[key] for name, key in names.items()}
+    for name in [name for name in weights if re.search(r'\.q\.(weight|bias)$', name)]:  # three matrices become one
+        parts = [name.replace('.q.', f'.{p}.') for p in 'qkv']
         if all(part in weights for part in parts):
-            weights[re.sub(r'\.q\.', '.qkv.', key)] = torch.cat([weights.pop(part) for part in parts])
-    if not resampled:  # the seed's one linear layer is then the last one
-        weights = {re.sub('^adapter', 'projection', key): t for key, t in weights.items()}
+            weights[name.replace('.q.', '.qkv.')] = partial(lambda *three: torch.cat([read(t) for t in three]), *[weights.pop(part) for part in parts])
+    return weights
 
-    size = lambda key, axis=0: weights[key].size(axis) if key in weights and weights[key].dim() > axis else 0
-    width, side = size('trunk.positions', 1), math.isqrt(max(0, size('trunk.positions') - 1))
-    vision_dim = size('projection.weight') or size('projection.1.weight') or width
+
+def config_of(path, weights, about):
+    """The config of an encoder (a dict), read off the shapes of its weights and, where these do not tell, from what is said beside them."""
+    shape = lambda key: tuple(read(weights[key]).shape) if key in weights else ()
+    count = lambda part: len({key.split('.')[2] for key in weights if key.startswith(part)})
+    positions, patches, latents = shape('trunk.positions'), shape('trunk.patches.weight'), shape('resampler.latents')
+    if len(positions) != 2 or len(patches) != 4 or math.isqrt(positions[0] - 1) ** 2 != positions[0] - 1:
+        raise ValueError(f'{path}: positions of shape {positions}, patches of shape {patches}: expected those of a class token and a square of patches')
+    width, n_layer = positions[1], about.get('n_layer') or count('trunk.blocks.')
+    head_size = {1280: 80, 1408: 88, 1664: 104}.get(width, 64)                         # of open_clip's H, g and bigG; 64 elsewhere
+    adapter, projection = (next((kind for key, kind in kinds.items() if f'{part}.{key}' in weights), 'none') for part, kinds in (
+        ('adapter', {'weight': 'linear', '1.weight': 'mlp'}), ('projection', {'weight': 'linear', '1.weight': 'norm_linear'})))
+    vision_dim = (shape('projection.weight') or shape('projection.1.weight') or (width,))[0]
     config = dict(
-        stem='patch', class_token=True, width=width, patch_px=size('trunk.patches.weight', 3), image_px=side * size('trunk.patches.weight', 3),
-        n_layer=len({key.split('.')[2] for key in weights if key.startswith('trunk.blocks.')}), mlp_width=size('trunk.blocks.0.fc1.weight'),
-        n_head=about.get('n_head') or max(1, width // 64), activation=about.get('activation', 'quick_gelu'), keep_class_token=seed and tokens_of_all,
-        n_latents=size('resampler.latents'), perceiver_width=size('resampler.latents', 1) or None, perceiver_heads=8 if resampled else None,
-        perceiver_layers=len({key.split('.')[2] for key in weights if key.startswith('resampler.layers.')}),
-        adapter='linear' if 'adapter.weight' in weights else 'mlp' if 'adapter.1.weight' in weights else 'none',
-        adapter_width=size('adapter.1.weight') or 2048,
-        projection='linear' if 'projection.weight' in weights else 'norm_linear' if 'projection.1.weight' in weights else 'none',
-        vision_dim=vision_dim, prefixes=tuple(d for d in (512, 768, 1024, 1536, 2048, 3072) if seed and d < vision_dim) + (vision_dim,),
-        mean=tuple(about.get('mean', CLIP_MEAN)), std=tuple(about.get('std', CLIP_STD)), fit='squash' if seed else 'crop')
-    if side * side + 1 != size('trunk.positions'):
-        raise ValueError(f'{path}: {size("trunk.positions")} positions: expected those of a class token and a square of patches')
-    return config, weights
+        stem='patch', class_token=True, keep_class_token=about['keep_class_token'], width=width, n_layer=n_layer, n_head=about.get('n_head') or max(1, width // head_size),
+        patch_px=patches[3], image_px=math.isqrt(positions[0] - 1) * patches[3], mlp_width=(shape('trunk.blocks.0.fc1.weight') or (4 * width,))[0],
+        activation=about.get('activation', 'quick_gelu'), mean=tuple(about.get('mean', CLIP_MEAN)), std=tuple(about.get('std', CLIP_STD)),
+        n_latents=0, adapter=adapter, projection=projection, vision_dim=vision_dim, prefixes=(vision_dim,), fit='crop')
+    if adapter == 'mlp':
+        config |= dict(adapter_width=shape('adapter.1.weight')[0])
+    if projection != 'none':  # the seed's
+        config |= dict(fit='squash', prefixes=tuple(d for d in SEED_PREFIXES if d < vision_dim) + (vision_dim,))
+    if latents:
+        config |= dict(n_latents=latents[0], perceiver_width=latents[1], perceiver_heads=8, perceiver_layers=count('resampler.layers.'))
+    if not about.get('n_head'):
+        resampler = f', {latents[0]} latents that read in {config["perceiver_layers"]} layers of 8 heads' if latents else ''
+        print(f'{path}: {n_layer} layers of {config["n_head"]} heads{resampler}, activation {config["activation"]}: the file does not tell heads and '
+              f'activation, these were assumed')
+    return config
 
 
 def fit_positions(positions, config):
@@ -473,10 +512,10 @@ def fit_positions(positions, config):
 
 def read_tensors(path):
     """Opens the weights of a file or a folder without reading them all -> {name: tensor, or function that reads it}, and what is said
-    beside them: of this project's own file 'kind', 'format', 'config'; of the others n_head, activation, mean, std, as far as known."""
+    beside them: of this project's own file kind, format, config; of the others n_head, n_layer, activation, mean, std, as far as known."""
     names = [f'{stem}.{ext}' for ext in ('safetensors', 'bin') for stem in ('model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')]
     folder = path if path.is_dir() else path.parent if path.name in names else None
-    described = lambda name: json.loads((folder / name).read_text()) if folder and (folder / name).is_file() else {}
+    described = lambda name: read_json(folder / name) if folder and (folder / name).is_file() else {}
     files = [path]
     if path.is_dir():
         for name in names:
@@ -497,30 +536,39 @@ def read_tensors(path):
     if about.get('kind') == 'encoder':
         return tensors, about
 
-    seen = {}
     if any(key.endswith('visual.conv1.weight') for key in tensors):
-        config = described('open_clip_config.json')
-        vision = config.get('model_cfg', {}).get('vision_cfg', {})
-        if config:
-            seen = dict(activation='quick_gelu' if config['model_cfg'].get('quick_gelu') else 'gelu')
-            if 'width' in vision:
-                seen['n_head'] = vision['width'] // vision.get('head_width', 64)
-            seen |= {key: config['preprocess_cfg'][key] for key in ('mean', 'std') if key in config.get('preprocess_cfg', {})}
-        elif not about.get('torchscript'):
-            seen = dict(activation='gelu')
-            print(f'{path}: attention heads of 64 dimensions and activation gelu assumed, as the file does not tell; weights that OpenAI '
-                  f'trained want quick_gelu')
-    elif config := described('config.json'):
-        vision = config.get('vision_config') or config
-        if vision.get('layer_norm_eps', 1e-5) != 1e-5 or vision.get('hidden_act', 'quick_gelu') not in ('gelu', 'quick_gelu'):
-            raise ValueError(f'{path}: config.json says layer_norm_eps {vision.get("layer_norm_eps")}, hidden_act {vision.get("hidden_act")}: '
-                             f'expected 1e-5, and gelu or quick_gelu')
-        pictures = described('preprocessor_config.json')
-        seen = dict(activation=vision.get('hidden_act', 'quick_gelu'), n_head=vision.get('num_attention_heads', 12))
-        seen |= {key: pictures[f'image_{key}'] for key in ('mean', 'std') if f'image_{key}' in pictures}
-    else:
-        print(f'{path}: attention heads of 64 dimensions and activation quick_gelu assumed, as OpenAI trained them: no config.json beside it')
-    return tensors, seen
+        return tensors, describe_open_clip(described('open_clip_config.json'), openai=about.get('torchscript', False))
+    return tensors, describe_hugging_face(path, described('config.json'), described('preprocessor_config.json'))
+
+
+def describe_open_clip(config, openai):
+    if not config:
+        return dict(activation='quick_gelu' if openai else 'gelu')
+    model, pictures = config.get('model_cfg', {}), config.get('preprocess_cfg', {})
+    vision, about = model.get('vision_cfg', {}), dict(activation='quick_gelu' if model.get('quick_gelu') else 'gelu')
+    if 'width' in vision:
+        about['n_head'] = vision['width'] // vision.get('head_width', 64)
+    if isinstance(vision.get('layers'), int):
+        about['n_layer'] = vision['layers']
+    return about | {key: pictures[key] for key in ('mean', 'std') if key in pictures}
+
+
+def describe_hugging_face(path, config, pictures):
+    if not config:
+        return {}
+    vision = config.get('vision_config') or config  # files of old list only what differs from the defaults
+    eps, activation = vision.get('layer_norm_eps', 1e-5), vision.get('hidden_act', 'quick_gelu')
+    if eps != 1e-5 or activation not in ('gelu', 'quick_gelu'):
+        raise ValueError(f'{path}: config.json says layer_norm_eps {eps}, hidden_act {activation}: expected 1e-5, and gelu or quick_gelu')
+    about = dict(activation=activation, n_head=vision.get('num_attention_heads', 12), n_layer=vision.get('num_hidden_layers', 12))
+    return about | {key: pictures[f'image_{key}'] for key in ('mean', 'std') if f'image_{key}' in pictures}
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f'{path}: not JSON: {e}') from None
 
 
 def read_safetensors(path):
@@ -559,8 +607,15 @@ def safe_load(path):
         inert = [(type('Settings', (), {}), name) for name in foreign if re.fullmatch(r'config\.\w+Config', name)]
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path}: not a file that can be read safely ({str(e).splitlines()[0][:200]})') from None
+    except (RuntimeError, EOFError, LookupError, ValueError, OSError, pickle.UnpicklingError) as e:
+        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        telling = next((line.strip() for line in lines if 'GLOBAL' in line), lines[0])
+        raise ValueError(f'{path}: not a file that can be read safely ({telling[:200]})') from None
+
+
+DTYPES = {'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16, 'FloatStorage': torch.float32, 'DoubleStorage': torch.float64,
+          'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
+          'BoolStorage': torch.bool}
 
 
 def read_torchscript(path):
@@ -573,7 +628,7 @@ def read_torchscript(path):
         dtype, name = storage
         return lambda: torch.frombuffer(bytearray(archive.read(f'{root}/data/{name}')), dtype=dtype).as_strided(size, stride, offset)
 
-    class Reader(pickle.Unpickler):
+    class TensorReader(pickle.Unpickler):
         def find_class(self, module, name):
             if module.split('.')[0] == '__torch__':
                 return type(name, (), {})
@@ -582,7 +637,7 @@ def read_torchscript(path):
             if (module, name) == ('collections', 'OrderedDict'):
                 return dict
             if module == 'torch' and name.endswith('Storage'):
-                return {'HalfStorage': torch.float16, 'FloatStorage': torch.float32, 'LongStorage': torch.int64, 'BFloat16Storage': torch.bfloat16}[name]
+                return DTYPES[name]
             if module == 'torch.jit._pickle':  # wraps plain lists
                 return lambda value, *_: value
             raise pickle.UnpicklingError(f'it wants {module}.{name}')
@@ -600,8 +655,8 @@ def read_torchscript(path):
                 collect(value, f'{prefix}{key}.')
 
     try:
-        collect(Reader(archive.open(f'{root}/data.pkl')).load(), '')
-    except (KeyError, AttributeError, EOFError, TypeError, pickle.UnpicklingError) as e:
+        collect(TensorReader(archive.open(f'{root}/data.pkl')).load(), '')
+    except (LookupError, AttributeError, EOFError, TypeError, ValueError, RecursionError, pickle.UnpicklingError) as e:
         raise ValueError(f'{path}: not a TorchScript archive that can be read safely ({e})') from None
     return tensors
 
@@ -624,8 +679,10 @@ def open_picture(data, most_pixels=2 ** 26):
         raise ValueError(f'not a picture that can be decoded ({e})') from None
 
 
-def decode(encoder, data):
+def decode(encoder, data, digest):
     """The pixels of a picture file, uint8 (3, S, S), or a string that says why there are none."""
+    if hashlib.sha256(data).digest() != digest:
+        return 'it has changed since it was read first'
     try:
         return encoder.pixels(open_picture(data))
     except ValueError as e:
@@ -633,21 +690,21 @@ def decode(encoder, data):
 
 
 def decode_all(encoder, pictures, wanted, batch_size):
-    """Decodes with all cores, a batch ahead: yields [(index, pixels), ...] for those pictures whose index is in `wanted`.
-    Raises: ValueError at the end, counting and naming those that cannot be decoded."""
+    """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for those pictures whose index is
+    in `wanted`. Raises: ValueError at the end, counting and naming those that cannot be decoded."""
     if not wanted:
         return
     bad, ahead = [], []
 
     def finished(batch):
-        good = [(i, future.result()) for i, future in batch]
-        bad.extend(f'{pictures.names[i]}: {pixels}' for i, pixels in good if isinstance(pixels, str))
-        return [(i, pixels) for i, pixels in good if not isinstance(pixels, str)]
+        results = [(i, future.result()) for i, future in batch]
+        bad.extend(f'{pictures.names[i]}: {pixels}' for i, pixels in results if isinstance(pixels, str))
+        return [(i, None if isinstance(pixels, str) else pixels) for i, pixels in results]
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         for i, data in enumerate(pictures):
             if i in wanted:
-                ahead.append((i, pool.submit(decode, encoder, data)))
+                ahead.append((i, pool.submit(decode, encoder, data, pictures.digests[i])))
                 if len(ahead) == 2 * batch_size:
                     yield finished(ahead[:batch_size])
                     del ahead[:batch_size]
@@ -671,7 +728,7 @@ class PixelReader:
         self.encoder, self.pictures, self.pool = encoder, pictures, ThreadPoolExecutor()
 
     def __getitem__(self, indices):
-        pixels = list(self.pool.map(partial(decode, self.encoder), [self.pictures[i] for i in indices.tolist()]))
+        pixels = list(self.pool.map(partial(decode, self.encoder), *zip(*[(self.pictures[i], self.pictures.digests[i]) for i in indices.tolist()])))
         for i, p in zip(indices.tolist(), pixels):
             if isinstance(p, str):
                 raise ValueError(f'{self.pictures.names[i]}: {p}: remove or repair it')
@@ -691,13 +748,7 @@ class Features:
         return torch.from_numpy(np.stack([self.parts[i // self.per_part][i % self.per_part] for i in indices.tolist()]))
 
 
-def rows_at_once(encoder, most=2 ** 27):
-    """How many pictures to encode at once: attention of a layer takes some 0.5 GB."""
-    tokens = (encoder.config.image_px // encoder.config.patch_px) ** 2
-    return max(1, min(256, most // (encoder.config.n_head * tokens ** 2)))
-
-
-def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=None, part_bytes=2 ** 28):
+def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=None, part_bytes=2 ** 28, batch_size=64):
     """The tokens of all pictures, encoded once and kept in `cache_dir`, in parts of `part_bytes`. A part is named after what it is made
     from: encoder, dim, dtype and the content of its pictures; so it is never stale, every run shares it, and a run that is killed
     goes on behind the last whole part.
@@ -722,18 +773,20 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
         if need > free:
             raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
                              f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step')
-    done, part = 0, {}
-    for batch in decode_all(encoder, pictures, wanted, rows_at_once(encoder)):
-        if not batch:
-            continue
-        with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
-            tokens = encoder.encode_images(encoder.normalise(torch.stack([pixels for _, pixels in batch]).to(device)))[..., :dim].half().cpu()
-        for (i, _), t in zip(batch, tokens):
-            part.setdefault(i // per_part, []).append(t)
+    done, part, broken = 0, {}, set()  # the tokens of the parts begun; the parts with a picture that cannot be decoded
+    for batch in decode_all(encoder, pictures, wanted, batch_size):
+        broken |= {i // per_part for i, pixels in batch if pixels is None}
+        batch = [(i, pixels) for i, pixels in batch if i // per_part not in broken]
+        if batch:
+            with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
+                tokens = encoder.encode_images(encoder.normalise(torch.stack([pixels for _, pixels in batch]).to(device)))[..., :dim].half().cpu()
+            for (i, _), t in zip(batch, tokens):
+                part.setdefault(i // per_part, []).append(t)
+        part = {p: tokens for p, tokens in part.items() if p not in broken}
         for p in [p for p, tokens in part.items() if len(tokens) == len(digests[p])]:
             write_array(files[p], torch.stack(part.pop(p)).numpy())
         done += len(batch)
-        eta = (time.time() - start) / done * (len(wanted) - done)
+        eta = (time.time() - start) / max(1, done) * (len(wanted) - done)
         print(f'\rencoding pictures | {done}/{len(wanted)} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
     if wanted:
         print(f'| took {time.time() - start:.0f} s')
@@ -743,7 +796,8 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
 def is_whole(file, shape):
     """Whether a part of a cache is there and has its size; one that has not is encoded anew."""
     try:
-        return file.is_file() and np.load(file, mmap_mode='r').shape == shape
+        part = np.load(file, mmap_mode='r') if file.is_file() else None
+        return part is not None and part.shape == shape and part.dtype == np.float16
     except (ValueError, OSError, EOFError):
         print(f'{file}: damaged, it is made again')
         return False
@@ -751,15 +805,15 @@ def is_whole(file, shape):
 
 def write_array(file, array):
     """Writes an array to a file that appears whole or not at all."""
-    partial = file.with_name(f'.{file.name}.{os.getpid()}.partial')
+    unfinished = file.with_name(f'.{file.name}.{os.getpid()}.partial')
     try:
-        with open(partial, 'wb') as f:
+        with open(unfinished, 'wb') as f:
             np.save(f, array)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(partial, file)
+        os.replace(unfinished, file)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def bench(encoder, n, device):
@@ -771,11 +825,11 @@ def bench(encoder, n, device):
         Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).resize((1024, 768), Image.BICUBIC).save(buffer, 'JPEG', quality=90)
         files.append(buffer.getvalue())
     with ThreadPoolExecutor() as pool:
-        took = seconds(lambda: list(pool.map(partial(decode, encoder), files)), device)
+        took = seconds(lambda: list(pool.map(lambda data: encoder.pixels(open_picture(data)), files)), device)
     print(f'decoding, all cores: {n / took:.1f} pictures/s')
-    encoder, pixels = encoder.to(device), decode(encoder, files[0])
+    encoder, pixels = encoder.to(device), encoder.pixels(open_picture(files[0]))
     for dtype in (torch.float32, torch.bfloat16):
-        images = encoder.normalise(torch.stack([pixels] * min(n, rows_at_once(encoder))).to(device))
+        images = encoder.normalise(torch.stack([pixels] * min(n, 32)).to(device))
         with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
             encoder.encode_images(images[:1])
             took = min(seconds(lambda: encoder.encode_images(images), device) for _ in range(2))

@@ -30,7 +30,7 @@ from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
 
-FORMAT = 1  # of checkpoints; raised when their content changes
+FORMAT = 2  # of checkpoints; raised when their content changes
 
 
 @dataclass
@@ -297,7 +297,7 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
     font, tiles, colors = ImageFont.load_default(13), [], []
     chosen = [next((i for i, t in enumerate(rows.type) if t == type), None) for type in types]
     for i in [i for i in chosen if i is not None] or range(min(4, len(rows))):
-        picture, read, watch = open_picture(rows.pictures[rows.picture[i]]).convert('RGB'), [], []
+        picture, read, watch = open_picture(rows.pictures[rows.picture[i]]), [], []
         patches = encoder.adapter(encoder.patches(encoder.preprocess(picture)[None].to(device)))   # (1, P, W)
         tokens = encoder.resampler(patches, read) if encoder.config.n_latents else patches
         vision = encoder.projection(tokens)[..., :decoder.config.vision_dim]           # (1, N, D)
@@ -308,7 +308,7 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
         said = tokenizer.decode(decoder.generate(vision, question, questions.max_answer_tokens)[0].tolist())
 
         words = [printable(tokenizer.bpe.decode([t], errors='replace')) for t in questions.questions[i]]
-        small = picture.resize((image_px, image_px), Image.BICUBIC)
+        small = Image.fromarray(encoder.pixels(picture).permute(1, 2, 0).numpy()).resize((image_px, image_px), Image.BICUBIC)  # as it is seen
         strip = Image.new('RGB', (2 * image_px + 20 + int(sum(font.getlength(word) + 8 for word in words)), len(watch) * (image_px + 4)), 'white')
         draw = ImageDraw.Draw(strip)
         for step, (_, seen) in enumerate(watch):
@@ -422,7 +422,8 @@ def vision_source(settings, encoder, rows, device):
         return lambda encoder, picture: None
     if settings['train_encoder'] or not settings['cache']:
         pixels = pixel_array(encoder, rows.pictures) if settings['cache'] else PixelReader(encoder, rows.pictures)
-        return lambda encoder, picture: encoder(encoder.normalise(pixels[picture.cpu()].to(device)))[..., :settings['vision_dim']]
+        encode = (lambda encoder, images: encoder(images)) if settings['train_encoder'] else (lambda encoder, images: encoder.encode_images(images))
+        return lambda encoder, picture: encode(encoder, encoder.normalise(pixels[picture.cpu()].to(device)))[..., :settings['vision_dim']]
     features = cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim'])
     return lambda encoder, picture: features[picture.cpu()].to(device, torch.float32)
 
@@ -464,7 +465,9 @@ def main(argv=None):
     run = checkpoint['settings']
     if checkpoint['stage'] == 'align' and not settings.image:
         from train import AlignTask, TrainConfig
-        task = AlignTask(TrainConfig(**run), device, checkpoint)
+        if settings.attention or settings.states or settings.inner_steps or settings.outer_steps:
+            raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
+        task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'])), device, checkpoint, splits=())
         task.model.load_state_dict(checkpoint['best']['model'])
         task.report(task.model.to(device).eval(), settings.split)
         return

@@ -14,6 +14,7 @@ import ctypes
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -121,6 +122,8 @@ class TrainConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
         if self.trunk and self.captions == 'drawn':
             raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; give --captions=dataset')
+        if self.stage == 'align' and self.encoder_px and not self.trunk:
+            raise ValueError('encoder_px without a trunk: the side of the pictures is then --image_px')
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: there is no picture to train the encoder on')
 
@@ -147,6 +150,8 @@ class AnswerTask:
         if settings.vision_dim and settings.vision_dim not in encoder.config.prefixes:
             raise ValueError(f'vision_dim={settings.vision_dim}: expected one of the prefixes of the encoder, {encoder.config.prefixes}')
         self.fingerprint = encoder.fingerprint() if encoder else None
+        if saved and saved['encoder_fingerprint'] != self.fingerprint:
+            raise ValueError(f'encoder={settings.encoder}: not the one that the run in {settings.out_dir} began with; start over with --fresh=true')
         self.look = {split: evaluation.vision_source(asdict(settings), encoder, r, device) for split, r in rows.items()}
         self.frozen = None if settings.train_encoder else encoder
 
@@ -220,22 +225,27 @@ class AlignTask:
     frozen: what it makes of the pictures is computed once, and what follows it is trained."""
     figure = 'R@1'
 
-    def __init__(self, settings, device, saved):
+    def __init__(self, settings, device, saved, splits=('train', 'val')):
         self.settings, self.device, self.frozen, self.look = settings, device, None, {}
         if settings.captions == 'drawn':
             shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
             texts = caption_sample(shapes)
         else:
-            train = read_rows(settings.dataset, 'train')
-            texts = [caption for caption in train.caption if caption]
+            rows = {split: read_rows(settings.dataset, split) for split in splits}
+            texts = [caption for caption in rows['train'].caption if caption] if not saved else []
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))
         s, D = settings, settings.encoder_dim
         trunk = dict(image_px=s.image_px, width=s.encoder_width, n_layer=s.encoder_layers)
+        trunk |= {key: getattr(s, key) for key in ('fit', 'upright', 'activation') if getattr(s, key) is not None}
         if s.trunk:
             self.frozen = evaluation.open_encoder(s.trunk, asdict(s), pool=s.pool).to(device)
             if self.frozen.config.n_latents or self.frozen.config.projection != 'none':
                 raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
             trunk = asdict(self.frozen.config)
+            if saved and saved['trunk_fingerprint'] != self.frozen.fingerprint():
+                raise ValueError(f'trunk={s.trunk}: not the one that the run in {s.out_dir} began with; start over with --fresh=true')
+        if s.prefixes and not re.fullmatch(r'\d+(,\d+)*', s.prefixes):
+            raise ValueError(f'prefixes={s.prefixes}: expected numbers, separated by commas')
         prefixes = [int(d) for d in s.prefixes.split(',')] if s.prefixes else [D // 8, D // 4, D // 2, D]
         self.config = EncoderConfig(**trunk | dict(
             pool=s.pool, adapter=s.adapter, n_latents=s.n_latents, perceiver_layers=s.perceiver_layers, perceiver_width=s.perceiver_width,
@@ -249,8 +259,8 @@ class AlignTask:
             self.drawn, self.pictures = drawn, dict(val=1000, test=1000)
         else:
             self.data, self.drawn, self.pictures = {}, None, {}
-            self.open('train', train)
-            self.open('val', read_rows(s.dataset, 'val'))
+            for split in splits:
+                self.open(split, rows[split])
 
     def open(self, split, rows):
         """Makes a split of the dataset ready: its captions as tokens, its pictures encoded by the frozen trunk."""
@@ -285,7 +295,7 @@ class AlignTask:
             loss += sum(self.losses(model, batch, split).values()).item() / steps
             pooled.append(self.tokens(model, batch, split).mean(1).float())
             text.append(model.read_text(batch['caption'])[1].float())
-        self.retrieval = evaluation.retrieval(torch.cat(pooled), torch.cat(text), self.config.prefixes)
+        self.retrieval, self.ranked = evaluation.retrieval(torch.cat(pooled), torch.cat(text), self.config.prefixes), steps * size
         return {'loss': loss, 'R@1': self.retrieval[self.config.vision_dim]['R@1']}
 
     def better(self, new, old):
@@ -295,7 +305,8 @@ class AlignTask:
         return {'model': model.state_dict()}
 
     def state(self):
-        return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state)
+        return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state,
+                    trunk_fingerprint=self.frozen.fingerprint() if self.frozen else None)
 
     def parameters(self):
         encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
@@ -307,8 +318,7 @@ class AlignTask:
         if split not in self.data:
             self.open(split, read_rows(self.settings.dataset, split))
         scores = self.validate(model, split, most)
-        n = min(most, self.pictures[split])
-        print(f'retrieval among {n} pictures, both ways')
+        print(f'retrieval among {self.ranked} pictures, both ways')
         print(evaluation.table(['dimensions', 'R@1', 'R@5', 'R@10', 'median rank'], [
             [d, *(f'{r[k]:.3f}' for k in ('R@1', 'R@5', 'R@10')), f"{r['median rank']:.0f}"] for d, r in self.retrieval.items()]))
         scores |= dict(retrieval=self.retrieval)

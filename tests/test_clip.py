@@ -308,13 +308,26 @@ def test_every_tensor_counts(tmp_path):
     for change, message in ((lambda w: w.pop('vision_model.encoder.layers.1.mlp.fc1.bias'), 'trunk.blocks.1.fc1.bias'),
                             (lambda w: w.update({'vision_model.encoder.layers.0.scale': torch.ones(1)}), 'trunk.blocks.0.scale'),
                             (lambda w: w.update({'audio_model.weight': torch.ones(1)}), 'audio_model.weight'),
-                            (lambda w: w.pop('vision_model.encoder.layers.2.self_attn.k_proj.weight'), 'blocks.2.[qv].weight'),
+                            (lambda w: w.pop('vision_model.encoder.layers.2.self_attn.k_proj.weight'), 'blocks.2.qkv.weight'),
                             (lambda w: [w.pop(key) for key in list(w) if 'vision' in key], 'text_model')):
         weights = dict(model.state_dict())
         change(weights)
         torch.save(weights, tmp_path / 'w.bin')
         with pytest.raises(ValueError, match=message):
             load_encoder(tmp_path / 'w.bin', n_head=4)
+    model.save_pretrained(tmp_path / 'short')
+    weights = {key: t for key, t in model.state_dict().items() if 'layers.2.' not in key}
+    (tmp_path / 'short/model.safetensors').unlink()
+    torch.save(weights, tmp_path / 'short/pytorch_model.bin')
+    with pytest.raises(ValueError, match='weights are missing: trunk.blocks.2'):  # the config says that there are three layers
+        load_encoder(tmp_path / 'short')
+    (tmp_path / 'short/config.json').write_text('{')
+    with pytest.raises(ValueError, match='config.json: not JSON'):
+        load_encoder(tmp_path / 'short')
+    for name, content in (('aborted.pt', b''), ('odd.pt', b'\x80\x02.')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match='can be read safely'):
+            load_encoder(tmp_path / name)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ValueError, match='a folder without weights'):
         load_encoder(tmp_path / 'empty')

@@ -108,7 +108,10 @@ def test_weights_are_accounted_for(tmp_path):
 class Files(list):
     """Picture files in memory, with what the encoder wants to know of them."""
     names = property(lambda self: [f'picture {i}' for i in range(len(self))])
-    digests = property(lambda self: [hashlib.sha256(data).digest() for data in self])
+
+    def __init__(self, files):
+        super().__init__(files)
+        self.digests = [hashlib.sha256(data).digest() for data in self]
 
 
 def test_cache(tmp_path, monkeypatch):
@@ -133,7 +136,6 @@ def test_cache_in_parts(tmp_path, monkeypatch, capsys):
     e, pictures = small(), Files(png((10 * i, 99, 9)) for i in range(11))
     part = 3 * 2 * 16 * 16  # three pictures
     whole = cached_features(e, pictures, tmp_path / 'whole')[torch.arange(11)]
-    monkeypatch.setattr(encoder_module, 'rows_at_once', lambda e: 2)
     encode, calls = Encoder.encode_images, []
 
     def killed(self, images):
@@ -144,16 +146,16 @@ def test_cache_in_parts(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Encoder, 'encode_images', killed)
-        cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
+        cached_features(e, pictures, tmp_path / 'parts', part_bytes=part, batch_size=2)
     kept = sorted((tmp_path / 'parts').iterdir())
     assert len(kept) == 2 and all(f.suffix == '.npy' for f in kept)
-    features = cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
+    features = cached_features(e, pictures, tmp_path / 'parts', part_bytes=part, batch_size=2)
     assert 'encoding 5 pictures' in capsys.readouterr().out
     assert len(features.parts) == 4 and torch.allclose(features[torch.arange(11)].float(), whole.float(), atol=2e-3)
     order = torch.tensor([10, 0, 5, 5, 3])
     assert torch.equal(features[order], features[torch.arange(11)][order])
     kept[1].write_bytes(kept[1].read_bytes()[:-1])
-    cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
+    cached_features(e, pictures, tmp_path / 'parts', part_bytes=part, batch_size=2)
     text = capsys.readouterr().out
     assert 'damaged, it is made again' in text and 'encoding 3 pictures' in text
 
@@ -167,11 +169,18 @@ def test_cache_needs_room(tmp_path, monkeypatch):
 
 def test_bad_pictures_are_named(tmp_path):
     """Pictures that cannot be decoded are counted and named, all of them, and no part with one of them is kept."""
-    bad = Files([png(), b'<html>not found</html>', png()[:60], png()])
+    bad = Files([png(), b'<html>not found</html>', png()[:60], png((1, 2, 3))])
     for read in (lambda: cached_features(small(), bad, tmp_path), lambda: pixel_array(small(), bad)):
         with pytest.raises(ValueError, match='2 of 4 pictures cannot be used: picture 1: not a picture.*picture 2'):
             read()
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match='2 of 4'):
+        cached_features(small(), bad, tmp_path, part_bytes=2 * 16 * 16)  # a part a picture
+    assert len(list(tmp_path.iterdir())) == 2
+    bad.digests = [b'other'] * 4
+    with pytest.raises(ValueError, match='it has changed since'):
+        cached_features(small(), bad, tmp_path)
+    bad = Files(bad)
     with pytest.raises(ValueError, match='picture 1: not a picture'):
         PixelReader(small(), bad)[torch.tensor([0, 1])]
 
@@ -187,6 +196,24 @@ def test_gigantic_pictures_are_refused():
     """A small file that says it is a huge picture is refused before its pixels are made."""
     with pytest.raises(ValueError, match='are more than'):
         open_picture(png(0, (9000, 9000), '1'))
+    thin = Image.new('1', (1, 300000))
+    assert small().pixels(thin).shape == (3, 64, 64)
+    with pytest.raises(ValueError, match='too long and thin'):
+        small(fit='crop', image_px=336, patch_px=16, stem='patch').pixels(thin)
+
+
+def test_damaged_exif():
+    """A picture whose EXIF data is damaged is taken as it lies."""
+    buffer = io.BytesIO()
+    Image.new('RGB', (64, 64)).save(buffer, 'PNG', exif=b'Exif\0\0garbage')
+    assert small().pixels(open_picture(buffer.getvalue())).shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize('bad', [dict(prefixes=(4, 8)), dict(prefixes=(16, 32)), dict(prefixes=()), dict(pool=3), dict(fit='stretch'), dict(image_px=60)])
+def test_bad_settings(bad):
+    """A setting out of range is an error that names it."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        small(**bad)
 
 
 def align_batch(B=16, V=30):

@@ -203,12 +203,12 @@ def test_bad_checkpoints(tmp_path, flags):
     """A checkpoint of another format, a torn one and one with code in it are refused with one message."""
     path = tmp_path / 'ckpt.pt'
     torch.save(dict(format=99), path)
-    with pytest.raises(ValueError, match='checkpoint format 99, this code reads format 1'):
+    with pytest.raises(ValueError, match='checkpoint format 99, this code reads format 2'):
         evaluation.read_checkpoint(tmp_path)
     path.write_bytes(path.read_bytes()[:80])
     with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
-    torch.save(dict(format=1, evil=print), path)
+    torch.save(dict(format=2, evil=print), path)
     with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
 
