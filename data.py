@@ -19,17 +19,19 @@ pictures (drawn from a seed, no download), the importers, the tokenizer, and bat
 """
 
 import hashlib
-import importlib
+import heapq
 import io
 import math
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
@@ -274,8 +276,8 @@ SCHEMA = pa.schema([('image', pa.binary()), ('question', pa.string()), ('answer'
                     ('sample_id', pa.string()), ('type', pa.string())])
 
 
-def write_dataset(out, rows_of_split):
-    """Writes {split: iterable of rows} to the folder `out`, which appears whole or not at all.
+def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
+    """Writes (split, row) pairs to the folder `out`, which appears whole or not at all; `finish` may add files to it.
 
     Raises: FileExistsError when `out` is there already.
     """
@@ -284,19 +286,32 @@ def write_dataset(out, rows_of_split):
         raise FileExistsError(f'{out}: already there; delete it or choose another --out')
     partial = out.with_name(f'.{out.name}.{os.getpid()}.partial')
     partial.mkdir(parents=True)
-    for split, rows in rows_of_split.items():
-        start, n, batch, size, last = time.time(), 0, [], 0, None
-        with pq.ParquetWriter(partial / f'{split}.parquet', SCHEMA, use_dictionary=True) as writer:
-            for row in rows:
-                batch.append(row)
-                size, last = size + len(row['image']) * (row['image'] != last), row['image']
-                if len(batch) == 2000 or size > 2 ** 22:  # a row group, quickly read: a picture asked several times is stored once in it
-                    writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
-                    n, batch, size = n + len(batch), [], 0
-                    print(f'\r{out}: {split} | {n} questions | {time.time() - start:.0f} s', end='', flush=True)
-            writer.write_table(pa.Table.from_pylist(batch, SCHEMA))
-        print(f'\r{out}: {split} | {n + len(batch)} questions | {time.time() - start:.0f} s')
-    os.replace(partial, out)
+    start, n, batch, size, last, files = time.time(), Counter(), {split: [] for split in SPLITS}, Counter(), {}, {}
+    # a row group is quickly read; a picture that is asked several times is stored once in it
+    options = dict(use_dictionary=True, dictionary_pagesize_limit=2 ** 26)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)  # it is in place by then, or of no use
+        for split in SPLITS:
+            files[split] = stack.enter_context(pq.ParquetWriter(partial / f'{split}.parquet', schema, **options))
+
+        def flush(split):
+            files[split].write_table(pa.Table.from_pylist(batch[split], schema))
+            batch[split], size[split] = [], 0
+            print(f'\r{out} | ' + ' | '.join(f'{split} {n[split]}' for split in SPLITS) + f' questions | {time.time() - start:.0f} s', end='', flush=True)
+
+        for split, row in rows:
+            n[split] += 1
+            batch[split].append(row)
+            size[split] += len(row['image']) * (row['image'] != last.get(split))
+            last[split] = row['image']
+            if len(batch[split]) == 2000 or size[split] > 2 ** 22:
+                flush(split)
+        for split in SPLITS:
+            flush(split)
+            files[split].close()
+        print()
+        finish(partial)
+        os.replace(partial, out)
 
 
 def draw_shapes(config, shard=2000):
@@ -306,7 +321,7 @@ def draw_shapes(config, shard=2000):
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
         shards = {split: pool.map(shapes_rows, repeat(config), repeat(split), range(0, n, shard),
                                   [min(shard, n - start) for start in range(0, n, shard)]) for split, n in sizes.items()}
-        write_dataset(config.out, {split: chain.from_iterable(rows) for split, rows in shards.items()})
+        write_dataset(config.out, ((split, row) for split, rows in shards.items() for row in chain.from_iterable(rows)))
 
 
 def contact_sheet(config, columns=6, rows=4):
@@ -329,16 +344,13 @@ def read_rows(folder, split):
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
                                 f'(python data.py --help says how to draw or import one)')
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as e:
-        raise ValueError(f'{path}: not a parquet file: {e}') from None
+    file = open_parquet(path)
     for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
         if not set(needed) & set(file.schema_arrow.names):
             raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
 
     rows, bad, picture_of = Rows(path), [], {}
-    for i, (place, row) in enumerate(stream(file, SCHEMA.names)):
+    for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
         image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
         if question is None and caption:
             question, answer, type = drawn_prompt(i), caption, type or 'describe'
@@ -346,10 +358,8 @@ def read_rows(folder, split):
         references = [answer] if isinstance(answer, str) else answer
         if not isinstance(image, bytes):
             bad.append((i, image))
-        elif not isinstance(question, str) or not question.strip():
-            bad.append((i, f'the question is {"empty" if isinstance(question, str) else "no text"}'))
-        elif not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
-            bad.append((i, 'the answer is empty or no text'))
+        elif problem := text_problem(question, references):
+            bad.append((i, problem))
         else:
             digest = hashlib.sha256(image).digest()
             if digest not in picture_of:
@@ -366,13 +376,36 @@ def read_rows(folder, split):
     return rows
 
 
-def stream(file, columns, at_once=100):
-    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows at a time."""
+def text_problem(question, references):
+    """What is wrong with the texts of a row, or None."""
+    if not isinstance(question, str) or not question.strip():
+        return f'the question is {"empty" if isinstance(question, str) else "no text"}'
+    if not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
+        return 'the answer is empty or no text'
+
+
+def open_parquet(path):
+    """Raises: ValueError where the file is no parquet file or a damaged one."""
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e:
+        raise ValueError(f'{path}: not a parquet file: {str(e).splitlines()[0]}') from None
+
+
+def stream(path, columns, at_once=100):
+    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows at a time. Raises: ValueError."""
+    file = open_parquet(path)
     columns = [key for key in columns if key in file.schema_arrow.names]
     for group in range(file.num_row_groups):
-        k = 0
-        for batch in file.iter_batches(at_once, [group], columns):
-            for row in batch.to_pylist():
+        k, batches = 0, file.iter_batches(at_once, [group], columns)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                break
+            except (pa.ArrowException, OSError, ValueError) as e:
+                raise ValueError(f'{path}: damaged in row group {group}, behind row {k} of it: {str(e).splitlines()[0]}') from None
+            for row in rows:
                 yield (group, k), row
                 k += 1
 
@@ -406,7 +439,7 @@ class Pictures:
     def __iter__(self):
         places = iter(self.places)
         place = next(places, None)
-        for here, row in stream(pq.ParquetFile(self.path), ['image']):
+        for here, row in stream(self.path, ['image']):
             if here == place:
                 yield read_image(row['image'], self.path.parent)
                 place = next(places, None)
@@ -414,7 +447,7 @@ class Pictures:
     def __getitem__(self, i):
         group, k = self.places[i]
         if self.group[0] != group:
-            self.group = group, pq.ParquetFile(self.path).read_row_group(group, ['image'])['image']
+            self.group = group, open_parquet(self.path).read_row_group(group, ['image'])['image']
         return read_image(self.group[1][k].as_py(), self.path.parent)
 
 
@@ -491,21 +524,29 @@ def train_bpe(texts, vocab_size):
     """
     counts = Counter(word for text in texts for word in re.findall(WORDS, text))
     words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
-    tokens = [bytes([b]) for b in range(256)]
+    tokens = {bytes([b]): None for b in range(256)}  # in order
     pairs, where = Counter(), {}
     for i, (word, n) in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += n
             where.setdefault(pair, set()).add(i)
-    while len(tokens) + 3 < vocab_size and pairs:
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+    last_first = lambda token: (*(-b for b in token), 1)  # of pairs that are equally frequent the last in alphabetical order comes first
+    entry = lambda pair: (-pairs[pair], *map(last_first, pair), pair)
+    queue = [entry(pair) for pair in pairs]
+    heapq.heapify(queue)
+    while len(tokens) + 3 < vocab_size and queue:
+        count, *_, best = heapq.heappop(queue)
+        if -count != pairs[best]:  # it has changed since, and its new count is in the queue too
+            continue
         if pairs[best] < 2:
             break
-        tokens.append(best[0] + best[1])
-        for i in sorted(where.pop(best)):  # only the words that hold the pair change
+        tokens[best[0] + best[1]] = None
+        changed = set()
+        for i in where.pop(best):  # only the words that hold the pair change
             word, n = words[i]
             for pair in zip(word, word[1:]):
                 pairs[pair] -= n
+                changed.add(pair)
             j = 0
             while j < len(word) - 1:
                 if (word[j], word[j + 1]) == best:
@@ -513,8 +554,13 @@ def train_bpe(texts, vocab_size):
                 j += 1
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
+                changed.add(pair)
                 where.setdefault(pair, set()).add(i)
-        del pairs[best]
+        for pair in changed:
+            if pairs[pair]:
+                heapq.heappush(queue, entry(pair))
+            else:
+                del pairs[pair]
     return {'name': 'bpe', 'tokens': [token.hex() for token in tokens]}
 
 
@@ -653,22 +699,11 @@ def caption_sample(config, n=3000):
 # ----------------------------------------------------------------------------
 # the command line
 
-@dataclass
-class ImportConfig:
-    source: str = ''  # folder or file of the published dataset
-    out: str = ''     # folder to write the dataset to
-
-    def __post_init__(self):
-        for key in ('source', 'out'):
-            if not getattr(self, key):
-                raise ValueError(f'--{key} is needed: --source=FOLDER of the published files, --out=FOLDER to write')
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    formats = sorted(path.stem for path in (Path(__file__).parent / 'prepare').glob('*.py'))
+    from prepare import ImportConfig, import_dataset, formats
     if not argv or argv[0].startswith('-'):
-        print(__doc__.strip() + f'\n\nformats: shapes, {", ".join(formats)}; python data.py shapes --help lists its settings')
+        print(__doc__.strip() + f'\n\nformats: shapes, {", ".join(formats())}; python data.py shapes --help lists its settings')
     elif argv[0] == 'shapes':
         config, _ = configure(ShapesConfig, [arg for arg in argv[1:] if arg != '--show'], 'data.py shapes [--show]')
         if '--show' in argv:
@@ -676,15 +711,11 @@ def main(argv=None):
             print('written: shapes.png')
         else:
             draw_shapes(config)
-    elif argv[0] in formats:
+    elif argv[0] in formats():
         config, _ = configure(ImportConfig, argv[1:], f'data.py {argv[0]}')
-        module = importlib.import_module(f'prepare.{argv[0]}')
-        rows = {split: [] for split in SPLITS}
-        for split, row in module.rows(config.source):
-            rows[split].append(row)
-        write_dataset(config.out, rows)
+        import_dataset(argv[0], config)
     else:
-        raise ValueError(f'{argv[0]}: no such format; there are shapes, {", ".join(formats)}')
+        raise ValueError(f'{argv[0]}: no such format; there are shapes, {", ".join(formats())}')
 
 
 if __name__ == '__main__':

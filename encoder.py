@@ -674,6 +674,8 @@ def open_picture(data, most_pixels=2 ** 26):
         picture = Image.open(io.BytesIO(data))
         if picture.width * picture.height > most_pixels:
             raise ValueError(f'{picture.width} x {picture.height} pixels are more than {most_pixels}')
+        if getattr(picture, 'is_animated', False) and picture.format != 'MPO':  # MPO: a photograph with a preview
+            raise ValueError(f'animated, {picture.n_frames} frames')
         picture.load()
         return picture
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises for a bad file

@@ -40,6 +40,8 @@ class EvalConfig:
     dataset: str | None = None      # another dataset folder than the one of the run
     image: str | None = None        # a picture file: answer `question` about it instead
     question: str | None = None     # the question about `image`
+    majority: bool = False          # print what the commonest answer of the training split gets instead; a --dataset needs no run
+    question_only: bool = False     # print what the commonest answer to the same question gets instead
     attention: bool = False         # draw where every step of the recursion looks, for a few questions, to out_dir/attention.png instead
     states: bool = False            # print how large the states are over 64 steps instead
     compare: str | None = None      # run folders, separated by commas: print their results as one table instead
@@ -89,6 +91,37 @@ def gold_answers(references):
     return [gold for r in references if (gold := normalize_answer(r))] or ['']
 
 
+NUMBERS = {word: str(n) for n, word in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in (  # written with an apostrophe left out -> with all of them
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd "
+    "it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't "
+    "shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd "
+    "there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd "
+    "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
+    "you'll you're you've").split() for i, ch in enumerate(word) if ch == "'"} | {"somebody'd": 'somebodyd'}
+
+
+def vqa_accuracy(prediction, answers):
+    """The official accuracy of VQA v2, in 0..1: the mean over ten people of min(1, a third of how many of the other nine gave this answer).
+
+    Source: GT-Vision-Lab/VQA, vqaEval.py at a013f00, with what it does and does not mean to do: answers are normalised only where people disagree,
+    'none' is 0, and a point goes unless a digit follows it (of the first 32).
+    """
+    def normalised(text):
+        digits = re.search(r'\d,\d', text)
+        out = text
+        for sign in ';/[]"{}()=+\\_-><@`,?!':
+            out = out.replace(sign, '' if sign + ' ' in text or ' ' + sign in text or digits else ' ')
+        words = [NUMBERS.get(word, word) for word in re.sub(r'\.(?!\d)', '', out, count=32).lower().split()]
+        return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ('a', 'an', 'the'))
+
+    prediction, *answers = (text.replace('\n', ' ').replace('\t', ' ').strip() for text in (prediction, *answers))
+    if len(set(answers)) > 1:
+        prediction, *answers = map(normalised, (prediction, *answers))
+    same = [answer == prediction for answer in answers]
+    return sum(min(1, (sum(same) - s) / 3) for s in same) / len(same)
+
+
 # ----------------------------------------------------------------------------
 # a split, evaluated
 
@@ -132,26 +165,52 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
         for k, i in enumerate(indices):
             text = tokenizer.decode(answers[k].tolist())
             tokens += (answers[k] != tokenizer.pad_id).sum().item()
-            predictions[i] = dict(
-                sample_id=rows.sample_id[i], type=rows.type[i], question=rows.question[i], prediction=text,
-                references=rows.references[i], em=exact_match(text, rows.references[i]), f1=token_f1(text, rows.references[i]),
-                loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item())
+            predictions[i] = scored(rows, i, text) | dict(loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item())
         done += len(indices)
         seconds = time.time() - start
         print(f'\revaluating | {done}/{len(rows)} | eta {clock(seconds / done * (len(rows) - done))} ', end='', flush=True)
     print()
-    by_type = {type: summary([p for p in predictions if p['type'] == type]) for type in sorted(set(rows.type), key=type_order)}
+    return summaries(predictions) | dict(tokens_per_s=tokens / seconds, eval_s=seconds), predictions
+
+
+def scored(rows, i, text):
+    """A prediction for a row with what it is worth: 'em', 'f1', 'equal' (the very string, as GQA counts) and, of ten answers, 'vqa'."""
+    references = rows.references[i]
+    return dict(sample_id=rows.sample_id[i], type=rows.type[i], question=rows.question[i], prediction=text, references=references,
+                em=exact_match(text, references), f1=token_f1(text, references), equal=float(text in references),
+                **({'vqa': vqa_accuracy(text, references)} if len(references) == 10 else {}))
+
+
+def summaries(predictions):
+    """Means over all questions and by type. Captions ('describe') stand apart under their type; 'em_types' is the mean over the others."""
+    types = sorted({p['type'] for p in predictions}, key=type_order)
+    by_type = {type: summary([p for p in predictions if p['type'] == type]) for type in types}
     asked = [p for p in predictions if p['type'] != 'describe'] or predictions
     question_types = [t for t in by_type if t != 'describe'] or list(by_type)
-    metrics = summary(asked) | dict(em_types=sum(by_type[t]['em'] for t in question_types) / len(question_types),
-                                    by_type=by_type, tokens_per_s=tokens / seconds, eval_s=seconds)
-    return metrics, predictions
+    return summary(asked) | dict(em_types=sum(by_type[t]['em'] for t in question_types) / len(question_types), by_type=by_type)
 
 
 def summary(predictions):
-    n, tokens = len(predictions), sum(p['tokens'] for p in predictions)
+    n, tokens = len(predictions), sum(p.get('tokens', 0) for p in predictions)
     mean = lambda key, of: sum(p[key] for p in predictions) / of
-    return dict(n=n, em=mean('em', n), f1=mean('f1', n), token_accuracy=mean('hits', tokens), loss=mean('loss', tokens))
+    result = dict(n=n, **{key: mean(key, n) for key in ('em', 'f1', 'equal', 'vqa') if all(key in p for p in predictions)})
+    return result | (dict(token_accuracy=mean('hits', tokens), loss=mean('loss', tokens)) if tokens else {})
+
+
+def baseline(train, rows, question_only):
+    """What can be had without looking: the commonest answer of the training split, or with `question_only` the commonest to the same question,
+    else to those that begin with the same two words. -> metrics, as `evaluate`"""
+    begin = lambda question: ' '.join(question.lower().split()[:2])
+    common = {None: Counter()}
+    for question, references in zip(train.question, train.references):
+        for key in (None, ('question', question.lower()), ('begin', begin(question))):
+            common.setdefault(key, Counter())[references[0]] += 1
+    guess = {key: counts.most_common(1)[0][0] for key, counts in common.items()}
+    predictions = []
+    for i, question in enumerate(rows.question):
+        keys = [('question', question.lower()), ('begin', begin(question))] if question_only else []
+        predictions.append(scored(rows, i, next((guess[key] for key in keys if key in guess), guess[None])))
+    return summaries(predictions)
 
 
 def type_order(type):
@@ -161,8 +220,9 @@ def type_order(type):
 
 def result_table(metrics):
     """The result by question type, as text."""
-    line = lambda key, m: f"{key:12} | {m['n']:6} | {m['em']:.3f} | {m['f1']:.3f} | {m['token_accuracy']:.3f}"
-    head = f"{'type':12} | {'n':>6} | {'em':5} | {'f1':5} | token accuracy"
+    columns = {key: name for key, name in dict(em='em', f1='f1', vqa='vqa', token_accuracy='token accuracy').items() if key in metrics}
+    line = lambda key, m: ' | '.join([f'{key:12}', f"{m['n']:6}", *(f'{m[c]:.3f}' if c in m else '-    ' for c in columns)])
+    head = ' | '.join([f"{'type':12}", f"{'n':>6}", *(f'{name:5}' for name in columns.values())])
     questions = {t: m for t, m in metrics['by_type'].items() if t != 'describe'}
     captions = {t: m for t, m in metrics['by_type'].items() if t == 'describe'}
     return '\n'.join([head, '-' * len(head), *(line(t, m) for t, m in questions.items()), line('all', metrics),
@@ -433,6 +493,9 @@ def write_results(out_dir, metrics, rows, predictions):
     out_dir = Path(out_dir)
     write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     write_whole(out_dir / 'predictions.jsonl', lambda f: f.writelines(json.dumps(p).encode() + b'\n' for p in predictions))
+    if all('vqa' in p and p['sample_id'].isdigit() for p in predictions):  # the official form of VQA v2
+        results = [dict(question_id=int(p['sample_id']), answer=p['prediction']) for p in predictions]
+        write_whole(out_dir / 'vqav2_results.json', lambda f: f.write(json.dumps(results).encode()))
     draw_samples(out_dir / 'samples.png', rows, predictions)
     draw_curves(out_dir)
 
@@ -459,6 +522,10 @@ def main(argv=None):
     settings, sources = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
     if settings.compare:
         print(compare(settings.compare.split(',')))
+        return
+    if settings.majority or settings.question_only:
+        dataset = settings.dataset or read_checkpoint(settings.out_dir)['settings']['dataset']
+        print(result_table(baseline(read_rows(dataset, 'train'), read_rows(dataset, settings.split), settings.question_only)))
         return
     device = pick_device(settings.device)
     checkpoint = read_checkpoint(settings.out_dir)

@@ -186,14 +186,14 @@ def test_missing_and_torn_files(tmp_path):
 def test_datasets_appear_whole(tmp_path):
     """A dataset that fails half way leaves nothing under its name, and one that exists is not overwritten."""
     def rows():
-        yield dict(image=b'x', question='q', answer='a')
+        yield 'train', dict(image=b'x', question='q', answer='a')
         raise RuntimeError('killed')
     with pytest.raises(RuntimeError):
-        data.write_dataset(tmp_path / 'd', {'train': rows()})
+        data.write_dataset(tmp_path / 'd', rows())
     assert not (tmp_path / 'd').exists()
     (tmp_path / 'd').mkdir()
     with pytest.raises(FileExistsError, match='already there'):
-        data.write_dataset(tmp_path / 'd', {'train': []})
+        data.write_dataset(tmp_path / 'd', [])
 
 
 def test_easyvqa(tmp_path):
@@ -216,8 +216,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     data.main(['shapes', '--show'])
     assert Image.open('shapes.png').size > (600, 600)
     data.main([])
-    assert 'formats: shapes, easyvqa' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='no such format; there are shapes, easyvqa'):
+    assert 'formats: shapes, clevr, easyvqa' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='no such format; there are shapes, clevr, easyvqa'):
         data.main(['vqa9'])
     with pytest.raises(ValueError, match='--source is needed'):
         data.main(['easyvqa', '--out=x'])

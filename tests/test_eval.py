@@ -1,6 +1,8 @@
 """eval.py: metrics, retrieval, tables, pictures."""
 
+import io
 import json
+import types
 
 import pytest
 import torch
@@ -112,3 +114,45 @@ def test_bad_arguments(argv, message):
     """A wrong combination or a folder without a run is one message."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluation.main(argv)
+
+
+TEN = ['net'] * 3 + ['mesh'] + ['Netting'] * 6
+
+
+@pytest.mark.parametrize('prediction, answers, score', [
+    ('net', ['net'] * 4 + ['x'] * 6, 1), ('net', ['net'] * 3 + ['x'] * 7, .9), ('net', ['net'] * 2 + ['x'] * 8, .6), ('net', ['net'] + ['x'] * 9, .3),
+    ('no', ['net'] * 9 + ['x'], 0), ('Yes', ['yes'] * 10, 0), ('yes', ['yes'] * 10, 1), ('Yes.', ['yes'] * 9 + ['no'], 1), ('none', ['0'] * 9 + ['no'], 1),
+    ('two', ['2'] * 9 + ['3'], 1), ('the dog', ['dog'] * 9 + ['cat'], 1), ('dont', ["don't"] * 9 + ['do'], 1), ("couldnt've", ["couldn't've"] * 9 + ['x'], 1),
+    ('red,blue', ['red blue'] * 9 + ['x'], 1), ('red, blue', ['red blue'] * 9 + ['x'], 1), ('1,000', ['1000'] * 9 + ['x'], 1), ('3.5', ['3.5'] * 9 + ['x'], 1),
+    ('st. louis', ['st louis'] * 9 + ['x'], 1), ('5.', ['5'] * 9 + ['x'], 1), ("it's", ["it's"] * 9 + ['its'], 1), ('a\\tb\\n', ['b'] * 9 + ['x'], 0),
+    ('a\tb\n', ['b'] * 9 + ['x'], 1), ('50%', ['50%'] * 9 + ['x'], 1), ('10:30', ['10:30'] * 9 + ['x'], 1)])
+def test_vqa_accuracy(prediction, answers, score):
+    """The official VQA v2 accuracy, with its quirks: 0, .3, .6, .9, 1 by how many agree; raw strings where all ten people agree."""
+    assert evaluation.vqa_accuracy(prediction, answers) == pytest.approx(score)
+
+
+def test_baselines(tmp_path, capsys):
+    """The commonest answer, and the commonest to the same question, else to the same beginning, get what can be worked out by hand."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    buffer = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(buffer, 'PNG')
+    train = [('is it red?', 'no')] * 3 + [('is it blue?', 'yes')] * 2 + [('what is it?', 'red')] * 4
+    test = [('is it red?', ['no']), ('Is it blue?', ['yes']), ('is it green?', ['no']), ('how many?', ['3']), ('what is it?', ['a', 'red'])]
+    for split, rows in (('train', [(q, [a]) for q, a in train]), ('test', test)):
+        pq.write_table(pa.table(dict(image=[buffer.getvalue()] * len(rows), question=[q for q, _ in rows], answer=[a for _, a in rows])), tmp_path / f'{split}.parquet')
+    for flag, score in (('--majority=true', '0.200'), ('--question_only=true', '0.800')):
+        evaluation.main([f'--dataset={tmp_path}', flag])
+        assert f'all          |      5 | {score}' in capsys.readouterr().out
+
+
+def test_official_results(tmp_path, monkeypatch):
+    """Of rows with ten answers and numbers for names, the predictions are written as VQA v2 wants them, and their soft accuracy is a column."""
+    monkeypatch.setattr(evaluation, 'draw_samples', lambda *args: None)
+    rows = types.SimpleNamespace(sample_id=['12', '7'], type=['other', 'other'], question=['q', 'q'], references=[['a'] * 3 + ['b'] * 7, ['yes'] * 10])
+    predictions = [evaluation.scored(rows, i, text) for i, text in enumerate(('a.', 'yes'))]
+    metrics = evaluation.summaries(predictions)
+    assert metrics['equal'] == .5 and 'vqa' in evaluation.result_table(metrics).splitlines()[0]
+    (tmp_path / 'log.jsonl').write_text('')
+    evaluation.write_results(tmp_path, metrics, rows, predictions)
+    assert json.loads((tmp_path / 'vqav2_results.json').read_text()) == [dict(question_id=12, answer='a.'), dict(question_id=7, answer='yes')]

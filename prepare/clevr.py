@@ -1,0 +1,18 @@
+"""
+CLEVR 1.0: rendered scenes of simple solids, questions that take several steps. CC-BY 4.0, https://cs.stanford.edu/people/jcjohns/clevr.
+
+--source is the folder CLEVR_v1.0. The answers of its test split are not published: its val split is our test split, and train is divided.
+"""
+
+from prepare import read_json
+
+
+def rows(config):
+    """Yields (split, row); a row's type is the question's last function (count, exist, query_color, ...)."""
+    for part, split in (('train', 'train or val'), ('val', 'test')):
+        for q in read_json(f'{config.source}/questions/CLEVR_{part}_questions.json')['questions']:
+            answer = q.get('answer')  # files of one's own hold true, false and numbers
+            answer = {True: 'yes', False: 'no'}[answer] if isinstance(answer, bool) else answer if answer is None else str(answer)
+            last = (q.get('program') or [{}])[-1]
+            yield split, dict(image=f"{config.images or config.source + '/images'}/{part}/{q['image_filename']}", question=q['question'], answer=answer,
+                              sample_id=f"{part}-{q['question_index']}", type=last.get('function') or last.get('type'))

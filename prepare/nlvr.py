@@ -1,0 +1,20 @@
+"""
+NLVR 1: is a sentence true of three boxes of shapes? CC-BY 4.0, https://github.com/lil-lab/nlvr, folder nlvr.
+
+Every example has six pictures, the boxes in six orders. Its dev split is val, its test split test. Pictures are 400 x 100: take --fit=squash or pad.
+"""
+
+from pathlib import Path
+
+from prepare import read_json_lines
+
+
+def rows(config):
+    """Yields (split, row) for every picture of every example; the answer is true or false."""
+    for part, split in (('train', 'train'), ('dev', 'val'), ('test', 'test')):
+        folder = Path(config.source) / part
+        for example in read_json_lines(folder / f'{part}.json'):
+            for k in range(6):
+                name = f"{part}-{example['identifier']}-{k}"
+                yield split, dict(image=folder / 'images' / example['directory'] / f'{name}.png', question=example['sentence'],
+                                  answer=str(example['label']).lower(), sample_id=name)

@@ -1,0 +1,46 @@
+"""
+Any parquet file with pictures in it: an image column of Hugging Face, the output of img2dataset (--output_format parquet), the parquet files of the seed.
+
+--source is a file or a folder (data/train-00000-of-00005.parquet, ...). A file whose name says train, val or test is of that split; others are divided
+by the content of the pictures. Columns are known by their usual names; [USER] and [ASSISTANT] tags make turns.
+"""
+
+from pathlib import Path
+
+from data import open_parquet, stream
+from prepare import split_of_name, turns
+
+NAMES = dict(  # what a column may be called, the first that is there counts
+    image=('image', 'image_bytes', 'jpg', 'png', 'webp', 'img', 'picture', 'image.bytes', 'images'),
+    question=('question', 'query', 'prompt'), answer=('answer', 'answers', 'multiple_choice_answer', 'label'), caption=('caption', 'text', 'TEXT'),
+    sample_id=('sample_id', 'question_id', 'id', 'key'), type=('type', 'question_type', 'answer_type', 'source'), status=('status',), messages=('messages',))
+
+
+def rows(config):
+    """Yields (split, row) for every row, and turn, of every file; a picture that img2dataset could not fetch is a missing one."""
+    source = Path(config.source)
+    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'))
+    if not files:
+        raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
+    for path in files:
+        file = open_parquet(path)
+        column = {key: next((name for name in names if name in file.schema_arrow.names), None) for key, names in NAMES.items()}
+        if column['image'] is None:
+            raise ValueError(f'{path}: no image column; it has {", ".join(file.schema_arrow.names)}; URLs of PixMo: python data.py pixmo')
+        for i, (_, row) in enumerate(stream(path, [name for name in column.values() if name])):
+            row = {key: row.get(name) for key, name in column.items()}
+            if isinstance(row['image'], list):
+                if len(row['image']) > 1:
+                    yield None, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=str(row['sample_id'] or f'{path.stem}-{i}'))
+                    continue
+                row['image'] = row['image'][0] if row['image'] else None
+            if isinstance(row['image'], dict):
+                row['image'] = row['image'].get('bytes') or row['image'].get('path') and path.parent / row['image']['path']
+            name = str(row['sample_id'] or f'{path.stem}-{i}')
+            split = split_of_name(path.name)
+            if row['image'] is None and row['status'] not in (None, 'success'):
+                yield split, dict(missing=f'not fetched by img2dataset: {row["status"]}', sample_id=name)
+                continue
+            for k, (question, answer) in enumerate(turns(row['question'], row['answer'], row['messages'])):
+                yield split, dict(image=row['image'], question=question, answer=answer, caption=row['caption'], type=row['type'],
+                                  sample_id=name + f'-{k}' * (k > 0))

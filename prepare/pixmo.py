@@ -1,0 +1,185 @@
+"""
+PixMo of Ai2: captions, questions and counts for photographs that it names by URL. ODC-BY 1.0, https://huggingface.co/collections/allenai/pixmo.
+
+--source is a parquet file of pixmo-cap, -cap-qa, -ask-model-anything, -count or -points, or a folder of them; --images a folder that keeps what is
+fetched, one file a URL, and manifest.jsonl, one line a URL with what became of it. A fetch that is killed goes on there; what failed is asked for
+again with --retry_failed=true. A quarter of the URLs are dead. For a million pictures take img2dataset, whose output `python data.py parquet` reads.
+"""
+
+import hashlib
+import http.client
+import ipaddress
+import json
+import socket
+import ssl
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+from data import open_parquet, stream
+from encoder import open_picture
+from prepare import split_of_name, turns
+
+COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')
+
+
+def rows(config):
+    """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
+    source = Path(config.source)
+    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'))
+    if not files:
+        raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
+    if not config.images:
+        raise ValueError('--images is needed: the folder that keeps the pictures that are fetched')
+    urls = {}
+    for path in files:
+        file = open_parquet(path)
+        if 'image_url' not in file.schema_arrow.names:
+            raise ValueError(f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: python data.py parquet')
+        urls |= {row['image_url']: row.get('image_sha256') for _, row in stream(path, ('image_url', 'image_sha256')) if row['image_url']}
+    fate = fetch(urls, Path(config.images), config)
+    for path in files:
+        for i, (_, row) in enumerate(stream(path, COLUMNS)):
+            name, split = f'{path.stem}-{i}', split_of_name(path.name) if path.name.startswith(('validation', 'test')) else None
+            reason = fate.get(row['image_url'], 'no URL')
+            if reason:
+                yield split, dict(missing=reason, sample_id=name)
+                continue
+            base = dict(image=Path(config.images) / file_name(row['image_url']), caption=row.get('caption'))
+            if row.get('count') is not None:
+                yield split, base | dict(question=f"How many {row['label']} are there?", answer=str(row['count']), sample_id=name, type='count')
+            else:
+                for k, (question, answer) in enumerate(turns(row.get('question'), row.get('answer'), row.get('messages'))):
+                    yield split, base | dict(question=question, answer=answer, sample_id=name + f'-{k}' * (k > 0))
+
+
+def file_name(url):
+    return hashlib.sha256(url.encode()).hexdigest()
+
+
+def fetch(urls, folder, config):
+    """Fetches pictures into a folder, `config.workers` at a time. urls: {url: sha256 of the file, or None} -> {url: why there is none, or ''}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fate, manifest = {}, folder / 'manifest.jsonl'
+    for line in manifest.read_text().splitlines() if manifest.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the end of a killed run
+            continue
+        fate[entry['url']] = entry['reason']
+    left = [url for url in urls if url not in fate or fate[url] and config.retry_failed or not fate[url] and not (folder / file_name(url)).is_file()]
+    start, done = time.time(), 0
+
+    def one(url):
+        try:
+            data = get(url, config)
+            if urls[url] and hashlib.sha256(data).hexdigest() != urls[url]:
+                raise Failed('another picture than it was (sha256)')
+            open_picture(data)
+        except Failed as e:
+            return url, str(e)
+        except ValueError:
+            return url, 'not a picture'
+        partial = folder / f'.{file_name(url)}.partial'
+        partial.write_bytes(data)
+        partial.replace(folder / file_name(url))
+        return url, ''
+
+    with ThreadPoolExecutor(config.workers) as pool, open(manifest, 'a') as out:
+        if manifest.stat().st_size and manifest.read_bytes()[-1:] != b'\n':
+            out.write('\n')
+        try:
+            for future in as_completed([pool.submit(one, url) for url in left]):
+                url, reason = future.result()
+                fate[url] = reason
+                out.write(json.dumps(dict(url=url, file=file_name(url), reason=reason)) + '\n')
+                out.flush()
+                done += 1
+                eta = (time.time() - start) / done * (len(left) - done)
+                print(f'\rfetching | {done}/{len(left)} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    fate = {url: fate[url] for url in urls}
+    failed = Counter(reason for reason in fate.values() if reason)
+    print(f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
+          + (', '.join(f'{n} {reason}' for reason, n in failed.most_common()) or 'none'))
+    return fate
+
+
+class Failed(Exception):
+    """Why a URL gave no picture; `again`: seconds after which it may be tried again, or None."""
+
+    def __init__(self, reason, again=None):
+        super().__init__(reason)
+        self.again = again
+
+
+def get(url, config):
+    """The body of a URL; tries again, with longer and longer pauses, where that may help. Raises: Failed."""
+    for attempt in range(config.retries + 1):
+        try:
+            return get_once(url, config)
+        except Failed as e:
+            if e.again is None or attempt == config.retries:
+                raise
+            time.sleep(min(30, max(e.again, config.backoff_s * 2 ** attempt)))
+
+
+def get_once(url, config, most_redirects=5):
+    deadline = time.time() + config.timeout_s
+    for _ in range(most_redirects + 1):
+        try:
+            parts = urlsplit(url)
+            port = parts.port or {'http': 80, 'https': 443}[parts.scheme]
+            connection = connect(parts, port, config)
+            target = (parts.path or '/') + f'?{parts.query}' * bool(parts.query)
+            connection.request('GET', target, headers={'User-Agent': 'nano-trm-vlm', 'Accept': 'image/*'})
+            response = connection.getresponse()
+            if response.status in (301, 302, 303, 307, 308):
+                url = urljoin(url, response.getheader('Location') or '')
+                continue
+            if response.status == 429 or response.status >= 500:
+                after = response.getheader('Retry-After') or ''
+                raise Failed(f'status {response.status}', again=float(after) if after.isdigit() else 0)
+            if response.status != 200:
+                raise Failed(f'status {response.status}')
+            data = bytearray()
+            while block := response.read1(2 ** 16):
+                data += block
+                if len(data) > config.most_bytes:
+                    raise Failed(f'more than {config.most_bytes} bytes')
+                if time.time() > deadline:
+                    raise Failed('timed out', again=0)
+            if response.length:  # bytes that were promised and did not come
+                raise Failed('cut off', again=0)
+            return bytes(data)
+        except KeyError:
+            raise Failed('neither http nor https') from None
+        except (ValueError, UnicodeError, http.client.InvalidURL):
+            raise Failed('not a URL') from None
+        except TimeoutError:
+            raise Failed('timed out', again=0) from None
+        except (OSError, http.client.HTTPException) as e:
+            raise Failed('no connection' if isinstance(e, OSError) else 'not HTTP', again=0) from None
+        finally:
+            if 'connection' in locals():
+                connection.close()
+    raise Failed(f'more than {most_redirects} redirects')
+
+
+def connect(parts, port, config):
+    """A connection to the host of a URL, whose address was looked up once and is public."""
+    if not parts.hostname:
+        raise ValueError('no host')
+    address = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4]
+    ip = ipaddress.ip_address(address[0].split('%')[0])
+    if not config.allow_private and not (getattr(ip, 'ipv4_mapped', None) or ip).is_global:
+        raise Failed('a private address')
+    connection = http.client.HTTPConnection(parts.hostname, port, timeout=config.timeout_s)
+    connection.sock = socket.create_connection(address[:2], config.timeout_s)
+    if parts.scheme == 'https':
+        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
+    return connection

@@ -1,0 +1,38 @@
+"""
+Pictures of one's own: a CSV file with a header, or a file of JSON lines, with the columns image (a path beside the file or below --images), question
+and answer (in JSON lines a list of answers, too) or caption; sample_id and type if you like.
+
+--source is one file, which is divided into train, val and test by the content of the pictures, or a folder with files whose names say train, val or
+test.
+"""
+
+import csv
+from pathlib import Path
+
+from prepare import read_json_lines, split_of_name
+
+
+def rows(config):
+    """Yields (split, row) for every line."""
+    source = Path(config.source)
+    files = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.suffix in ('.csv', '.jsonl')) if source.is_dir() else []
+    if not files:
+        raise FileNotFoundError(f'{source}: no such file, and no folder with .csv or .jsonl files')
+    for file in files:
+        lines = read_csv(file) if file.suffix == '.csv' else read_json_lines(file)
+        for i, line in enumerate(lines):
+            if not isinstance(line, dict) or not isinstance(line.get('image'), str):
+                yield None, dict(image=None, sample_id=f'{file.name}-{i}')
+                continue
+            known = {key: line.get(key) or None for key in ('question', 'answer', 'caption', 'sample_id', 'type')}
+            yield split_of_name(file.name) if source.is_dir() else None, known | dict(
+                image=Path(config.images or file.parent) / line['image'], sample_id=str(known['sample_id'] or f'{file.name}-{i}'))
+
+
+def read_csv(path):
+    """Yields every line as a dict. Raises: ValueError."""
+    with path.open(newline='', encoding='utf-8-sig') as f:
+        try:
+            yield from csv.DictReader(f)
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise ValueError(f'{path}: not CSV in UTF-8: {e}') from None
