@@ -271,9 +271,13 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images):
-        """Shapes: (B, 3, S, S) -> (B, N, D), without gradient, as many at a time as need some 0.5 GB for the attention of a layer."""
-        at_once = max(1, 2 ** 27 // (self.config.n_head * (self.config.image_px // self.config.patch_px) ** 4))
-        return torch.cat([self(part) for part in images.split(at_once)])
+        """Shapes: (B, 3, S, S) -> (B, N, D), without gradient, `at_once` at a time."""
+        return torch.cat([self(part) for part in images.split(self.at_once)])
+
+    @property
+    def at_once(self):
+        """How many pictures to encode at a time, 64 at most: a layer's attention then takes no more than 0.25 GB."""
+        return max(1, min(64, 2 ** 26 // (self.config.n_head * (self.config.image_px // self.config.patch_px) ** 4)))
 
     def fingerprint(self):
         """A short hash of the config and the weights: what its tokens depend on."""
@@ -692,7 +696,7 @@ def decode(encoder, data, digest):
         return str(e)
 
 
-def decode_all(encoder, pictures, wanted, batch_size):
+def decode_all(encoder, pictures, wanted, encoder.at_once):
     """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for those pictures whose index is
     in `wanted`. Raises: ValueError at the end, counting and naming those that cannot be decoded."""
     if not wanted:
@@ -751,7 +755,7 @@ class Features:
         return torch.from_numpy(np.stack([self.parts[i // self.per_part][i % self.per_part] for i in indices.tolist()]))
 
 
-def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=None, part_bytes=2 ** 28, batch_size=64):
+def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=None, part_bytes=2 ** 28):
     """The tokens of all pictures, encoded once and kept in `cache_dir`, in parts of `part_bytes`. A part is named after what it is made
     from: encoder, dim, dtype and the content of its pictures; so it is never stale, every run shares it, and a run that is killed
     goes on behind the last whole part.
@@ -777,7 +781,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
             raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
                              f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step')
     done, part, broken = 0, {}, set()  # the tokens of the parts begun; the parts with a picture that cannot be decoded
-    for batch in decode_all(encoder, pictures, wanted, batch_size):
+    for batch in decode_all(encoder, pictures, wanted, encoder.at_once):
         broken |= {i // per_part for i, pixels in batch if pixels is None}
         batch = [(i, pixels) for i, pixels in batch if i // per_part not in broken]
         if batch:

@@ -136,6 +136,7 @@ def test_cache_in_parts(tmp_path, monkeypatch, capsys):
     e, pictures = small(), Files(png((10 * i, 99, 9)) for i in range(11))
     part = 3 * 2 * 16 * 16  # three pictures
     whole = cached_features(e, pictures, tmp_path / 'whole')[torch.arange(11)]
+    monkeypatch.setattr(Encoder, 'at_once', 2)
     encode, calls = Encoder.encode_images, []
 
     def killed(self, images):
@@ -146,16 +147,16 @@ def test_cache_in_parts(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Encoder, 'encode_images', killed)
-        cached_features(e, pictures, tmp_path / 'parts', part_bytes=part, batch_size=2)
+        cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
     kept = sorted((tmp_path / 'parts').iterdir())
     assert len(kept) == 2 and all(f.suffix == '.npy' for f in kept)
-    features = cached_features(e, pictures, tmp_path / 'parts', part_bytes=part, batch_size=2)
+    features = cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
     assert 'encoding 5 pictures' in capsys.readouterr().out
     assert len(features.parts) == 4 and torch.allclose(features[torch.arange(11)].float(), whole.float(), atol=2e-3)
     order = torch.tensor([10, 0, 5, 5, 3])
     assert torch.equal(features[order], features[torch.arange(11)][order])
     kept[1].write_bytes(kept[1].read_bytes()[:-1])
-    cached_features(e, pictures, tmp_path / 'parts', part_bytes=part, batch_size=2)
+    cached_features(e, pictures, tmp_path / 'parts', part_bytes=part)
     text = capsys.readouterr().out
     assert 'damaged, it is made again' in text and 'encoding 3 pictures' in text
 
