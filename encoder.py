@@ -696,7 +696,7 @@ def decode(encoder, data, digest):
         return str(e)
 
 
-def decode_all(encoder, pictures, wanted, encoder.at_once):
+def decode_all(encoder, pictures, wanted, batch_size):
     """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for those pictures whose index is
     in `wanted`. Raises: ValueError at the end, counting and naming those that cannot be decoded."""
     if not wanted:
