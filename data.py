@@ -372,7 +372,7 @@ def read_rows(folder, split):
             rows.references.append(references)
             rows.type.append(type or 'all')
             rows.sample_id.append(sample_id or f'row {i}')
-    report_bad(path, bad, file.metadata.num_rows, 'remove or repair them')
+    report_bad(path, bad, file.metadata.num_rows, f'repair them, or leave them out: python data.py parquet --source={folder} --out=FOLDER lists and drops them')
     return rows
 
 
@@ -467,7 +467,7 @@ def read_image(image, folder):
         path = (Path(folder) / image).resolve()
         if not path.is_relative_to(Path(folder).resolve()):
             return f'the image path {image!r} leaves the folder'
-        image = path.read_bytes() if path.is_file() else f'there is no image file {path}'
+        image = path.read_bytes() if path.is_file() else f'there is no image file: {path}'
     return image or 'the image is empty'
 
 

@@ -7,7 +7,7 @@ by the content of the pictures. Columns are known by their usual names; [USER] a
 
 from pathlib import Path
 
-from data import open_parquet, stream
+from data import open_parquet, read_image, stream
 from prepare import split_of_name, turns
 
 NAMES = dict(  # what a column may be called, the first that is there counts
@@ -34,13 +34,14 @@ def rows(config):
                     yield None, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=str(row['sample_id'] or f'{path.stem}-{i}'))
                     continue
                 row['image'] = row['image'][0] if row['image'] else None
-            if isinstance(row['image'], dict):
-                row['image'] = row['image'].get('bytes') or row['image'].get('path') and path.parent / row['image']['path']
-            name = str(row['sample_id'] or f'{path.stem}-{i}')
-            split = split_of_name(path.name)
+            name, split = str(row['sample_id'] or f'{path.stem}-{i}'), split_of_name(path.name)
             if row['image'] is None and row['status'] not in (None, 'success'):
                 yield split, dict(missing=f'not fetched by img2dataset: {row["status"]}', sample_id=name)
                 continue
+            picture = read_image(row['image'], path.parent)
+            if isinstance(picture, str):
+                yield split, dict(bad=picture, sample_id=name)
+                continue
             for k, (question, answer) in enumerate(turns(row['question'], row['answer'], row['messages'])):
-                yield split, dict(image=row['image'], question=question, answer=answer, caption=row['caption'], type=row['type'],
+                yield split, dict(image=picture, question=question, answer=answer, caption=row['caption'], type=row['type'],
                                   sample_id=name + f'-{k}' * (k > 0))

@@ -9,6 +9,7 @@ test.
 import csv
 from pathlib import Path
 
+from data import read_image
 from prepare import read_json_lines, split_of_name
 
 
@@ -22,11 +23,12 @@ def rows(config):
         lines = read_csv(file) if file.suffix == '.csv' else read_json_lines(file)
         for i, line in enumerate(lines):
             if not isinstance(line, dict) or not isinstance(line.get('image'), str):
-                yield None, dict(image=None, sample_id=f'{file.name}-{i}')
+                yield None, dict(bad='no image path', sample_id=f'{file.name}-{i}')
                 continue
             known = {key: line.get(key) or None for key in ('question', 'answer', 'caption', 'sample_id', 'type')}
-            yield split_of_name(file.name) if source.is_dir() else None, known | dict(
-                image=Path(config.images or file.parent) / line['image'], sample_id=str(known['sample_id'] or f'{file.name}-{i}'))
+            name, split = str(known['sample_id'] or f'{file.name}-{i}'), split_of_name(file.name) if source.is_dir() else None
+            picture = read_image(line['image'], config.images or file.parent)
+            yield split, dict(bad=picture, sample_id=name) if isinstance(picture, str) else known | dict(image=picture, sample_id=name)
 
 
 def read_csv(path):

@@ -164,7 +164,7 @@ def test_columns(tmp_path):
     (dict(image=[png()] * 3, question=['q', 'q', ' '], answer=['a', '', 'a']), '2 of 3 rows cannot be used: row 1: the answer is empty'),
     (dict(image=[b''], question=['q'], answer=['a']), 'row 0: the image is empty'),
     (dict(image=['../secret.png'], question=['q'], answer=['a']), "row 0: the image path '../secret.png' leaves the folder"),
-    (dict(image=['no.png'], question=['q'], answer=['a']), 'there is no image file'),
+    (dict(image=['no.png'], question=['q'], answer=['a']), 'there is no image file:'),
     (dict(image=[png()], question=['q'], answer=pa.array([None], pa.string())), 'the answer is empty or no text'),
     (dict(image=[png()], question=[3], answer=['a']), 'the question is no text')])
 def test_bad_rows(tmp_path, columns, message):

@@ -152,11 +152,13 @@ def test_table(tmp_path):
         out = csv.writer(f)
         out.writerow(['image', 'question', 'answer'])
         out.writerows([f'p{i}.png', 'what, "exactly"?', f'thing {i}'] for i in range(30))
-        out.writerows([['gone.png', 'q?', 'a'], ['p1.png', 'q?', '']])
+        out.writerows([['gone.png', 'q?', 'a'], ['p1.png', 'q?', ''], ['../secret.png', 'q?', 'a']])
+    put(tmp_path / 'secret.png', picture(1))
     data.main(['table', f"--source={tmp_path / 'src/mine.csv'}", f"--out={tmp_path / 'out'}", '--max_bad=0.1'])
     rows = {split: read_rows(tmp_path / 'out', split) for split in data.SPLITS}
     assert sum(map(len, rows.values())) == 30 and rows['train'].question[0] == 'what, "exactly"?'
-    assert [(r['sample_id'], r['reason'].split(':')[0]) for r in rejects(tmp_path)] == [('mine.csv-30', 'there is no image file'), ('mine.csv-31', 'the answer is empty or no text')]
+    assert [(r['sample_id'], r['reason'].split(':')[0]) for r in rejects(tmp_path)] == [
+        ('mine.csv-30', 'there is no image file'), ('mine.csv-31', 'the answer is empty or no text'), ('mine.csv-32', "the image path '../secret.png' leaves the folder")]
     for split in ('train', 'val', 'test'):
         put(tmp_path / f'own/{split}.jsonl', '\n'.join(json.dumps(line) for line in (
             dict(image='p1.png', question='q?', answer=['a', 'b']), dict(image='p2.png', caption='a bird'), dict(image='p3.png', question='q?', answer=7), [1])))
