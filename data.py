@@ -21,6 +21,7 @@ pictures (drawn from a seed, no download), the importers, the tokenizer, and bat
 import hashlib
 import heapq
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -28,8 +29,11 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -349,8 +353,9 @@ def read_rows(folder, split):
         if not set(needed) & set(file.schema_arrow.names):
             raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
 
-    rows, bad, picture_of = Rows(path), [], {}
+    rows, bad, picture_of, start = Rows(path), [], {}, time.time()
     for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
+        progress(f'{path}: rows', i, file.metadata.num_rows, start)
         image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
         if question is None and caption:
             question, answer, type = drawn_prompt(i), caption, type or 'describe'
@@ -364,14 +369,8 @@ def read_rows(folder, split):
             digest = hashlib.sha256(image).digest()
             if digest not in picture_of:
                 picture_of[digest] = len(rows.pictures)
-                rows.pictures.add(digest, place, f'{path}, row {i}')
-                rows.caption.append(None)
-            rows.picture.append(picture_of[digest])
-            rows.caption[picture_of[digest]] = rows.caption[picture_of[digest]] or caption
-            rows.question.append(question)
-            rows.references.append(references)
-            rows.type.append(type or 'all')
-            rows.sample_id.append(sample_id or f'row {i}')
+                rows.pictures.add(digest, *place, i)
+            rows.add(picture_of[digest], caption, question, references, type or 'all', sample_id or f'row {i}')
     report_bad(path, bad, file.metadata.num_rows, f'repair them, or leave them out: python data.py parquet --source={folder} --out=FOLDER lists and drops them')
     return rows
 
@@ -410,15 +409,62 @@ def stream(path, columns, at_once=100):
                 k += 1
 
 
-class Rows:
-    """A split, see `read_rows`: its texts in memory, its pictures on disk."""
+class OnDisk(Sequence):
+    """A long list in a temporary file: a million items take 8 MB of memory. `pack` makes bytes of an item, `unpack` the item of its bytes."""
 
-    def __init__(self, path):
-        self.path, self.pictures, self.caption = path, Pictures(path), []  # each picture once, and its caption or None
-        self.picture, self.question, self.references, self.type, self.sample_id = [], [], [], [], []
+    def __init__(self, pack=lambda item: json.dumps(item).encode(), unpack=json.loads):
+        self.pack, self.unpack, self.file, self.ends = pack, unpack, tempfile.TemporaryFile(), array('Q', [0])
+
+    def append(self, item):
+        self.file.seek(self.ends[-1])
+        self.ends.append(self.ends[-1] + self.file.write(self.pack(item)))
 
     def __len__(self):
-        return len(self.question)
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        self.file.seek(self.ends[i])
+        return self.unpack(self.file.read(self.ends[i + 1] - self.ends[i]))
+
+
+class View(Sequence):
+    """A list whose items are made when they are asked for: `get(i)`, for i under `length()`."""
+
+    def __init__(self, length, get):
+        self.length, self.get = length, get
+
+    def __len__(self):
+        return self.length()
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self.get(k) for k in range(*i.indices(len(self)))]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.get(i)
+
+
+class Rows:
+    """A split, see `read_rows`. Its texts lie in a temporary file and its pictures in the dataset, so that a long one takes little memory."""
+
+    def __init__(self, path):
+        self.path, self.pictures, self.picture = path, Pictures(path), array('i')      # each picture once; the picture of a row
+        self.texts, self.captions, self.captioned = OnDisk(), OnDisk(), {}
+        column = lambda k: View(self.__len__, lambda i: self.texts[i][k])
+        self.question, self.references, self.type, self.sample_id = map(column, range(4))
+        self.caption = View(lambda: len(self.pictures), lambda i: self.captions[self.captioned[i]] if i in self.captioned else None)
+
+    def add(self, picture, caption, *texts):
+        if caption and picture not in self.captioned:
+            self.captioned[picture] = len(self.captions)
+            self.captions.append(caption)
+        self.picture.append(picture)
+        self.texts.append(texts)
+
+    def __len__(self):
+        return len(self.picture)
 
 
 class Pictures:
@@ -426,18 +472,21 @@ class Pictures:
     its row group). `digests` holds the sha256 of each, `names` what to call it in messages."""
 
     def __init__(self, path):
-        self.path, self.digests, self.names, self.places, self.group = path, [], [], [], (None, None)
+        self.path, self.sums, self.groups, self.places, self.rows, self.group = path, bytearray(), array('i'), array('i'), array('q'), (None, None)
+        self.digests = View(self.__len__, lambda i: bytes(self.sums[32 * i:32 * i + 32]))
+        self.names = View(self.__len__, lambda i: f'{self.path}, row {self.rows[i]}')
 
-    def add(self, digest, place, name):
-        self.digests.append(digest)
+    def add(self, digest, group, place, row):
+        self.sums += digest
+        self.groups.append(group)
         self.places.append(place)
-        self.names.append(name)
+        self.rows.append(row)
 
     def __len__(self):
-        return len(self.digests)
+        return len(self.rows)
 
     def __iter__(self):
-        places = iter(self.places)
+        places = zip(self.groups, self.places)
         place = next(places, None)
         for here, row in stream(self.path, ['image']):
             if here == place:
@@ -445,10 +494,9 @@ class Pictures:
                 place = next(places, None)
 
     def __getitem__(self, i):
-        group, k = self.places[i]
-        if self.group[0] != group:
-            self.group = group, open_parquet(self.path).read_row_group(group, ['image'])['image']
-        return read_image(self.group[1][k].as_py(), self.path.parent)
+        if self.group[0] != self.groups[i]:
+            self.group = self.groups[i], open_parquet(self.path).read_row_group(self.groups[i], ['image'])['image']
+        return read_image(self.group[1][self.places[i]].as_py(), self.path.parent)
 
 
 PROMPTS = ('what is in this image?', 'describe this image.', 'what do you see?', 'describe the picture.')
@@ -578,21 +626,24 @@ class Questions:
 
     def __init__(self, rows, tokenizer, max_question_tokens=32, max_answer_tokens=32, truncate=False):
         self.rows, self.tokenizer, self.max_answer_tokens, self.cut, bad = rows, tokenizer, max_answer_tokens, 0, []
-        self.questions = [tokenizer.encode(text) for text in rows.question]
-        self.answers = [tokenizer.encode(references[0]) + [tokenizer.eos_id] for references in rows.references]
-        for i in range(len(rows)):
-            for key, tokens, most in (('question', self.questions[i], max_question_tokens), ('answer', self.answers[i], max_answer_tokens)):
+        numbers = dict(pack=lambda tokens: np.array(tokens, np.int32).tobytes(), unpack=lambda data: np.frombuffer(data, np.int32).tolist())
+        self.questions, self.answers, lengths, start = OnDisk(**numbers), OnDisk(**numbers), array('i'), time.time()
+        for i, (question, references, *_) in enumerate(rows.texts):
+            question, answer = tokenizer.encode(question), tokenizer.encode(references[0]) + [tokenizer.eos_id]
+            for key, tokens, most in (('question', question, max_question_tokens), ('answer', answer, max_answer_tokens)):
                 if len(tokens) > most:
                     bad.append((i, f'the {key} has {len(tokens)} tokens, more than max_{key}_tokens={most}'))
                     del tokens[most:]
+            self.questions.append(question)
+            self.answers.append(answer)
+            lengths.append(len(answer))
+            progress(f'{rows.path}: tokens', i, len(rows), start)
         if truncate:
             self.cut = len(bad)
         else:
             report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
-        buckets = {}
-        for i, answer in enumerate(self.answers):
-            buckets.setdefault(max(2, 1 << (len(answer) - 1).bit_length()), []).append(i)
-        self.buckets = {length: np.array(rows) for length, rows in sorted(buckets.items())}
+        bucket = np.array([max(2, 1 << (n - 1).bit_length()) for n in range(max(lengths, default=0) + 1)])[np.array(lengths)]
+        self.buckets = {int(length): np.flatnonzero(bucket == length) for length in np.unique(bucket)}
         self.plan = None, None, []  # the epoch drawn last: (batch_size, seed), its number, its batches
 
     def epoch(self, batch_size, seed, epoch):
@@ -628,6 +679,13 @@ class Questions:
             picture=torch.tensor([self.rows.picture[i] for i in rows]))
 
 
+def progress(what, i, n, start, every=20000):
+    """Says on the console, every so many rows, how far a long loop is."""
+    if (i + 1) % every == 0:
+        eta = (time.time() - start) / (i + 1) * (n - i - 1)
+        print(f'\r{what} | {i + 1}/{n} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='\n' * (i + 1 + every > n), flush=True)
+
+
 def padded(lists, value):
     longest = max(map(len, lists))
     return torch.tensor([tokens + [value] * (longest - len(tokens)) for tokens in lists])
@@ -651,7 +709,7 @@ class DrawnCaptions:
         (B, P, L) bool, every other word or so."""
         scenes, pixels, rng = self.scenes(split, step, batch_size, seed)
         phrases = [self.tokenizer.encode(phrase) for scene in scenes for phrase in locate(scene, rng, self.config.image_px)]
-        return dict(pixels=pixels, names=[f'step {step}'], **cloze(phrases, batch_size, rng))
+        return dict(pixels=pixels, names=lambda: [f'step {step}'], **cloze(phrases, batch_size, rng))
 
 
 def cloze(phrases, batch_size, rng):
@@ -686,7 +744,7 @@ class Captions:
         for i in picture:
             chosen = rng.sample(self.phrases[i], min(self.n_phrases, len(self.phrases[i])))
             phrases += [list(map(int, p)) for p in (chosen * self.n_phrases)[:self.n_phrases]]
-        return dict(picture=torch.from_numpy(picture), names=[self.names[i] for i in picture], **cloze(phrases, batch_size, rng))
+        return dict(picture=torch.from_numpy(picture), names=lambda: [self.names[i] for i in picture[:8]], **cloze(phrases, batch_size, rng))
 
 
 def caption_sample(config, n=3000):

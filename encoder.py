@@ -743,16 +743,22 @@ class PixelReader:
 
 
 class Features:
-    """The tokens of pictures, memory-mapped from the parts of a cache. Shapes: [indices (B,)] -> (B, N, D) float16"""
+    """The tokens of pictures, read from the parts of a cache as they are asked for. Shapes: [indices (B,)] -> (B, N, D) float16"""
 
-    def __init__(self, files, per_part):
-        self.parts, self.per_part = [np.load(file, mmap_mode='r') for file in files], per_part
+    def __init__(self, files, per_part, n):
+        self.files, self.per_part, self.n = files, per_part, n
 
     def __len__(self):
-        return sum(map(len, self.parts))
+        return self.n
 
     def __getitem__(self, indices):
-        return torch.from_numpy(np.stack([self.parts[i // self.per_part][i % self.per_part] for i in indices.tolist()]))
+        indices, tokens = indices.numpy(), None
+        parts = indices // self.per_part
+        for p in np.unique(parts):
+            part = np.load(self.files[p], mmap_mode='r')  # anew every time: what stays mapped counts as this process's memory
+            tokens = np.empty((len(indices), *part.shape[1:]), np.float16) if tokens is None else tokens
+            tokens[parts == p] = part[indices[parts == p] % self.per_part]
+        return torch.from_numpy(tokens)
 
 
 def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=None, part_bytes=2 ** 28):
@@ -797,7 +803,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
         print(f'\rencoding pictures | {done}/{len(wanted)} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
     if wanted:
         print(f'| took {time.time() - start:.0f} s')
-    return Features(files, per_part)
+    return Features(files, per_part, len(pictures))
 
 
 def is_whole(file, shape):

@@ -142,7 +142,7 @@ class AnswerTask:
         elif settings.tokenizer == 'gpt2':
             self.tokenizer = Tokenizer({'name': 'gpt2'})
         else:
-            texts = rows['train'].question + [r[0] for r in rows['train'].references]
+            texts = (text for question, references, *_ in rows['train'].texts for text in (question, references[0]))
             self.tokenizer = Tokenizer(train_bpe(texts, settings.vocab_size))
         self.questions = {split: self.tokenized(r) for split, r in rows.items()}
 
@@ -179,7 +179,7 @@ class AnswerTask:
     def batch(self, step):
         questions = self.questions['train']
         rows = questions.rows_of_step(step, self.settings.batch_size, self.settings.seed)
-        return questions.batch(rows) | dict(names=[questions.rows.sample_id[i] for i in rows])
+        return questions.batch(rows) | dict(names=lambda: [questions.rows.sample_id[i] for i in rows[:8]])
 
     def losses(self, model, batch):
         """-> a dict of losses whose sum is trained on."""
@@ -232,7 +232,7 @@ class AlignTask:
             texts = caption_sample(shapes)
         else:
             rows = {split: read_rows(settings.dataset, split) for split in splits}
-            texts = [caption for caption in rows['train'].caption if caption] if not saved else []
+            texts = (caption for caption in rows['train'].captions) if not saved else ()
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))
         s, D = settings, settings.encoder_dim
         trunk = dict(image_px=s.image_px, width=s.encoder_width, n_layer=s.encoder_layers)
@@ -399,7 +399,7 @@ def main(argv=None):
         gnorm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
         if not math.isfinite(gnorm):
             raise FloatingPointError(f'step {step}: loss {loss.item()}, gradient norm {gnorm.item()}, lr {lr:.2e}: not finite; '
-                                     f'samples {", ".join(names[:8])}, ...; a lower --learning_rate is the usual remedy')
+                                     f'samples {", ".join(names())}, ...; a lower --learning_rate is the usual remedy')
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

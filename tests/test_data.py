@@ -152,10 +152,10 @@ def test_columns(tmp_path):
                    question=['what?', 'where?'], answer=[['a', 'b'], ['c']])
     (folder / 'p.png').write_bytes(png((200, 0, 0)))
     rows = read_rows(folder, 'train')
-    assert rows.references == [['a', 'b'], ['c']] and len(rows.pictures) == 2 and rows.type == ['all', 'all']
+    assert list(rows.references) == [['a', 'b'], ['c']] and len(rows.pictures) == 2 and list(rows.type) == ['all', 'all']
     rows = read_rows(write(tmp_path / 'b', image=[png(), png(), png((1, 1, 1))], caption=['a dog', 'a cat', 'a cow']), 'train')
-    assert rows.references == [['a dog'], ['a cat'], ['a cow']] and rows.picture == [0, 0, 1]
-    assert all(q in data.PROMPTS for q in rows.question) and rows.type == ['describe'] * 3
+    assert list(rows.references) == [['a dog'], ['a cat'], ['a cow']] and list(rows.picture) == [0, 0, 1]
+    assert all(q in data.PROMPTS for q in rows.question) and list(rows.type) == ['describe'] * 3
 
 
 @pytest.mark.parametrize('columns, message', [

@@ -69,7 +69,7 @@ def test_gqa(tmp_path):
     for i, name in enumerate(('n250821', '2407890')):
         put(tmp_path / f'src/images/{name}.jpg', picture(i, form='JPEG'))
     rows = imported('gqa', tmp_path)
-    assert rows['test'].sample_id == ['02', '01', '07333408'] and rows['test'].picture == [0, 1, 1] and rows['val'].type == ['verify'] * 3
+    assert list(rows['test'].sample_id) == ['02', '01', '07333408'] and list(rows['test'].picture) == [0, 1, 1] and list(rows['val'].type) == ['verify'] * 3
 
 
 def test_clevr(tmp_path):
@@ -82,7 +82,7 @@ def test_clevr(tmp_path):
         for i in range(5):
             put(tmp_path / f'src/images/{part}/CLEVR_{part}_{i:06}.png', picture(i, mode='RGBA'))
     rows = imported('clevr', tmp_path)
-    assert rows['test'].references == [['3'], ['yes'], ['no'], ['no'], ['cube']] and rows['test'].type == ['count', 'exist', 'exist', 'exist', 'query_shape']
+    assert list(rows['test'].references) == [['3'], ['yes'], ['no'], ['no'], ['cube']] and list(rows['test'].type) == ['count', 'exist', 'exist', 'exist', 'query_shape']
 
 
 def test_nlvr(tmp_path):
@@ -95,7 +95,7 @@ def test_nlvr(tmp_path):
             for k in range(6):
                 put(tmp_path / f'src/{part}/images/7/{part}-{i}-0-{k}.png', picture(i * 6 + k, (400, 100), 'RGBA'))
     rows = imported('nlvr', tmp_path)
-    assert [len(rows[split]) for split in data.SPLITS] == [12] * 3 and rows['val'].references == [['true']] * 6 + [['false']] * 6
+    assert [len(rows[split]) for split in data.SPLITS] == [12] * 3 and list(rows['val'].references) == [['true']] * 6 + [['false']] * 6
 
 
 def test_hugging_face(tmp_path):
@@ -138,10 +138,10 @@ def test_seed(tmp_path):
                                      question=['[USER] What is it? [ASSISTANT]', '[USER] Hi? [ASSISTANT] Hello. [USER] And now? [ASSISTANT]'], answer=['a bus', 'bye'])),
                        tmp_path / f'qa/pixmo_qa_mixed_{split}.parquet')
     rows = imported('parquet', tmp_path)
-    assert [rows[split].sample_id for split in data.SPLITS] == [['0', '1'], ['10', '11'], ['20', '21']] and rows['val'].caption == ['A red bus.', 'A dog.']
+    assert [list(rows[split].sample_id) for split in data.SPLITS] == [['0', '1'], ['10', '11'], ['20', '21']] and list(rows['val'].caption) == ['A red bus.', 'A dog.']
     data.main(['parquet', f"--source={tmp_path / 'qa'}", f"--out={tmp_path / 'qa_out'}"])
     qa = read_rows(tmp_path / 'qa_out', 'test')
-    assert list(zip(qa.question, qa.references)) == [('What is it?', ['a bus']), ('Hi?', ['Hello.']), ('And now?', ['bye'])] and qa.picture == [0, 1, 1]
+    assert list(zip(qa.question, qa.references)) == [('What is it?', ['a bus']), ('Hi?', ['Hello.']), ('And now?', ['bye'])] and list(qa.picture) == [0, 1, 1]
 
 
 def test_table(tmp_path):
@@ -164,7 +164,7 @@ def test_table(tmp_path):
             dict(image='p1.png', question='q?', answer=['a', 'b']), dict(image='p2.png', caption='a bird'), dict(image='p3.png', question='q?', answer=7), [1])))
     data.main(['table', f"--source={tmp_path / 'own'}", f"--images={tmp_path / 'src'}", f"--out={tmp_path / 'own_out'}", '--max_bad=0.5'])
     rows = read_rows(tmp_path / 'own_out', 'val')
-    assert rows.references == [['a', 'b'], ['a bird']] and rows.type == ['all', 'describe']
+    assert list(rows.references) == [['a', 'b'], ['a bird']] and list(rows.type) == ['all', 'describe']
     put(tmp_path / 'bad.jsonl', '{"image": \n')
     with pytest.raises(ValueError, match='bad.jsonl, line 1: not JSON'):
         data.main(['table', f"--source={tmp_path / 'bad.jsonl'}", f"--out={tmp_path / 'never'}"])
@@ -372,7 +372,7 @@ def test_fetch_goes_on(tmp_path, server, monkeypatch):
     first = dict(Server.asked)
     rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS)
     assert sum(map(len, rows.values())) == 20 and sum(Server.asked.values()) <= 22 and len(first) >= 7
-    assert rows['train'].type == ['describe'] * len(rows['train'])
+    assert list(rows['train'].type) == ['describe'] * len(rows['train'])
 
 
 def test_pixmo_forms(tmp_path, server):
@@ -385,4 +385,4 @@ def test_pixmo_forms(tmp_path, server):
     rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS)
     everything = sorted((q, r[0]) for split in rows.values() for q, r in zip(split.question, split.references))
     assert everything == [('Hi', 'x'), ('How many cats are there?', '3'), ('How many dogs are there?', '0'), ('More?', 'No.')]
-    assert rows['test'].question == ['How many cats are there?', 'How many dogs are there?']
+    assert list(rows['test'].question) == ['How many cats are there?', 'How many dogs are there?']
