@@ -346,12 +346,25 @@ class AlignModel(nn.Module):
             return loss / len(self.encoder.config.prefixes)
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all processes; a process gets back the gradients that all of them have for its rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
 def gathered(x):
-    """The rows of all processes of a distributed run, with gradient; x itself in a run of one process. Shapes: (B, D) -> (world * B, D)"""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.nn.functional import all_gather
-        return torch.cat(all_gather(x))
-    return x
+    """The rows of all processes of a distributed run, x itself in a run of one process. Shapes: (B, D) -> (world * B, D)"""
+    return Gather.apply(x) if torch.distributed.is_available() and torch.distributed.is_initialized() else x
 
 
 # ----------------------------------------------------------------------------

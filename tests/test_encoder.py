@@ -261,6 +261,7 @@ def contrast_of_rank(rank, file, pooled, text, out):
     loss = model.contrast(a, b)
     loss.backward()
     torch.save((loss.item(), a.grad / 2, b.grad / 2, model.log_scale.grad), f'{out}.{rank}')  # DDP takes the mean over the processes
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
