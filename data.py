@@ -413,10 +413,12 @@ class OnDisk(Sequence):
     """A long list in a temporary file: a million items take 8 MB of memory. `pack` makes bytes of an item, `unpack` the item of its bytes."""
 
     def __init__(self, pack=lambda item: json.dumps(item).encode(), unpack=json.loads):
-        self.pack, self.unpack, self.file, self.ends = pack, unpack, tempfile.TemporaryFile(), array('Q', [0])
+        self.pack, self.unpack, self.file, self.ends, self.at_end = pack, unpack, tempfile.TemporaryFile(), array('Q', [0]), True
 
     def append(self, item):
-        self.file.seek(self.ends[-1])
+        if not self.at_end:
+            self.file.seek(self.ends[-1])
+            self.at_end = True
         self.ends.append(self.ends[-1] + self.file.write(self.pack(item)))
 
     def __len__(self):
@@ -425,6 +427,7 @@ class OnDisk(Sequence):
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
+        self.at_end = False
         self.file.seek(self.ends[i])
         return self.unpack(self.file.read(self.ends[i + 1] - self.ends[i]))
 
@@ -584,31 +587,30 @@ def train_bpe(texts, vocab_size):
     heapq.heapify(queue)
     while len(tokens) + 3 < vocab_size and queue:
         count, *_, best = heapq.heappop(queue)
-        if -count != pairs[best]:  # it has changed since, and its new count is in the queue too
+        if -count != pairs[best]:  # it has become rarer since: back into the queue
+            if pairs[best]:
+                heapq.heappush(queue, entry(best))
             continue
         if pairs[best] < 2:
             break
-        tokens[best[0] + best[1]] = None
-        changed = set()
+        new, fresh = best[0] + best[1], set()
+        tokens[new] = None
         for i in where.pop(best):  # only the words that hold the pair change
             word, n = words[i]
             for pair in zip(word, word[1:]):
                 pairs[pair] -= n
-                changed.add(pair)
             j = 0
             while j < len(word) - 1:
                 if (word[j], word[j + 1]) == best:
-                    word[j:j + 2] = [best[0] + best[1]]
+                    word[j:j + 2] = [new]
                 j += 1
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
-                changed.add(pair)
-                where.setdefault(pair, set()).add(i)
-        for pair in changed:
-            if pairs[pair]:
-                heapq.heappush(queue, entry(pair))
-            else:
-                del pairs[pair]
+                if new in pair:
+                    where.setdefault(pair, set()).add(i)
+                    fresh.add(pair)
+        for pair in fresh:
+            heapq.heappush(queue, entry(pair))
     return {'name': 'bpe', 'tokens': [token.hex() for token in tokens]}
 
 
@@ -632,16 +634,16 @@ class Questions:
             question, answer = tokenizer.encode(question), tokenizer.encode(references[0]) + [tokenizer.eos_id]
             for key, tokens, most in (('question', question, max_question_tokens), ('answer', answer, max_answer_tokens)):
                 if len(tokens) > most:
-                    bad.append((i, f'the {key} has {len(tokens)} tokens, more than max_{key}_tokens={most}'))
+                    if truncate:
+                        self.cut += 1
+                    else:
+                        bad.append((i, f'the {key} has {len(tokens)} tokens, more than max_{key}_tokens={most}'))
                     del tokens[most:]
             self.questions.append(question)
             self.answers.append(answer)
             lengths.append(len(answer))
             progress(f'{rows.path}: tokens', i, len(rows), start)
-        if truncate:
-            self.cut = len(bad)
-        else:
-            report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
+        report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
         bucket = np.array([max(2, 1 << (n - 1).bit_length()) for n in range(max(lengths, default=0) + 1)])[np.array(lengths)]
         self.buckets = {int(length): np.flatnonzero(bucket == length) for length in np.unique(bucket)}
         self.plan = None, None, []  # the epoch drawn last: (batch_size, seed), its number, its batches
