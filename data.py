@@ -626,8 +626,8 @@ class Questions:
     Raises: ValueError naming the rows whose question or answer is longer than its limit, unless `truncate`.
     """
 
-    def __init__(self, rows, tokenizer, max_question_tokens=32, max_answer_tokens=32, truncate=False):
-        self.rows, self.tokenizer, self.max_answer_tokens, self.cut, bad = rows, tokenizer, max_answer_tokens, 0, []
+    def __init__(self, rows, tokenizer, max_question_tokens=32, max_answer_tokens=32, truncate=False, few_shapes=False):
+        self.rows, self.tokenizer, self.max_answer_tokens, self.few_shapes, self.cut, bad = rows, tokenizer, max_answer_tokens, few_shapes, 0, []
         numbers = dict(pack=lambda tokens: np.array(tokens, np.int32).tobytes(), unpack=lambda data: np.frombuffer(data, np.int32).tolist())
         self.questions, self.answers, lengths, start = OnDisk(**numbers), OnDisk(**numbers), array('i'), time.time()
         for i, (question, references, *_) in enumerate(rows.texts):
@@ -672,13 +672,15 @@ class Questions:
 
     def batch(self, rows):
         """Shapes: -> question (B, Q) padded on the right, answer (B, A) that starts with <bos>, targets (B, A) that end with
-        <eos> and have -100 as padding, picture (B,) to index pictures or features with."""
+        <eos> and have -100 as padding, picture (B,) to index pictures or features with. With `few_shapes` Q is a multiple of 8 and A a power of 2,
+        which suits a compiler; else they are as short as they can be."""
         bos, pad = self.tokenizer.bos_id, self.tokenizer.pad_id
-        return dict(
-            question=padded([self.questions[i] for i in rows], pad),
-            answer=padded([[bos] + self.answers[i][:-1] for i in rows], pad),
-            targets=padded([self.answers[i] for i in rows], -100),
-            picture=torch.tensor([self.rows.picture[i] for i in rows]))
+        questions, answers = [self.questions[i] for i in rows], [self.answers[i] for i in rows]
+        Q, A = (max(map(len, lists)) for lists in (questions, answers))
+        if self.few_shapes:
+            Q, A = -(-Q // 8) * 8, 1 << (A - 1).bit_length()
+        return dict(question=padded(questions, pad, Q), answer=padded([[bos] + answer[:-1] for answer in answers], pad, A),
+                    targets=padded(answers, -100, A), picture=torch.tensor([self.rows.picture[i] for i in rows]))
 
 
 def progress(what, i, n, start, every=20000):
@@ -688,9 +690,9 @@ def progress(what, i, n, start, every=20000):
         print(f'\r{what} | {i + 1}/{n} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='\n' * (i + 1 + every > n), flush=True)
 
 
-def padded(lists, value):
-    longest = max(map(len, lists))
-    return torch.tensor([tokens + [value] * (longest - len(tokens)) for tokens in lists])
+def padded(lists, value, length=None):
+    length = length or max(map(len, lists))
+    return torch.tensor([tokens + [value] * (length - len(tokens)) for tokens in lists])
 
 
 class DrawnCaptions:

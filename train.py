@@ -167,7 +167,7 @@ class AnswerTask:
 
     def tokenized(self, rows):
         s = self.settings
-        questions = Questions(rows, self.tokenizer, s.max_question_tokens, s.max_answer_tokens, s.truncate)
+        questions = Questions(rows, self.tokenizer, s.max_question_tokens, s.max_answer_tokens, s.truncate, few_shapes=compiles(s, self.device))
         if questions.cut:
             print(f'{rows.path}: {questions.cut} questions or answers cut to their limits')
         return questions
@@ -366,7 +366,7 @@ def main(argv=None):
     optimizers = make_optimizers(model, settings)
     dtype = pick_dtype(settings.dtype, device)
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else nullcontext()
-    losses_of = compiled(task.losses, device) if settings.compile or (settings.compile is None and device.startswith('cuda')) else task.losses
+    losses_of = compiled(task.losses, device) if compiles(settings, device) else task.losses
 
     # ---- go on where a killed run stopped
     step, best, train_s = 0, None, 0.0
@@ -528,6 +528,10 @@ def pick_dtype(dtype, device):
         fast = torch.cuda.is_bf16_supported() if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
         dtype = 'bfloat16' if fast else 'float32'
     return getattr(torch, dtype)
+
+
+def compiles(settings, device):
+    return device.startswith('cuda') if settings.compile is None else settings.compile
 
 
 def compiled(function, device):

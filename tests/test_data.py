@@ -335,3 +335,19 @@ def test_drawn_captions():
     assert a['pixels'].shape == (4, 3, 64, 64) and a['pixels'].dtype == torch.uint8 and a['caption'].shape[:2] == (4, 4)
     scene = [dict(size='big', color='red', shape='circle', x=18.0, y=47.0, r=7.5)]
     assert list(data.locate(scene, random.Random(0), 64)) == ['big red circle at e12'] * 4
+
+
+def test_few_shapes(tiny_shapes):
+    """For a compiler the batches of an epoch have few shapes; they hold the same, and more padding."""
+    rows = read_rows(tiny_shapes, 'train')
+    t = Tokenizer(train_bpe(rows.question, 400))
+    tight, few = (Questions(rows, t, max_question_tokens=64, max_answer_tokens=128, few_shapes=flag) for flag in (False, True))
+    shapes = {flag: set() for flag in (False, True)}
+    for step in range(60):
+        chosen = few.rows_of_step(step, 16, seed=1)
+        a, b = tight.batch(chosen), few.batch(chosen)
+        for flag, batch in ((False, a), (True, b)):
+            shapes[flag].add((*batch['question'].shape[1:], *batch['answer'].shape[1:]))
+        for key, value in dict(question=t.pad_id, answer=t.pad_id, targets=-100).items():
+            assert torch.equal(b[key][:, :a[key].size(1)], a[key]) and (b[key][:, a[key].size(1):] == value).all()
+    assert len(shapes[True]) < len(shapes[False]) and all(Q % 8 == 0 and A & (A - 1) == 0 for Q, A in shapes[True])
