@@ -628,8 +628,10 @@ class Questions:
 
     def __init__(self, rows, tokenizer, max_question_tokens=32, max_answer_tokens=32, truncate=False, few_shapes=False):
         self.rows, self.tokenizer, self.max_answer_tokens, self.few_shapes, self.cut, bad = rows, tokenizer, max_answer_tokens, few_shapes, 0, []
-        numbers = dict(pack=lambda tokens: np.array(tokens, np.int32).tobytes(), unpack=lambda data: np.frombuffer(data, np.int32).tolist())
-        self.questions, self.answers, lengths, start = OnDisk(**numbers), OnDisk(**numbers), array('i'), time.time()
+        self.tokens = OnDisk(lambda both: np.array([len(both[0]), *both[0], *both[1]], np.int32).tobytes(), lambda data: np.frombuffer(data, np.int32))
+        self.questions = View(self.tokens.__len__, lambda i: self.tokens[i][1:self.tokens[i][0] + 1].tolist())
+        self.answers = View(self.tokens.__len__, lambda i: self.tokens[i][self.tokens[i][0] + 1:].tolist())
+        lengths, start = array('i'), time.time()
         for i, (question, references, *_) in enumerate(rows.texts):
             question, answer = tokenizer.encode(question), tokenizer.encode(references[0]) + [tokenizer.eos_id]
             for key, tokens, most in (('question', question, max_question_tokens), ('answer', answer, max_answer_tokens)):
@@ -639,12 +641,11 @@ class Questions:
                     else:
                         bad.append((i, f'the {key} has {len(tokens)} tokens, more than max_{key}_tokens={most}'))
                     del tokens[most:]
-            self.questions.append(question)
-            self.answers.append(answer)
+            self.tokens.append((question, answer))
             lengths.append(len(answer))
             progress(f'{rows.path}: tokens', i, len(rows), start)
         report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
-        bucket = np.array([max(2, 1 << (n - 1).bit_length()) for n in range(max(lengths, default=0) + 1)])[np.array(lengths)]
+        bucket = np.array([max(2, 1 << (n - 1).bit_length()) for n in range(max(lengths, default=0) + 1)], np.int32)[np.array(lengths)]
         self.buckets = {int(length): np.flatnonzero(bucket == length) for length in np.unique(bucket)}
         self.plan = None, None, []  # the epoch drawn last: (batch_size, seed), its number, its batches
 
@@ -675,7 +676,8 @@ class Questions:
         <eos> and have -100 as padding, picture (B,) to index pictures or features with. With `few_shapes` Q is a multiple of 8 and A a power of 2,
         which suits a compiler; else they are as short as they can be."""
         bos, pad = self.tokenizer.bos_id, self.tokenizer.pad_id
-        questions, answers = [self.questions[i] for i in rows], [self.answers[i] for i in rows]
+        both = [self.tokens[i] for i in rows]
+        questions, answers = [t[1:t[0] + 1].tolist() for t in both], [t[t[0] + 1:].tolist() for t in both]
         Q, A = (max(map(len, lists)) for lists in (questions, answers))
         if self.few_shapes:
             Q, A = -(-Q // 8) * 8, 1 << (A - 1).bit_length()

@@ -709,10 +709,10 @@ def decode(encoder, data, digest):
         return str(e)
 
 
-def decode_all(encoder, pictures, wanted, batch_size):
-    """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for those pictures whose index is
-    in `wanted`. Raises: ValueError at the end, counting and naming those that cannot be decoded."""
-    if not wanted:
+def decode_all(encoder, pictures, wanted, n, batch_size):
+    """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for the n pictures with wanted(index).
+    Raises: ValueError at the end, counting and naming those that cannot be decoded."""
+    if not n:
         return
     bad, ahead = [], []
 
@@ -723,7 +723,7 @@ def decode_all(encoder, pictures, wanted, batch_size):
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         for i, data in enumerate(pictures):
-            if i in wanted:
+            if wanted(i):
                 ahead.append((i, pool.submit(decode, encoder, data, pictures.digests[i])))
                 if len(ahead) == 2 * batch_size:
                     yield finished(ahead[:batch_size])
@@ -737,7 +737,7 @@ def decode_all(encoder, pictures, wanted, batch_size):
 
 def pixel_array(encoder, pictures):
     """All pictures decoded, in memory. Shapes: -> (n, 3, S, S) uint8."""
-    batches = decode_all(encoder, pictures, range(len(pictures)), 256)
+    batches = decode_all(encoder, pictures, lambda i: True, len(pictures), 256)
     return torch.stack([pixels for batch in batches for _, pixels in batch])
 
 
@@ -788,35 +788,69 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
     with torch.no_grad():
         shape = encoder(torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)).shape[1:-1] + (dim,)
     per_part, maker = max(1, part_bytes // (2 * math.prod(shape))), f'{encoder.fingerprint()} {dim} {dtype}'.encode()
-    digests = [pictures.digests[i:i + per_part] for i in range(0, len(pictures), per_part)]
-    files = [Path(cache_dir) / f'{hashlib.sha256(maker + b"".join(part)).hexdigest()[:32]}.npy' for part in digests]
-    missing = [p for p, file in enumerate(files) if not is_whole(file, (len(digests[p]), *shape))]
-    wanted = {i for p in missing for i in range(p * per_part, p * per_part + len(digests[p]))}
-    if wanted:
+    starts = range(0, len(pictures), per_part)
+    files = [Path(cache_dir) / f'{hashlib.sha256(maker + b"".join(pictures.digests[i:i + per_part])).hexdigest()[:32]}.npy' for i in starts]
+    sizes = [min(per_part, len(pictures) - i) for i in starts]
+    missing = {p for p, file in enumerate(files) if not is_whole(file, (sizes[p], *shape))}
+    n = sum(sizes[p] for p in missing)
+    if n:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        need, free = 2 * math.prod(shape) * len(wanted), shutil.disk_usage(cache_dir).free
-        print(f'encoding {len(wanted)} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
+        need, free = 2 * math.prod(shape) * n, shutil.disk_usage(cache_dir).free
+        print(f'encoding {n} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
         if need > free:
             raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
                              f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step')
-    done, part, broken = 0, {}, set()  # the tokens of the parts begun; the parts with a picture that cannot be decoded
-    for batch in decode_all(encoder, pictures, wanted, encoder.at_once):
-        broken |= {i // per_part for i, pixels in batch if pixels is None}
-        batch = [(i, pixels) for i, pixels in batch if i // per_part not in broken]
-        if batch:
-            with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
-                tokens = encoder.encode_images(encoder.normalise(torch.stack([pixels for _, pixels in batch]).to(device)))[..., :dim].half().cpu()
-            for (i, _), t in zip(batch, tokens):
-                part.setdefault(i // per_part, []).append(t)
-        part = {p: tokens for p, tokens in part.items() if p not in broken}
-        for p in [p for p, tokens in part.items() if len(tokens) == len(digests[p])]:
-            write_array(files[p], torch.stack(part.pop(p)).numpy())
-        done += len(batch)
-        eta = (time.time() - start) / max(1, done) * (len(wanted) - done)
-        print(f'\rencoding pictures | {done}/{len(wanted)} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
-    if wanted:
+    done, parts = 0, {p: Part(files[p], (sizes[p], *shape)) for p in missing}
+    try:
+        for batch in decode_all(encoder, pictures, lambda i: i // per_part in missing, n, encoder.at_once):
+            for i, pixels in batch:
+                if pixels is None:
+                    parts[i // per_part].drop()
+            batch = [(i, pixels) for i, pixels in batch if not parts[i // per_part].dropped]
+            if batch:
+                with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
+                    tokens = encoder.encode_images(encoder.normalise(torch.stack([pixels for _, pixels in batch]).to(device)))[..., :dim].half().cpu().numpy()
+                for (i, _), t in zip(batch, tokens):
+                    parts[i // per_part].write(t)
+            done += len(batch)
+            eta = (time.time() - start) / max(1, done) * (n - done)
+            print(f'\rencoding pictures | {done}/{n} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
+    finally:
+        for part in parts.values():
+            part.drop()
+    if n:
         print(f'| took {time.time() - start:.0f} s')
     return Features(files, per_part, len(pictures))
+
+
+class Part:
+    """A part of a cache, written picture by picture; it is in place when it is whole, or not at all. Shapes: of the part (n, N, D)"""
+
+    def __init__(self, file, shape):
+        self.file, self.shape, self.written, self.out, self.dropped = file, shape, 0, None, False
+        self.unfinished = file.with_name(f'.{file.name}.{os.getpid()}.partial')
+
+    def write(self, tokens):
+        if self.out is None:
+            self.out = open(self.unfinished, 'wb')
+            np.lib.format.write_array_header_1_0(self.out, dict(descr='<f2', fortran_order=False, shape=self.shape))
+        self.out.write(tokens.tobytes())
+        self.written += 1
+        if self.written == len(self):
+            self.out.flush()
+            os.fsync(self.out.fileno())
+            self.out.close()
+            os.replace(self.unfinished, self.file)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def drop(self):
+        """Gives up what is not whole."""
+        self.dropped = True
+        if self.out is not None:
+            self.out.close()
+            self.unfinished.unlink(missing_ok=True)
 
 
 def is_whole(file, shape):
@@ -827,19 +861,6 @@ def is_whole(file, shape):
     except (ValueError, OSError, EOFError):
         print(f'{file}: damaged, it is made again')
         return False
-
-
-def write_array(file, array):
-    """Writes an array to a file that appears whole or not at all."""
-    unfinished = file.with_name(f'.{file.name}.{os.getpid()}.partial')
-    try:
-        with open(unfinished, 'wb') as f:
-            np.save(f, array)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def bench(encoder, n, device):
