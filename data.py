@@ -11,7 +11,7 @@ A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a 
     type       optional; results are broken down by it
 
 Any such folder trains: `python train.py config/trm.py --dataset=FOLDER`. This page has, in reading order, the `shapes`
-pictures (drawn from a seed, no download), the importers, the tokenizer, and batches.
+pictures (drawn from a seed, no download), datasets on disk, the tokenizer, and batches; the importers are in prepare/.
 
     python data.py shapes --show                                     # draw a contact sheet to look at
     python data.py shapes --out=data/shapes4 --max_hops=4            # draw a dataset with other settings
