@@ -72,8 +72,10 @@ class ShapesConfig:
     image_px: int = 64        # side of the square picture, in pixels
     min_objects: int = 2      # objects in a picture, at least
     max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
+    types: str = 'color,shape,exist,count,compare,relation,hops'  # types of questions, separated by commas
     min_hops: int = 1         # shortest chain of relations asked for
-    max_hops: int = 2         # longest chain of relations asked for, up to 4
+    max_hops: int = 2         # longest chain of relations asked for, up to 8
+    train_hops: int | None = None  # longest chain in train and val, where longer ones are held out for test; None: max_hops
     nearest: bool = False     # chains go to the closest object on a side, not to the only one: many more long chains
     describe: float = 0.1     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
@@ -82,8 +84,12 @@ class ShapesConfig:
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
             raise ValueError(f'min_objects={self.min_objects}, max_objects={self.max_objects}: expected '
                              f'1 <= min_objects <= max_objects <= {len(COLORS) * len(SHAPES)}')
-        if not 1 <= self.min_hops <= self.max_hops <= 4:
-            raise ValueError(f'min_hops={self.min_hops}, max_hops={self.max_hops}: expected 1 <= min_hops <= max_hops <= 4')
+        if not 1 <= self.min_hops <= (self.train_hops or self.max_hops) <= self.max_hops <= 8:
+            raise ValueError(f'min_hops={self.min_hops}, train_hops={self.train_hops}, max_hops={self.max_hops}: expected '
+                             f'1 <= min_hops <= train_hops <= max_hops <= 8')
+        for type in self.types.split(','):
+            if type not in (*ASK, 'hops'):
+                raise ValueError(f'types={self.types}: {type!r} is none of {", ".join(ASK)}, hops')
         if self.image_px < 32:
             raise ValueError(f'image_px={self.image_px}: expected at least 32, the objects are up to 15 pixels wide')
 
@@ -250,7 +256,10 @@ def shapes_rows(config, split, start, n):
     of some. Balance: of a type's questions, one is asked whose answer was given least so far, so a blind guess gains little.
     Fewer scenes have long chains, so those that do are asked for two of them.
     """
-    ask = ASK | {hop_type(h): partial(ask_hops, hops=h, nearest=config.nearest) for h in range(config.min_hops, config.max_hops + 1)}
+    most_hops, wanted = config.max_hops if split == 'test' else config.train_hops or config.max_hops, config.types.split(',')
+    ask = {type: questions for type, questions in ASK.items() if type in wanted}
+    if 'hops' in wanted:
+        ask |= {hop_type(h): partial(ask_hops, hops=h, nearest=config.nearest) for h in range(config.min_hops, most_hops + 1)}
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')

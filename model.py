@@ -32,7 +32,8 @@ class ModelConfig:
     n_head: int = 4             # attention heads
     n_embd: int = 128           # C
     vision_dim: int = 128       # D, dimensions of an image token
-    recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'add': z <- F(x + y + z), then y <- F(y + z)
+    recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'add': z <- F(x + y + z), then y <- F(y + z);
+                                # 'loop': y <- F(y), without z: a plain decoder that shares its weights over the steps
     inner_steps: int = 4        # n, steps of a cycle
     outer_steps: int = 1        # T, cycles
     deep_supervision: bool = False      # every cycle is trained on, each from where the last one ended; false: the last one only
@@ -46,7 +47,7 @@ class ModelConfig:
     eos_id: int = 2
 
     def __post_init__(self):
-        for key, allowed in dict(kind=('plain', 'trm'), recursion=('concat', 'add'), norm=('pre', 'post', 'unbounded')).items():
+        for key, allowed in dict(kind=('plain', 'trm'), recursion=('concat', 'add', 'loop'), norm=('pre', 'post', 'unbounded')).items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
@@ -173,7 +174,7 @@ class Decoder(nn.Module):
         self.head.weight = self.embed.weight
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
-        if config.kind == 'trm':
+        if config.kind == 'trm' and config.recursion != 'loop':
             self.z_start = nn.Parameter(torch.randn(C))
             if config.recursion == 'add':
                 self.y_start = nn.Parameter(torch.randn(C))
@@ -249,26 +250,27 @@ class Decoder(nn.Module):
                 watch.append((h, seen))
             return h
 
-        def cycle(y, z):
-            for _ in range(c.inner_steps):
-                if c.recursion == 'concat':
-                    y, z = step(torch.cat([y, z], dim=1)).chunk(2, dim=1)
-                else:
+        def cycle(h):                                                  # h: [y ; z], or y alone without z
+            if c.recursion == 'add':
+                y, z = h.chunk(2, dim=1)
+                for _ in range(c.inner_steps):
                     z = step(bounded(e + y + z))
-            return (y, z) if c.recursion == 'concat' else (step(bounded(y + z)), z)
+                return torch.cat([step(bounded(y + z)), z], dim=1)
+            for _ in range(c.inner_steps):
+                h = step(h)
+            return h
 
         step = partial(checkpoint, network, use_reentrant=False) if c.checkpoint_recursion and torch.is_grad_enabled() else network
         if c.kind == 'plain':
             return [self.read_out(network(e))]
-        y = e if c.recursion == 'concat' else norm(self.y_start).expand_as(e)
-        z = norm(self.z_start).expand_as(e)
-        ends = []
+        y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else e
+        h, ends = y if c.recursion == 'loop' else torch.cat([y, norm(self.z_start).expand_as(e)], dim=1), []
         for t in range(c.outer_steps):  # the gradient goes through a whole cycle and not beyond it
             trained = c.deep_supervision or t == c.outer_steps - 1
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                y, z = cycle(y, z) if t == 0 else cycle(y.detach(), z.detach())
+                h = cycle(h if t == 0 else h.detach())
             if trained:
-                ends.append(self.read_out(y))
+                ends.append(self.read_out(h[:, :A]))
         return ends
 
     def read_out(self, y):
@@ -381,13 +383,15 @@ def naive_logits(decoder, vision, question, answer):
     if c.kind == 'plain':
         y = network(e)
     else:
-        y = e if c.recursion == 'concat' else norm(decoder.y_start).expand_as(e)
-        z = norm(decoder.z_start).expand_as(e)
+        y = norm(decoder.y_start).expand_as(e) if c.recursion == 'add' else e
+        z = None if c.recursion == 'loop' else norm(decoder.z_start).expand_as(e)
         for t in range(c.outer_steps):
             with torch.set_grad_enabled(t == c.outer_steps - 1 and torch.is_grad_enabled()):
                 for _ in range(c.inner_steps):
                     if c.recursion == 'concat':
                         y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)
+                    elif c.recursion == 'loop':
+                        y = network(y)
                     else:
                         z = network(carry(e + y + z))
                 if c.recursion == 'add':
@@ -510,7 +514,7 @@ def show_profile(b, most=8):
 
 def state_sizes(decoder, vision, question, answer, steps=64):
     """RMS of the states after every step of one long cycle. Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of
-    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None. Raises: ValueError if plain."""
+    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None; with 'loop' there is no z. Raises: ValueError if plain."""
     if decoder.config.kind == 'plain':
         raise ValueError('a plain decoder has no recurrent states')
     rms = lambda h: h.float().square().mean().sqrt().item()
@@ -518,6 +522,8 @@ def state_sizes(decoder, vision, question, answer, steps=64):
     decoder.config.inner_steps, decoder.config.outer_steps, watch = steps, 1, []
     with torch.no_grad():
         decoder.answer_states(decoder.read_context(vision, question), answer, watch=watch)
+    if decoder.config.recursion == 'loop':
+        return [(rms(h), None) for h, _ in watch]
     if decoder.config.recursion == 'concat':
         return [tuple(rms(half) for half in h.chunk(2, dim=1)) for h, _ in watch]
     return [(None, rms(h)) for h, _ in watch[:-2]] + [(rms(watch[-1][0]), rms(watch[-2][0]))]

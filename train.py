@@ -66,7 +66,7 @@ class TrainConfig:
     n_layer: int = 2                          # blocks in the network
     n_head: int = 4                           # attention heads
     n_embd: int = 128                         # width
-    recursion: str = 'concat'                 # concat: [y ; z] together; add: x + y + z
+    recursion: str = 'concat'                 # concat: [y ; z] together; add: x + y + z; loop: y alone, without z
     inner_steps: int = 4                      # steps of a cycle
     outer_steps: int = 1                      # cycles
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only

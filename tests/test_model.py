@@ -14,7 +14,8 @@ DECODERS = [dict(kind='plain', n_layer=3), dict(recursion='concat', inner_steps=
             dict(recursion='add', inner_steps=3), dict(recursion='add', inner_steps=2, outer_steps=2),
             dict(recursion='concat', inner_steps=2, outer_steps=2, deep_supervision=True), dict(recursion='add', inner_steps=2, norm='post'),
             dict(recursion='concat', inner_steps=2, norm='post'), dict(kind='plain', norm='post'), dict(inner_steps=2, norm='unbounded'),
-            dict(recursion='add', inner_steps=2, norm='unbounded'), dict(kind='plain', norm='unbounded')]
+            dict(recursion='add', inner_steps=2, norm='unbounded'), dict(kind='plain', norm='unbounded'), dict(recursion='loop', inner_steps=3),
+            dict(recursion='loop', inner_steps=2, outer_steps=2, norm='post')]
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
 
@@ -65,9 +66,11 @@ def test_everything_lives(settings, prefix_lm):
     hook.remove()
     assert (vision.grad.abs().amax(2) > 0).all()
     assert (embedded[0].grad.abs().amax(2) > 0).all()
-    if decoder.config.kind == 'trm' and decoder.config.outer_steps == 1:  # also true with deep supervision and one cycle
+    if not hasattr(decoder, 'z_start'):
+        assert decoder.config.kind == 'plain' or decoder.config.recursion == 'loop'
+    elif decoder.config.outer_steps == 1:  # also true with deep supervision and one cycle
         assert decoder.z_start.grad.abs().max() > 1e-9
-    elif decoder.config.kind == 'trm':
+    else:
         decoder.z_start.data = -decoder.z_start
         assert not torch.allclose(decoder(vision, question, answer)[0], logits)
 
@@ -118,7 +121,16 @@ def test_checkpointing_changes_nothing(settings):
     assert kept[1] < kept[0] or decoder.config.kind == 'plain'
 
 
-@pytest.mark.parametrize('recursion', ['concat', 'add'])
+def test_one_loop_is_plain():
+    """recursion='loop' with one step is the plain decoder: the same weights, the same logits. With more it shares its weights over them."""
+    plain, loop = decoder_of(dict(kind='plain')), decoder_of(dict(recursion='loop', inner_steps=1))
+    batch = sample()
+    assert plain.state_dict().keys() == loop.state_dict().keys() and torch.equal(plain(*batch)[0], loop(*batch)[0])
+    deeper = decoder_of(dict(recursion='loop', inner_steps=2))
+    assert deeper.parameter_counts() == loop.parameter_counts() and not torch.allclose(deeper(*batch)[0], loop(*batch)[0])
+
+
+@pytest.mark.parametrize('recursion', ['concat', 'add', 'loop'])
 def test_deep_supervision(recursion):
     """Deep supervision trains on every cycle: the loss is the mean over the cycles, each of which is what a decoder with so many cycles
     predicts, and no gradient crosses from one cycle into the one before. Without it the first cycles get none."""
@@ -240,11 +252,11 @@ def test_cross_entropy():
 def test_state_sizes():
     """'pre' and 'post' keep the states at RMS 1 over 64 steps, 'unbounded' lets them grow; what is measured is what the decoder hands on."""
     vision, question, answer = sample()
-    for recursion in ('concat', 'add'):
+    for recursion in ('concat', 'add', 'loop'):
         ends = {}
         for placement in ('pre', 'post', 'unbounded'):
             sizes = state_sizes(decoder_of(dict(recursion=recursion, norm=placement)), vision, question, answer)
-            ends[placement] = sizes[-1]
+            ends[placement] = [size for size in sizes[-1] if size]
             assert len(sizes) == 64
         assert all(abs(size - 1) < 1e-3 for placement in ('pre', 'post') for size in ends[placement])
         assert min(ends['unbounded']) > 3
@@ -293,7 +305,7 @@ def test_blind():
     assert decoder.parameter_counts()['vision_proj'] == 0
 
 
-@pytest.mark.parametrize('recursion', ['concat', 'add'])
+@pytest.mark.parametrize('recursion', ['concat', 'add', 'loop'])
 def test_test_time_depth(recursion):
     """A decoder runs with other numbers of steps and cycles than it was made with: the same weights, another result, and generation
     follows."""

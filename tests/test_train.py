@@ -126,7 +126,7 @@ def test_trained_along(flags, tmp_path):
     evaluation.main([f'--out_dir={out}', '--device=cpu'])
 
 
-@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--norm=post', '--norm=unbounded', '--outer_steps=2',
+@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--recursion=loop', '--norm=post', '--norm=unbounded', '--outer_steps=2',
                                     '--outer_steps=2 --deep_supervision=true',
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
                                     '--vocab_size=300', '--n_layer=1', '--cache=false', '--encoder_px=128', '--activation=quick_gelu', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
