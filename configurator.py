@@ -1,5 +1,5 @@
 """
-Settings: defaults <- config files <- flags.
+Settings: defaults <- config files <- flags. And what all scripts share beside them: errors as messages, files that appear whole, locks.
 
     python train.py config/trm.py --inner_steps=8 --out_dir=out/deep
 
@@ -14,12 +14,20 @@ setting's type, is an error that says what was expected.
 import difflib
 import inspect
 import math
+import os
 import re
+import signal
 import sys
 import types
 import typing
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def configure(cls, argv, prog='train.py'):
@@ -126,6 +134,7 @@ def help_text(cls, prog):
             lines += ['', heading[1]]
         elif re.match(r'    def ', line):
             break
+    lines += ['', f"  {'--debug':38} {'':12} show the stack trace of an error"]
     return '\n'.join(lines)
 
 
@@ -135,9 +144,83 @@ def echo(settings, sources):
     return '\n'.join(f'{f.name} = {getattr(settings, f.name)!r} ({sources.get(f.name, "derived")})' for f in changed)
 
 
-if __name__ == '__main__':
-    from train import TrainConfig
+# ----------------------------------------------------------------------------
+# what all scripts share
+
+def run_script(main):
+    """Runs main(argv). What a user can mend ends it with one message and an exit code that is not zero, --debug with the stack trace too.
+
+    SIGTERM is taken as Ctrl-C, which a script answers by saving what it has.
+    """
+    argv = [arg for arg in sys.argv[1:] if arg != '--debug']
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(echo(*configure(TrainConfig, sys.argv[1:], 'configurator.py')))
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(f'error: {e}')
+        main(argv)
+    except KeyboardInterrupt as e:
+        end(str(e) or 'stopped; what is finished is kept, and the same command goes on from there', code=130)
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
+        full = isinstance(e, MemoryError) or 'out of memory' in str(e).lower() or 'allocate memory' in str(e).lower()
+        if '--debug' in sys.argv or isinstance(e, RuntimeError) and not full:  # the latter is a fault of this code
+            raise
+        end(f'error: out of memory: a smaller --batch_size is the usual remedy; {e}' if full else f'error: {e}', code=1)
+
+
+def end(message, code):
+    print('\n' * sys.stdout.isatty() + printable(message), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def printable(text):
+    """Text without control characters, fit for a terminal and for a picture."""
+    return ''.join(ch if ch.isprintable() else ' ' for ch in text)
+
+
+def write_whole(path, write):
+    """Calls write(file) on a temporary file and puts it in place: `path` is the old or the new file, never a part of one. Of several
+    processes that work together only the first one writes. Raises: OSError naming the path, where the disk is full, say."""
+    if int(os.environ.get('RANK', 0)):
+        return
+    path = Path(path)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        with open(partial, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:
+        full = e if isinstance(e, OSError) else e.__context__  # torch.save, which cannot end its file then, hides it behind a RuntimeError
+        if not isinstance(full, OSError):
+            raise
+        raise OSError(full.errno, f'{full.strerror}: what was there before is untouched; make room and give the same command again', str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder, wait=False):
+    """Keeps other processes that ask for the same folder out, until the block or the process ends, however it ends. On Windows it does not.
+
+    Raises: ValueError where another process is in it, unless `wait`, which waits for that one to finish.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f'.{folder.name}.lock'), 'w') as f:
+        if fcntl:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise ValueError(f'{folder}: another process is writing there; wait for it, or choose another folder') from None
+                print(f'{folder}: another process is writing there, waiting for it')
+                fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def show(argv):
+    from train import TrainConfig
+    print(echo(*configure(TrainConfig, argv, 'configurator.py')))
+
+
+if __name__ == '__main__':
+    run_script(show)

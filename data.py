@@ -28,8 +28,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from array import array
 from collections import Counter
@@ -48,7 +50,7 @@ import tiktoken
 import torch
 from PIL import Image, ImageDraw
 
-from configurator import configure
+from configurator import configure, locked, run_script
 
 SPLITS = ('train', 'val', 'test')
 
@@ -76,7 +78,8 @@ class ShapesConfig:
     min_hops: int = 1         # shortest chain of relations asked for
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     train_hops: int | None = None  # longest chain in train and val, where longer ones are held out for test; None: max_hops
-    nearest: bool = False     # chains go to the closest object on a side, not to the only one: many more long chains
+    chains: str = 'only'      # a step of a chain goes to the only object on a side; or to the next one, where every object has a row and a
+                              # column of its own and the first follows on the last: chains of any length, which only their start decides
     describe: float = 0.1     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
 
@@ -87,6 +90,8 @@ class ShapesConfig:
         if not 1 <= self.min_hops <= (self.train_hops or self.max_hops) <= self.max_hops <= 8:
             raise ValueError(f'min_hops={self.min_hops}, train_hops={self.train_hops}, max_hops={self.max_hops}: expected '
                              f'1 <= min_hops <= train_hops <= max_hops <= 8')
+        if self.chains not in ('only', 'next'):
+            raise ValueError(f'chains={self.chains}: expected only or next')
         for type in self.types.split(','):
             if type not in (*ASK, 'hops'):
                 raise ValueError(f'types={self.types}: {type!r} is none of {", ".join(ASK)}, hops')
@@ -95,20 +100,24 @@ class ShapesConfig:
 
 
 def draw_scene(rng, config):
-    """A random scene: objects with unique (colour, shape) pairs, at free positions, two pixels apart at least.
+    """A random scene: objects with unique (colour, shape) pairs, at free positions, two pixels apart at least; with chains='next' in rows and
+    columns of their own.
 
     Units: x, y (centre) and r (half width) in pixels.
     Raises: ValueError when `max_objects` do not fit into `image_px`.
     """
     n = rng.randint(config.min_objects, config.max_objects)
     pairs = rng.sample([(c, s) for c in COLORS for s in SHAPES], n)
-    for _ in range(100):  # a crowded draw starts over
-        scene = []
-        for color, shape in pairs:
+    for _ in range(1000):  # a crowded draw starts over
+        scene, ranks = [], [rng.sample(range(n), n) for _ in 'xy']
+        for k, (color, shape) in enumerate(pairs):
             size = rng.choice(tuple(SIZES))
             r = SIZES[size]
             for _ in range(50):
-                x, y = (rng.uniform(r + 1, config.image_px - r - 1) for _ in 'xy')
+                if config.chains == 'next':  # in the middle half of its row and of its column
+                    x, y = (8.5 + (config.image_px - 17) * (rank[k] + rng.uniform(.25, .75)) / n for rank in ranks)
+                else:
+                    x, y = (rng.uniform(r + 1, config.image_px - r - 1) for _ in 'xy')
                 if all(math.hypot(x - o['x'], y - o['y']) > r + o['r'] + 2 for o in scene):
                     scene.append(dict(color=color, shape=shape, size=size, x=x, y=y, r=r))
                     break
@@ -169,22 +178,28 @@ def side_of(a, b):
     return SIDES[dx > 0] if abs(dx) > abs(dy) else SIDES[2 + (dy > 0)]
 
 
-def neighbours(scene, nearest):
-    """For every object and side: the index of the only object on that side, or with `nearest` of the clearly closest one (all
-    others at least 1.3 times as far); nothing where a doubtful object could be meant."""
+def only_neighbours(scene):
+    """For every object and side: the index of the only object on that side; nothing where a doubtful object could be meant."""
     edges = []
     for a in scene:
         found = {side: [] for side in SIDES}
         for j, b in enumerate(scene):
             if b is not a:
-                side, far = side_of(a, b), math.hypot(b['x'] - a['x'], b['y'] - a['y'])
+                side = side_of(a, b)
                 for s in [side] if side else [SIDES[b['x'] > a['x']], SIDES[2 + (b['y'] > a['y'])]]:
-                    found[s].append((far, j, side))
-        edges.append({})
-        for s, objects in found.items():
-            objects.sort()
-            if objects and objects[0][2] and (len(objects) == 1 or nearest and objects[1][0] > 1.3 * objects[0][0]):
-                edges[-1][s] = objects[0][1]
+                    found[s].append((j, side))
+        edges.append({side: objects[0][0] for side, objects in found.items() if len(objects) == 1 and objects[0][1]})
+    return edges
+
+
+def next_neighbours(scene):
+    """For every object and side: the index of the next object on that side, by columns or by rows, the first one behind the last: four
+    permutations of the objects, so that chains from different starts never meet."""
+    edges = [{} for _ in scene]
+    for axis, (before, after) in (('x', SIDES[:2]), ('y', SIDES[2:])):
+        order = sorted(range(len(scene)), key=lambda i: scene[i][axis])
+        for i, j in zip(order, order[1:] + order[:1]):
+            edges[i][after], edges[j][before] = j, i
     return edges
 
 
@@ -233,14 +248,15 @@ def ask_relation(scene):
             for a in scene for b in scene if a is not b and side_of(b, a) for side in SIDES]
 
 
-def ask_hops(scene, hops, nearest=False):
-    """Follow `hops` sides from a named object to another, see `neighbours`; no object is visited twice."""
-    edges, an = neighbours(scene, nearest), 'the closest object' if nearest else 'the object'
-    paths = [([i], f'the {name(o)}') for i, o in enumerate(scene)]
+def ask_hops(scene, hops, chains='only'):
+    """Follow `hops` sides from a named object to another. 'only': no object is visited twice. 'next': no step takes back the one before."""
+    edges, an = (only_neighbours(scene), 'the object') if chains == 'only' else (next_neighbours(scene), 'the next object')
+    back = dict(zip(SIDES, (SIDES[1], SIDES[0], SIDES[3], SIDES[2])))
+    paths = [([i], [], f'the {name(o)}') for i, o in enumerate(scene)]
     for _ in range(hops):
-        paths = [(visited + [j], f'{an} {side} {words}') for visited, words in paths
-                 for side, j in edges[visited[-1]].items() if j not in visited]
-    return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, words in paths for key in ('color', 'shape')]
+        paths = [(visited + [j], sides + [side], f'{an} {side} {words}') for visited, sides, words in paths for side, j in edges[visited[-1]].items()
+                 if (j not in visited if chains == 'only' else sides[-1:] != [back[side]])]
+    return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, _, words in paths if visited[0] != visited[-1] for key in ('color', 'shape')]
 
 
 ASK = {'color': ask_color, 'shape': ask_shape, 'exist': ask_exist, 'count': ask_count, 'compare': ask_compare,
@@ -259,7 +275,7 @@ def shapes_rows(config, split, start, n):
     most_hops, wanted = config.max_hops if split == 'test' else config.train_hops or config.max_hops, config.types.split(',')
     ask = {type: questions for type, questions in ASK.items() if type in wanted}
     if 'hops' in wanted:
-        ask |= {hop_type(h): partial(ask_hops, hops=h, nearest=config.nearest) for h in range(config.min_hops, most_hops + 1)}
+        ask |= {hop_type(h): partial(ask_hops, hops=h, chains=config.chains) for h in range(config.min_hops, most_hops + 1)}
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
@@ -295,14 +311,16 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
     Raises: FileExistsError when `out` is there already.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f'{out}: already there; delete it or choose another --out')
-    partial = out.with_name(f'.{out.name}.{os.getpid()}.partial')
-    partial.mkdir(parents=True)
+    partial = out.with_name(f'.{out.name}.partial')
     start, n, batch, size, last, files = time.time(), Counter(), {split: [] for split in SPLITS}, Counter(), {}, {}
     # a row group is quickly read; a picture that is asked several times is stored once in it
     options = dict(use_dictionary=True, dictionary_pagesize_limit=2 ** 26)
     with ExitStack() as stack:
+        stack.enter_context(locked(out, wait=True))
+        if out.exists():
+            raise FileExistsError(f'{out}: already there; delete it or choose another --out')
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
         stack.callback(shutil.rmtree, partial, ignore_errors=True)  # it is in place by then, or of no use
         for split in SPLITS:
             files[split] = stack.enter_context(pq.ParquetWriter(partial / f'{split}.parquet', schema, **options))
@@ -324,6 +342,9 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
             files[split].close()
         print()
         finish(partial)
+        for path in partial.iterdir():
+            with open(path, 'rb') as f:
+                os.fsync(f.fileno())
         os.replace(partial, out)
 
 
@@ -331,10 +352,20 @@ def draw_shapes(config, shard=2000):
     """Draws train, val and test to `config.out`, shard by shard on all cores. No scene is in two splits: a scene is drawn from its
     split's name and its number, with places to fractions of a pixel."""
     sizes = dict(train=config.n_train, val=config.n_val, test=config.n_test)
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
+    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn'), initializer=end_with_parent)
+    try:
         shards = {split: pool.map(shapes_rows, repeat(config), repeat(split), range(0, n, shard),
                                   [min(shard, n - start) for start in range(0, n, shard)]) for split, n in sizes.items()}
         write_dataset(config.out, ((split, row) for split, rows in shards.items() for row in chain.from_iterable(rows)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent():
+    """Lets a worker end when the process that started it ends, and only then: killed, it would else leave the worker waiting for work forever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def contact_sheet(config, columns=6, rows=4):
@@ -792,5 +823,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    from eval import run_script
     run_script(main)

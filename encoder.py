@@ -22,7 +22,6 @@ import pickle
 import re
 import shutil
 import struct
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+
+from configurator import locked, run_script, write_whole
 
 
 @dataclass
@@ -363,8 +364,9 @@ class Gather(torch.autograd.Function):
 
 
 def gathered(x):
-    """The rows of all processes of a distributed run, x itself in a run of one process. Shapes: (B, D) -> (world * B, D)"""
-    return Gather.apply(x) if torch.distributed.is_available() and torch.distributed.is_initialized() else x
+    """The rows of all processes that train together, as many in each; x itself where it is one process, or no training. Shapes: (B, D) -> (world * B, D)"""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()
+    return Gather.apply(x) if together else x
 
 
 # ----------------------------------------------------------------------------
@@ -409,9 +411,7 @@ SEED_CONFIG = EncoderConfig(  # CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 di
 def save_encoder(encoder, path):
     """Writes an encoder in half precision: config and weights, tensors and plain types only."""
     weights = {key: t.half().cpu() for key, t in encoder.state_dict().items()}
-    unfinished = f'{path}.partial'
-    torch.save(dict(format=FORMAT, kind='encoder', config=asdict(encoder.config), weights=weights), unfinished)
-    os.replace(unfinished, path)
+    write_whole(path, partial(torch.save, dict(format=FORMAT, kind='encoder', config=asdict(encoder.config), weights=weights)))
 
 
 def load_encoder(path, **changes):
@@ -783,7 +783,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
         float32 -> (n, N, dim) float16
     Raises: ValueError naming the pictures that cannot be decoded, and where the disk is too small.
     """
-    dim, start = dim or encoder.config.vision_dim, time.time()
+    dim = dim or encoder.config.vision_dim
     dtype = dtype or (torch.bfloat16 if device.startswith('cuda') else torch.float32)
     with torch.no_grad():
         shape = encoder(torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)).shape[1:-1] + (dim,)
@@ -791,18 +791,27 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
     starts = range(0, len(pictures), per_part)
     files = [Path(cache_dir) / f'{hashlib.sha256(maker + b"".join(pictures.digests[i:i + per_part])).hexdigest()[:32]}.npy' for i in starts]
     sizes = [min(per_part, len(pictures) - i) for i in starts]
-    missing = {p for p, file in enumerate(files) if not is_whole(file, (sizes[p], *shape))}
-    n = sum(sizes[p] for p in missing)
-    if n:
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        need, free = 2 * math.prod(shape) * n, shutil.disk_usage(cache_dir).free
-        print(f'encoding {n} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
-        if need > free:
-            raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
-                             f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step')
-    done, parts = 0, {p: Part(files[p], (sizes[p], *shape)) for p in missing}
+    whole = lambda p: is_whole(files[p], (sizes[p], *shape))
+    if not all(map(whole, range(len(files)))):
+        with locked(cache_dir, wait=True):  # what another process writes meanwhile is found there afterwards
+            missing = [p for p in range(len(files)) if not whole(p)]
+            encode_parts(encoder, pictures, {p: Part(files[p], (sizes[p], *shape)) for p in missing}, per_part, cache_dir, device, dim, dtype)
+    return Features(files, per_part, len(pictures))
+
+
+def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dtype):
+    """Encodes the pictures of some parts of a cache, {number of the part: Part}, and writes them. Raises: as `cached_features`."""
+    n, done, start = sum(map(len, parts.values())), 0, time.time()
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    for leftover in Path(cache_dir).glob('.*.npy.partial'):  # of a process that was killed: nobody else writes here now
+        leftover.unlink()
+    need, free = sum(2 * math.prod(part.shape) for part in parts.values()), shutil.disk_usage(cache_dir).free
+    print(f'encoding {n} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
+    if need > free:
+        raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
+                         f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step')
     try:
-        for batch in decode_all(encoder, pictures, lambda i: i // per_part in missing, n, encoder.at_once):
+        for batch in decode_all(encoder, pictures, lambda i: i // per_part in parts, n, encoder.at_once):
             for i, pixels in batch:
                 if pixels is None:
                     parts[i // per_part].drop()
@@ -818,9 +827,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
     finally:
         for part in parts.values():
             part.drop()
-    if n:
-        print(f'| took {time.time() - start:.0f} s')
-    return Features(files, per_part, len(pictures))
+    print(f'| took {time.time() - start:.0f} s')
 
 
 class Part:
@@ -828,7 +835,7 @@ class Part:
 
     def __init__(self, file, shape):
         self.file, self.shape, self.written, self.out, self.dropped = file, shape, 0, None, False
-        self.unfinished = file.with_name(f'.{file.name}.{os.getpid()}.partial')
+        self.unfinished = file.with_name(f'.{file.name}.partial')
 
     def write(self, tokens):
         if self.out is None:
@@ -884,7 +891,7 @@ def bench(encoder, n, device):
     print(f'at most {most_memory(device) / 1e9:.1f} GB of memory; a picture takes {2e-6 * encoder.encode_images(images[:1]).numel():.2f} MB of the cache')
 
 
-def main(argv=None):
+def main(argv):
     """Encodes pictures and shows what comes out."""
     parser = argparse.ArgumentParser(description='Encode pictures with a frozen encoder and show the shapes and the time.')
     parser.add_argument('pictures', nargs='*', help='picture files')
@@ -912,7 +919,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(f'error: {e}')
+    run_script(main)

@@ -19,18 +19,19 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import configure
+from configurator import configure, printable, run_script, write_whole
 from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
 
-FORMAT = 2  # of checkpoints; raised when their content changes
+FORMAT = 3  # of checkpoints; raised when their content changes
 
 
 @dataclass
@@ -123,6 +124,36 @@ def vqa_accuracy(prediction, answers):
 
 
 # ----------------------------------------------------------------------------
+# one process of several that work together, started by torchrun
+
+def place():
+    """-> the number of this process, and how many there are; (0, 1) where it works alone."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+
+
+def in_turn(make):
+    """Calls make() in the first process, then in the first of every other machine, then in all others, and returns what it returns there:
+    what the first one leaves on disk, the others find."""
+    rank, world = place()
+    turn = 0 if rank == 0 else 1 if int(os.environ.get('LOCAL_RANK', 0)) == 0 else 2
+    for now in range(3 if world > 1 else 1):
+        if now == turn:
+            made = make()
+        if world > 1:
+            torch.distributed.barrier()
+    return made
+
+
+def from_all(item):
+    """-> the items of all processes, a list; items are plain Python values."""
+    items = [item] * place()[1]
+    if len(items) > 1:
+        torch.distributed.all_gather_object(items, item)
+    return items
+
+
+# ----------------------------------------------------------------------------
 # a split, evaluated
 
 @torch.no_grad()
@@ -137,40 +168,46 @@ def teacher_forced(decoder, questions, vision_of, rows, device):
 
 def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_size=250):
     """Loss and Exact Match of a split without generating: greedy generation gives exactly the reference if and only if
-    every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only."""
+    every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only. Processes share the work."""
     loss = count = right = n = 0
+    rank, world = place()
     order = random.Random(0).sample(range(len(questions.rows)), min(most_rows, len(questions.rows)))
     order.sort(key=lambda i: len(questions.answers[i]))
-    for start in range(0, len(order), batch_size):
+    for start in range(rank * batch_size, len(order), world * batch_size):
         rows = order[start:start + batch_size]
         losses, hit, real = teacher_forced(decoder, questions, vision_of, rows, device)
         asked = torch.tensor([questions.rows.type[i] != 'describe' for i in rows], device=device)
         loss, count = loss + losses.sum().item(), count + real.sum().item()
         right, n = right + ((hit == real).all(1) & asked).sum().item(), n + asked.sum().item()
+    loss, count, right, n = map(sum, zip(*from_all((loss, count, right, n))))
     return {'loss': loss / count, 'em': right / max(n, 1)}
 
 
 def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
-    """Answers a whole split -> metrics, a dict, and predictions, a list of dicts in the order of the split.
+    """Answers a whole split -> metrics, a dict, and predictions, a list of dicts in the order of the split. Processes share the work.
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as Exact Match means
     little for them; 'em_types' is the mean over the question types.
     """
-    rows, tokenizer, done, start, tokens = questions.rows, questions.tokenizer, 0, time.time(), 0
-    predictions = [None] * len(rows)
-    for indices in questions.rows_in_order(batch_size):
+    rows, tokenizer, done, start, tokens, predictions = questions.rows, questions.tokenizer, 0, time.time(), 0, {}
+    rank, world = place()
+    for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         loss, hit, real = teacher_forced(decoder, questions, vision_of, indices, device)
         batch = {key: t.to(device) for key, t in questions.batch(indices).items()}
         answers = decoder.generate(vision_of(batch['picture']), batch['question'], questions.max_answer_tokens, **sampling)
         for k, i in enumerate(indices):
             text = tokenizer.decode(answers[k].tolist())
             tokens += (answers[k] != tokenizer.pad_id).sum().item()
-            predictions[i] = scored(rows, i, text) | dict(loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item())
-        done += len(indices)
+            predictions[int(i)] = scored(rows, i, text) | dict(loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item())
+        done += world * len(indices)
         seconds = time.time() - start
-        print(f'\revaluating | {done}/{len(rows)} | eta {clock(seconds / done * (len(rows) - done))} ', end='', flush=True)
+        print(f'\revaluating | {min(done, len(rows))}/{len(rows)} | eta {clock(seconds / done * max(0, len(rows) - done))} ', end='', flush=True)
     print()
-    return summaries(predictions) | dict(tokens_per_s=tokens / seconds, eval_s=seconds), predictions
+    parts = from_all((tokens, predictions))
+    everything = {i: p for _, part in parts for i, p in part.items()}
+    predictions = [everything[i] for i in range(len(rows))]
+    seconds = time.time() - start
+    return summaries(predictions) | dict(tokens_per_s=sum(tokens for tokens, _ in parts) / seconds, eval_s=seconds), predictions
 
 
 def scored(rows, i, text):
@@ -327,11 +364,6 @@ def wrap(line, font, width):
     return lines
 
 
-def printable(text):
-    """Text without control characters, fit for a terminal and for a picture."""
-    return ''.join(ch if ch.isprintable() else ' ' for ch in text)
-
-
 def draw_samples(path, rows, predictions, n=24, image_px=192):
     """Writes a sheet of samples, every type in turn, right answers in green and wrong ones in red (captions in black)."""
     by_type, chosen = {}, []
@@ -416,17 +448,6 @@ def draw_curves(out_dir):
     write_whole(Path(out_dir) / 'curves.png', lambda f: figure.savefig(f, format='png', dpi=110))
 
 
-def write_whole(path, write):
-    """Calls write(file) on a temporary file and puts it in place: `path` is the old or the new file, never a part of one."""
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    with open(partial, 'wb') as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-
-
 # ----------------------------------------------------------------------------
 # runs on disk
 
@@ -452,12 +473,15 @@ def load_run(checkpoint, device):
         raise ValueError(f"a checkpoint of stage '{checkpoint['stage']}' has no decoder: it trained an encoder, which "
                          f"--encoder=FILE gives to train.py")
     decoder = build_model(ModelConfig(**checkpoint['model_config']))
-    decoder.load_state_dict(checkpoint['best']['decoder'])
+    best = checkpoint['run']['best']
+    if best is None:
+        raise ValueError('the run was stopped before its first validation: there are no weights to evaluate yet; the same command that began it goes on')
+    decoder.load_state_dict(best['decoder'])
     settings = checkpoint['settings']
     encoder = None
-    if 'encoder' in checkpoint['best']:  # trained along
+    if 'encoder' in best:  # trained along
         encoder = Encoder(EncoderConfig(**checkpoint['encoder_config']))
-        encoder.load_state_dict(checkpoint['best']['encoder'])
+        encoder.load_state_dict(best['encoder'])
     elif settings['use_vision']:
         encoder = open_encoder(settings['encoder'], settings)
         if encoder.fingerprint() != checkpoint['encoder_fingerprint']:
@@ -472,7 +496,13 @@ def open_encoder(path, settings, **more):
 
 
 def pick_device(device):
-    return ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    """Raises: ValueError where there is no such device."""
+    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda or cuda:N') from None
+    return device
 
 
 def vision_source(settings, encoder, rows, device):
@@ -484,20 +514,20 @@ def vision_source(settings, encoder, rows, device):
         pixels = pixel_array(encoder, rows.pictures) if settings['cache'] else PixelReader(encoder, rows.pictures)
         encode = (lambda encoder, images: encoder(images)) if settings['train_encoder'] else (lambda encoder, images: encoder.encode_images(images))
         return lambda encoder, picture: encode(encoder, encoder.normalise(pixels[picture.cpu()].to(device)))[..., :settings['vision_dim']]
-    features = cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim'])
+    features = in_turn(lambda: cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim']))
     return lambda encoder, picture: features[picture.cpu()].to(device, torch.float32)
 
 
 def write_results(out_dir, metrics, rows, predictions):
-    """metrics.json, predictions.jsonl, samples.png and curves.png of a run folder."""
+    """predictions.jsonl, samples.png and curves.png of a run folder; then metrics.json, which says that the run is finished."""
     out_dir = Path(out_dir)
-    write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     write_whole(out_dir / 'predictions.jsonl', lambda f: f.writelines(json.dumps(p).encode() + b'\n' for p in predictions))
     if all('vqa' in p and p['sample_id'].isdigit() for p in predictions):  # the official form of VQA v2
         results = [dict(question_id=int(p['sample_id']), answer=p['prediction']) for p in predictions]
         write_whole(out_dir / 'vqav2_results.json', lambda f: f.write(json.dumps(results).encode()))
     draw_samples(out_dir / 'samples.png', rows, predictions)
     draw_curves(out_dir)
+    write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
 
 
 def compare(out_dirs):
@@ -535,7 +565,7 @@ def main(argv=None):
         if settings.attention or settings.states or settings.inner_steps or settings.outer_steps:
             raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
         task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'])), device, checkpoint, splits=())
-        task.model.load_state_dict(checkpoint['best']['model'])
+        task.model.load_state_dict(checkpoint['run']['best']['model'])
         task.report(task.model.to(device).eval(), settings.split)
         return
     for key in ('inner_steps', 'outer_steps'):
@@ -588,14 +618,6 @@ def main(argv=None):
         print(f'written: {settings.out_dir}/metrics.json, predictions.jsonl, samples.png')
     else:
         print('nothing written: these are not the settings of the run itself')
-
-
-def run_script(main):
-    """Runs a script's main; a user's mistake ends it with one line, not with a stack trace."""
-    try:
-        main()
-    except (ValueError, FileNotFoundError, FileExistsError) as e:
-        sys.exit(f'error: {e}')
 
 
 if __name__ == '__main__':

@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from configurator import configure, run_script
+
 
 @dataclass
 class ModelConfig:
@@ -586,14 +588,12 @@ def table(head, rows):
     return '\n'.join(lines) + '\n'
 
 
-def main():
-    from configurator import configure
+def main(argv=None):
     from train import keep_freed_memory
-    settings, _ = configure(BenchConfig, sys.argv[1:], 'model.py')
+    settings, _ = configure(BenchConfig, sys.argv[1:] if argv is None else argv, 'model.py')
     keep_freed_memory()
     (show_states if settings.states else show_memory if settings.memory else show_profile if settings.profile else benchmark)(settings)
 
 
 if __name__ == '__main__':
-    from eval import run_script
     run_script(main)

@@ -6,27 +6,32 @@ Training, both stages, one loop.
     python train.py config/align.py                    # stage 'align': the encoder learns from captions
     python train.py config/trm.py --compile=true
 
-The same command goes on where a killed run stopped. A run folder gets ckpt.pt, log.jsonl, metrics.json and pictures.
+    torchrun --standalone --nproc_per_node=4 train.py config/trm.py   # the same run, shared by four processes
+
+The same command goes on where a stopped or killed run stood, to the same result. A run folder gets ckpt.pt, log.jsonl, metrics.json and pictures.
 """
 
 import copy
 import ctypes
 import json
 import math
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import eval as evaluation
-from configurator import configure, echo
+from configurator import configure, echo, locked, run_script, write_whole
 from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
 from model import ModelConfig, build_model, most_memory
@@ -40,7 +45,8 @@ class TrainConfig:
     fresh: bool = False                       # start over even if out_dir holds a run
     seed: int = 1337                          # of the weights and the batches
     device: str = 'auto'                      # auto (a GPU if there is one), cpu, cuda, ...
-    dtype: str = 'auto'                       # of the matrix products: float32, bfloat16, or auto: bfloat16 where it is fast
+    dtype: str = 'auto'                       # of the matrix products: float32, bfloat16, float16, or auto: bfloat16 where it is fast
+    deterministic: bool = False               # only operations that give the same bits every time, on a GPU too; slower there
     compile: bool | None = None               # torch.compile; None: on a GPU only
     log_interval: int = 50                    # steps between log lines
     eval_interval: int = 300                  # steps between validations, each followed by a checkpoint
@@ -104,19 +110,22 @@ class TrainConfig:
     beta2: float = 0.95                       # of AdamW
     momentum: float = 0.95                    # of Muon
     grad_clip: float = 1.0                    # largest norm of the gradient; 0: no limit
+    skip_bad_steps: int = 0                   # leave out so many steps whose loss or gradient is not finite before stopping
     ema: float = 0.998                        # decay of the averaged weights, which are what is evaluated; 0: the raw ones
 
     def __post_init__(self):
-        choices = dict(stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16'), tokenizer=('bpe', 'gpt2'),
+        choices = dict(stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16', 'float16'), tokenizer=('bpe', 'gpt2'),
                        captions=('drawn', 'dataset'))
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) in (int, float) and value <= 0 and f.name not in ('seed', 'grad_clip', 'ema', 'weight_decay',
+            if type(value) in (int, float) and value <= 0 and f.name not in ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay',
                                                                             'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'momentum'):
                 raise ValueError(f'{f.name}={value}: expected more than 0')
+        if self.grad_clip < 0 or self.skip_bad_steps < 0:
+            raise ValueError(f'grad_clip={self.grad_clip}, skip_bad_steps={self.skip_bad_steps}: expected 0 or more')
         for key in ('ema', 'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'momentum', 'weight_decay'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
@@ -134,8 +143,8 @@ class AnswerTask:
 
     def __init__(self, settings, device, saved):
         self.settings, self.device = settings, device
-        if settings.dataset == 'data/shapes' and not Path(settings.dataset).exists():
-            draw_shapes(ShapesConfig())
+        if settings.dataset == 'data/shapes':
+            evaluation.in_turn(draw_if_missing)
         rows = {split: read_rows(settings.dataset, split) for split in ('train', 'val')}
         if saved:
             self.tokenizer = Tokenizer(saved['tokenizer'])
@@ -179,12 +188,13 @@ class AnswerTask:
     def batch(self, step):
         questions = self.questions['train']
         rows = questions.rows_of_step(step, self.settings.batch_size, self.settings.seed)
-        return questions.batch(rows) | dict(names=lambda: [questions.rows.sample_id[i] for i in rows[:8]])
+        batch = questions.batch(rows)
+        return batch | dict(names=lambda: [questions.rows.sample_id[i] for i in rows[:8]], counted=batch['targets'] >= 0)
 
     def losses(self, model, batch):
         """-> a dict of losses whose sum is trained on."""
         vision = self.look['train'](model['encoder'] if 'encoder' in model else self.frozen, batch['picture'])
-        return {'answer': model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1]}
+        return {'answer': model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1] * batch.get('weight', 1)}
 
     def vision_of(self, model, split):
         return partial(self.look[split], model['encoder'] if 'encoder' in model else self.frozen)
@@ -273,7 +283,8 @@ class AlignTask:
         return {'contrast': math.log(self.settings.batch_size), 'cloze': math.log(self.tokenizer.vocab_size)}
 
     def batch(self, step):
-        return self.data['train'](step, self.settings.batch_size, self.settings.seed)
+        batch = self.data['train'](step, self.settings.batch_size, self.settings.seed)
+        return batch | dict(counted=batch['left_out'] & (batch['caption'] >= 0))
 
     def tokens(self, model, batch, split):
         """The encoder's tokens of a batch. -> (B, N, D)"""
@@ -283,7 +294,8 @@ class AlignTask:
         return model.encoder.resample(seen) if self.frozen else seen
 
     def losses(self, model, batch, split='train'):
-        return model(self.tokens(model, batch, split), batch['caption'], batch['left_out'])
+        losses = model(self.tokens(model, batch, split), batch['caption'], batch['left_out'])
+        return losses | {'cloze': losses['cloze'] * batch.get('weight', 1)}
 
     @torch.no_grad()
     def validate(self, model, split='val', most=1000):
@@ -332,25 +344,27 @@ class AlignTask:
         out_dir = Path(self.settings.out_dir)
         if self.frozen:
             model.encoder.trunk = self.frozen.trunk
-        save_encoder(model.encoder, out_dir / 'encoder.pt')
+        evaluation.in_turn(lambda: save_encoder(model.encoder, out_dir / 'encoder.pt'))
         model.encoder = load_encoder(out_dir / 'encoder.pt').to(self.device)  # what was written is what is judged
         metrics = facts | self.report(model, 'test')
-        evaluation.write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+        write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
         evaluation.draw_curves(out_dir)
 
 
 def main(argv=None):
-    start = time.time()
-
-    # ---- settings
     settings, sources = configure(TrainConfig, sys.argv[1:] if argv is None else argv)
-    device = evaluation.pick_device(settings.device)
-    out_dir = Path(settings.out_dir)
-    saved = saved_run(settings)
+    with processes(settings) as device, locked(settings.out_dir) if evaluation.place()[0] == 0 else nullcontext(), Stop() as stop:
+        train(settings, sources, device, stop)
+
+
+def train(settings, sources, device, stop):
+    # ---- the run
+    run, out_dir, saved = Run(started=time.time()), Path(settings.out_dir), saved_run(settings)
     keep_freed_memory()
     torch.manual_seed(settings.seed)
+    torch.use_deterministic_algorithms(settings.deterministic)
     about = dict(commit=commit(), torch=str(torch.__version__), python=platform.python_version(), device=device_name(device),
-                 threads=torch.get_num_threads(), seed=settings.seed)
+                 processes=evaluation.place()[1], threads=torch.get_num_threads(), seed=settings.seed)
     print(' | '.join(f'{k} {v}' for k, v in about.items()))
     print(echo(settings, sources))
 
@@ -366,86 +380,191 @@ def main(argv=None):
     optimizers = make_optimizers(model, settings)
     dtype = pick_dtype(settings.dtype, device)
     autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else nullcontext()
+    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     losses_of = compiled(task.losses, device) if compiles(settings, device) else task.losses
 
-    # ---- go on where a killed run stopped
-    step, best, train_s = 0, None, 0.0
+    # ---- the whole state: go on where a stopped run stood
+    stateful = dict(model=model, ema=ema_model, scaler=scaler) | {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
-        model.load_state_dict(saved['model'])
-        ema_model.load_state_dict(saved['ema'] or saved['model'])
-        for optimizer, state in zip(optimizers, saved['optimizers']):
-            optimizer.load_state_dict(state)
-        step, best, train_s = saved['step'], saved['best'], saved['train_s']
-        print(f'going on at step {step}')
+        for name, part in stateful.items():
+            part.load_state_dict(saved['state'][name])
+        run = Run(**saved['run'] | dict(started=run.started - saved['run']['wall_s']))
+        print(f'going on at step {run.step}')
+
+    def save():
+        run.wall_s = time.time() - run.started
+        checkpoint = dict(format=evaluation.FORMAT, stage=settings.stage, state={name: part.state_dict() for name, part in stateful.items()},
+                          run=vars(run), settings=asdict(settings), environment=about, facts=facts(settings, task, run, about), **task.state())
+        write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint))
+
     out_dir.mkdir(parents=True, exist_ok=True)
-    log = Log(out_dir / 'log.jsonl', step, settings)
-    log.write(dict(event='start', step=step, **about, parameters=task.parameters(), settings=asdict(settings)))
+    log = Log(out_dir / 'log.jsonl', run.step, settings)
+    log.write(dict(event='start', step=run.step, **about, parameters=task.parameters(), settings=asdict(settings)))
 
     # ---- the loop
-    total, since, mark, warned = {}, 0, time.time(), False
-    while step < settings.max_steps:
-        lr = learning_rate(step, settings)
+    mark, warned, stop.waits = time.time(), False, True
+    while run.step < settings.max_steps:
+        lr = learning_rate(run.step, settings)
         for group in sum((optimizer.param_groups for optimizer in optimizers), []):
             group['lr'] = lr
+        names = []
         for k in range(settings.grad_accum):
-            batch = task.batch(step * settings.grad_accum + k)
-            names = batch.pop('names')
+            batch = my_share(task.batch(run.step * settings.grad_accum + k))
+            names.append(batch.pop('names'))
             with autocast:
                 losses = losses_of(model, on_device(batch, device))
             loss = sum(losses.values()) / settings.grad_accum
-            loss.backward()
+            scaler.scale(loss).backward()
             for key, value in losses.items():
-                total[key] = total.get(key, 0) + value.detach() / settings.grad_accum
-        gnorm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
-        if not math.isfinite(gnorm):
-            raise FloatingPointError(f'step {step}: loss {loss.item()}, gradient norm {gnorm.item()}, lr {lr:.2e}: not finite; '
-                                     f'samples {", ".join(names())}, ...; a lower --learning_rate is the usual remedy')
+                run.total[key] = run.total.get(key, 0) + value.detach() / settings.grad_accum
+        stop_all = average_gradients(parameters, stop.asked)
         for optimizer in optimizers:
-            optimizer.step()
+            scaler.unscale_(optimizer)
+        gnorm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
+        if math.isfinite(gnorm) or scaler.is_enabled() and math.isfinite(loss):  # float16 overflows now and then: the scaler leaves that step out
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            run.since += 1
+        else:
+            run.bad_steps += 1
+            problem = f'step {run.step}: loss {loss.item()}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(sum((n() for n in names), []))}, ...'
+            if run.bad_steps > settings.skip_bad_steps:
+                run.bad_steps, run.total, run.since = run.bad_steps - 1, {}, 0
+                save()
+                raise FloatingPointError(f'{problem}; the state before this step is saved; a lower --learning_rate with --fresh=true is the usual remedy, '
+                                         f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
+            print(f'{problem}; left out')
+            log.write(dict(event='bad step', step=run.step, problem=problem))
+            run.total, run.since = {}, 0
+        for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         if settings.ema:  # early on a shorter average, so that it never lags behind
-            decay = min(settings.ema, (1 + step) / (10 + step))
+            decay = min(settings.ema, (1 + run.step) / (10 + run.step))
             torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
-        step, since = step + 1, since + 1
+        run.step += 1
 
-        if step % settings.log_interval == 0 or step == settings.max_steps:
+        if run.since and (run.step % settings.log_interval == 0 or run.step == settings.max_steps):
             seconds = time.time() - mark
-            train_s += seconds
-            parts = {key: value.item() / since for key, value in total.items()}
-            log.line(step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm.item(), ms=1e3 * seconds / since,
-                                examples_per_s=settings.batch_size * settings.grad_accum * since / seconds, train_s=train_s))
+            run.train_s += seconds
+            shares = evaluation.from_all({key: value.item() / run.since for key, value in run.total.items()})
+            parts = {key: sum(share[key] for share in shares) / len(shares) for key in shares[0]}
+            log.line(run.step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm, ms=1e3 * seconds / run.since,
+                                    examples_per_s=settings.batch_size * settings.grad_accum * run.since / seconds, train_s=run.train_s))
             for key, chance in task.chance().items():
-                if step >= 100 and not warned and parts[key] > chance - .01:
+                if run.step >= 100 and not warned and parts.get(key, 0) > chance - .01:
                     warned = True
-                    print(f'step {step}: the loss {key} is {parts[key]:.3f} and was to fall below {chance:.3f}, what a guess costs: nothing is '
+                    print(f'step {run.step}: the loss {key} is {parts[key]:.3f} and was to fall below {chance:.3f}, what a guess costs: nothing is '
                           f'learnt yet; a lower --learning_rate is the usual remedy')
-            total, since, mark = {}, 0, time.time()
+            run.total, run.since, mark = {}, 0, time.time()
 
-        if step % settings.eval_interval == 0 or step == settings.max_steps:
+        if run.step % settings.eval_interval == 0 or run.step == settings.max_steps:
             paused = time.time()
             scores = task.validate(ema_model)
-            log.line(step, dict(**scores, figure=task.figure), event='eval')
-            if best is None or task.better(scores, best['scores']):
-                best = dict(step=step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
-            checkpoint = dict(
-                format=evaluation.FORMAT, stage=settings.stage, step=step, train_s=train_s, model=model.state_dict(),
-                ema=ema_model.state_dict() if settings.ema else None, optimizers=[optimizer.state_dict() for optimizer in optimizers], best=best,
-                settings=asdict(settings), environment=about, **task.state(),
-                facts=facts(settings, task, step, best, about, train_s, time.time() - start))
-            evaluation.write_whole(out_dir / 'ckpt.pt', lambda f: torch.save(checkpoint, f))
+            log.line(run.step, dict(**scores, figure=task.figure), event='eval')
+            if run.best is None or task.better(scores, run.best['scores']):
+                run.best = dict(step=run.step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
+            save()
             mark += time.time() - paused  # the clock of the log lines stands still while evaluating
+        elif stop_all:
+            save()
+        if stop_all:
+            raise KeyboardInterrupt(f'stopped at step {run.step} of {settings.max_steps}, which is saved; the same command goes on from there')
+    stop.waits = False
 
     # ---- the result, with the weights that were best in validation
     for name, weights in task.weights(ema_model).items():
         for key, tensor in weights.items():
-            tensor.copy_(best[name][key])
-    print(f"best validation {task.figure} {best['scores'][task.figure]:.3f} at step {best['step']}")
-    task.finish(ema_model, facts(settings, task, step, best, about, train_s, time.time() - start))
-    print(f'{out_dir}: done after {evaluation.clock(time.time() - start)}, at most {most_memory(device) / 1e9:.1f} GB of memory')
+            tensor.copy_(run.best[name][key])
+    print(f"best validation {task.figure} {run.best['scores'][task.figure]:.3f} at step {run.best['step']}")
+    run.wall_s = time.time() - run.started
+    task.finish(ema_model, facts(settings, task, run, about))
+    print(f'{out_dir}: done after {evaluation.clock(run.wall_s)}, at most {most_memory(device) / 1e9:.1f} GB of memory')
 
 
 # ----------------------------------------------------------------------------
 # what the story leans on
+
+@dataclass
+class Run:
+    """How far a run is: what its checkpoint holds beside weights, optimizers and settings. There is no random state in it, as a batch depends
+    on (seed, step) alone and nothing else is drawn."""
+    started: float             # time.time(), moved back by what earlier processes of the run took
+    step: int = 0              # optimizer steps that are done
+    best: dict | None = None   # step, scores and weights of the best validation
+    train_s: float = 0.0       # seconds of training
+    wall_s: float = 0.0        # seconds of everything
+    total: dict = field(default_factory=dict)  # losses, summed up since the last log line
+    since: int = 0             # steps since then
+    bad_steps: int = 0         # steps that were left out
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: while it `waits`, the first one is only noted in `asked`, for the loop to end behind a whole step."""
+
+    def __enter__(self):
+        self.asked = self.waits = False
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        if not self.waits or self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def processes(settings):
+    """Joins the processes that torchrun started, where it did -> the device of this one. Only the first one prints to the console.
+    Raises: ValueError where the device is not there."""
+    device = evaluation.pick_device(settings.device)
+    if settings.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        yield device
+        return
+    if device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all the same
+    torch.distributed.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=1))
+    with redirect_stdout(open(os.devnull, 'w')) if evaluation.place()[0] else nullcontext():
+        yield device
+    torch.distributed.destroy_process_group()
+
+
+def my_share(batch):
+    """Of a batch, the rows of this process: every so-many-th one. A loss that is a mean over the rows' `counted` targets gets a `weight`, with
+    which the mean over the processes is the mean over the whole batch. Raises: ValueError where there are fewer rows than processes."""
+    (rank, world), counted = evaluation.place(), batch.pop('counted')
+    if world > 1:
+        weight = world * counted[rank::world].sum() / counted.sum()
+        batch = {key: value[rank::world] if torch.is_tensor(value) else value for key, value in batch.items()} | dict(weight=weight)
+    return batch
+
+
+def average_gradients(parameters, stop):
+    """Makes every gradient the mean over the processes -> whether any of them was asked to stop."""
+    world = evaluation.place()[1]
+    if world > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_tensor([float(stop)])])
+        torch.distributed.all_reduce(flat)
+        for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads] + [1])):
+            g.copy_(mean.view_as(g))
+        stop = flat[-1].item() > 0
+    return stop
+
+
+def draw_if_missing():
+    if not Path(ShapesConfig.out).exists():
+        with suppress(FileExistsError):  # another process was faster
+            draw_shapes(ShapesConfig())
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: a matrix moves as far along the directions that its gradient rarely points to as along the others.
@@ -504,7 +623,7 @@ def saved_run(settings):
         return None
     saved = evaluation.read_checkpoint(settings.out_dir)
     ours, theirs = asdict(settings), saved['settings']
-    free = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb')
+    free = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
     other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in free and theirs.get(key) != value]
     if other:
         raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other[:4])}): choose another --out_dir, '
@@ -512,10 +631,10 @@ def saved_run(settings):
     return saved
 
 
-def facts(settings, task, step, best, about, train_s, wall_s):
+def facts(settings, task, run, about):
     """What metrics.json says beside the results."""
-    return dict(parameters=task.parameters(), step=step, best_step=best['step'], train_s=train_s, wall_s=wall_s,
-                peak_memory_gb=most_memory(task.device) / 1e9, **about, settings=asdict(settings))
+    return dict(parameters=task.parameters(), step=run.step, best_step=run.best and run.best['step'], bad_steps=run.bad_steps, train_s=run.train_s,
+                wall_s=run.wall_s, peak_memory_gb=most_memory(task.device) / 1e9, **about, settings=asdict(settings))
 
 
 def on_device(batch, device):
@@ -577,10 +696,10 @@ class Log:
 
     def __init__(self, path, step, settings):
         self.path, self.max_steps, self.started, self.first = path, settings.max_steps, time.time(), step
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)['step'] <= step] if step else []
-        evaluation.write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
+        kept = [line for line in path.read_text().splitlines() if line.endswith('}') and json.loads(line)['step'] <= step] if step else []
+        write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
         self.wandb = None
-        if settings.wandb:
+        if settings.wandb and evaluation.place()[0] == 0:
             try:
                 import wandb
             except ImportError:
@@ -588,6 +707,8 @@ class Log:
             self.wandb = wandb.init(project='nano-trm-vlm', name=path.parent.name, config=asdict(settings))
 
     def write(self, event):
+        if evaluation.place()[0]:
+            return
         with open(self.path, 'a') as f:
             f.write(json.dumps(event) + '\n')
         if self.wandb and event['event'] != 'start':
@@ -602,4 +723,4 @@ class Log:
 
 
 if __name__ == '__main__':
-    evaluation.run_script(main)
+    run_script(main)

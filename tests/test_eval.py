@@ -96,9 +96,9 @@ def test_tables(tmp_path):
 
 def test_write_whole(tmp_path):
     """A file whose writing fails stays as it was."""
-    evaluation.write_whole(tmp_path / 'x', lambda f: f.write(b'old'))
+    write_whole(tmp_path / 'x', lambda f: f.write(b'old'))
     with pytest.raises(ZeroDivisionError):
-        evaluation.write_whole(tmp_path / 'x', lambda f: f.write(b'n') / 0 if f.write(b'half') and 1 // 0 else None)
+        write_whole(tmp_path / 'x', lambda f: f.write(b'n') / 0 if f.write(b'half') and 1 // 0 else None)
     assert (tmp_path / 'x').read_bytes() == b'old'
 
 
@@ -107,7 +107,7 @@ def test_picture_sheet():
     tiles = [(Image.new('RGB', (64, 64), 'red'), ['a question ' * 12, 'bell\x07\x1b[31m'])] * 7
     sheet = evaluation.picture_sheet(tiles, columns=3)
     assert sheet.width < 700 and sheet.height > 3 * 64 * 3
-    assert evaluation.printable('a\x1b[31mb') == 'a [31mb'
+    assert printable('a\x1b[31mb') == 'a [31mb'
 
 
 @pytest.mark.parametrize('argv, message', [

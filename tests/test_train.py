@@ -23,7 +23,7 @@ def flags(tiny_shapes, tiny_encoder, tmp_path_factory):
 
 
 def weights(out_dir):
-    return evaluation.read_checkpoint(out_dir)['model']
+    return evaluation.read_checkpoint(out_dir)['state']['model']
 
 
 def same(a, b):
@@ -138,7 +138,7 @@ def test_settings_matter(option, flags, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.AnswerTask, 'finish', lambda *args: None)
             train.main([*flags, *more, *flag, f'--out_dir={tmp_path / name}'])
-        ends.append(evaluation.read_checkpoint(tmp_path / name)['best']['decoder'])
+        ends.append(evaluation.read_checkpoint(tmp_path / name)['run']['best']['decoder'])
     a, b = ends
     assert a.keys() != b.keys() or any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
 
@@ -203,12 +203,12 @@ def test_bad_checkpoints(tmp_path, flags):
     """A checkpoint of another format, a torn one and one with code in it are refused with one message."""
     path = tmp_path / 'ckpt.pt'
     torch.save(dict(format=99), path)
-    with pytest.raises(ValueError, match='checkpoint format 99, this code reads format 2'):
+    with pytest.raises(ValueError, match='checkpoint format 99, this code reads format 3'):
         evaluation.read_checkpoint(tmp_path)
     path.write_bytes(path.read_bytes()[:80])
     with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
-    torch.save(dict(format=2, evil=print), path)
+    torch.save(dict(format=3, evil=print), path)
     with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
 
