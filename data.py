@@ -248,12 +248,14 @@ def ask_relation(scene):
             for a in scene for b in scene if a is not b and side_of(b, a) for side in SIDES]
 
 
-def ask_hops(scene, hops, chains='only'):
-    """Follow `hops` sides from a named object to another. 'only': no object is visited twice. 'next': no step takes back the one before."""
+def ask_hops(scene, hops, chains='only', most=200):
+    """Follow `hops` sides from a named object to another. 'only': no object is visited twice. 'next': no step takes back the one before,
+    and of the chains, which triple with every step, `most` are drawn."""
     edges, an = (only_neighbours(scene), 'the object') if chains == 'only' else (next_neighbours(scene), 'the next object')
     back = dict(zip(SIDES, (SIDES[1], SIDES[0], SIDES[3], SIDES[2])))
-    paths = [([i], [], f'the {name(o)}') for i, o in enumerate(scene)]
+    paths, rng = [([i], [], f'the {name(o)}') for i, o in enumerate(scene)], random.Random(describe(scene))
     for _ in range(hops):
+        paths = rng.sample(paths, min(most, len(paths)))
         paths = [(visited + [j], sides + [side], f'{an} {side} {words}') for visited, sides, words in paths for side, j in edges[visited[-1]].items()
                  if (j not in visited if chains == 'only' else sides[-1:] != [back[side]])]
     return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, _, words in paths if visited[0] != visited[-1] for key in ('color', 'shape')]
