@@ -20,6 +20,7 @@ pictures (drawn from a seed, no download), datasets on disk, the tokenizer, and 
 
 import hashlib
 import heapq
+import importlib
 import io
 import json
 import math
@@ -818,8 +819,12 @@ def main(argv=None):
         else:
             draw_shapes(config)
     elif argv[0] in formats():
-        config, _ = configure(ImportConfig, argv[1:], f'data.py {argv[0]}')
-        import_dataset(argv[0], config)
+        module = importlib.import_module(f'prepare.{argv[0]}')
+        config, _ = configure(getattr(module, 'Config', ImportConfig), argv[1:], f'data.py {argv[0]}')
+        if isinstance(config, ImportConfig):
+            import_dataset(module, config)
+        else:  # it draws: nothing is read that could be wrong
+            write_dataset(config.out, module.rows(config))
     else:
         raise ValueError(f'{argv[0]}: no such format; there are shapes, {", ".join(formats())}')
 

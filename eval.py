@@ -258,12 +258,13 @@ def type_order(type):
 def result_table(metrics):
     """The result by question type, as text."""
     columns = {key: name for key, name in dict(em='em', f1='f1', vqa='vqa', token_accuracy='token accuracy').items() if key in metrics}
-    line = lambda key, m: ' | '.join([f'{key:12}', f"{m['n']:6}", *(f'{m[c]:.3f}' if c in m else '-    ' for c in columns)])
-    head = ' | '.join([f"{'type':12}", f"{'n':>6}", *(f'{name:5}' for name in columns.values())])
+    width = max(12, *map(len, metrics['by_type']))
+    line = lambda key, m: ' | '.join([f'{key:{width}}', f"{m['n']:6}", *(f'{m[c]:.3f}' if c in m else '-    ' for c in columns)])
+    head = ' | '.join([f"{'type':{width}}", f"{'n':>6}", *(f'{name:5}' for name in columns.values())])
     questions = {t: m for t, m in metrics['by_type'].items() if t != 'describe'}
     captions = {t: m for t, m in metrics['by_type'].items() if t == 'describe'}
     return '\n'.join([head, '-' * len(head), *(line(t, m) for t, m in questions.items()), line('all', metrics),
-                      f"{'mean of types':21} | {metrics['em_types']:.3f}", *(line(t, m) for t, m in captions.items())])
+                      f"{'mean of types':{width + 9}} | {metrics['em_types']:.3f}", *(line(t, m) for t, m in captions.items())])
 
 
 def clock(seconds):

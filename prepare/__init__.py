@@ -5,10 +5,11 @@ the rows and writes them.
     split   train, val or test; 'train or val', or None for any of the three: then the content of the picture decides
     row     image (bytes, or a path), question, answer (a string or a list), caption, sample_id, type, as in data.py;
             or sample_id and bad (why the row cannot be used), or sample_id and missing (why there is no picture), which is not counted as bad
+
+A module that draws its pictures has a Config of its own in place of ImportConfig; its rows have their split and are not checked.
 """
 
 import hashlib
-import importlib
 import json
 import re
 from collections import Counter
@@ -55,7 +56,7 @@ class ImportConfig:
             raise ValueError(f'max_bad={self.max_bad}: expected a share, 0 to 1')
 
 
-def import_dataset(format, config):
+def import_dataset(module, config):
     """Writes a published dataset as a dataset folder; what cannot be used is listed in its rejects.jsonl, with reasons.
 
     Raises: ValueError where more than `config.max_bad` of the rows are bad; their list is then beside `config.out`.
@@ -64,7 +65,7 @@ def import_dataset(format, config):
 
     def good_rows():
         with ThreadPoolExecutor() as pool:
-            rows, pictures = iter(importlib.import_module(f'prepare.{format}').rows(config)), {}
+            rows, pictures = iter(module.rows(config)), {}
             while chunk := list(islice(rows, 256)):
                 for (split, row), (picture, problem) in zip(chunk, pool.map(partial(checked, pictures=pictures), chunk)):
                     missing = row.get('missing')

@@ -1,10 +1,11 @@
-"""prepare/: small files in the true published forms become datasets; bad rows are listed; pictures are fetched from a server that misbehaves."""
+"""prepare/: small files in the true published forms become datasets, one is drawn; bad rows are listed; pictures are fetched from a server that misbehaves."""
 
 import csv
 import hashlib
 import http.server
 import io
 import json
+import math
 import random
 import threading
 import time
@@ -17,6 +18,8 @@ from PIL import Image
 
 import data
 import prepare
+import train
+from conftest import ROOT
 from data import read_rows
 from prepare import pixmo
 
@@ -168,6 +171,60 @@ def test_table(tmp_path):
     put(tmp_path / 'bad.jsonl', '{"image": \n')
     with pytest.raises(ValueError, match='bad.jsonl, line 1: not JSON'):
         data.main(['table', f"--source={tmp_path / 'bad.jsonl'}", f"--out={tmp_path / 'never'}"])
+
+
+def test_sortofclevr(tmp_path, tiny_encoder, capsys):
+    """Every answer follows from the pixels, read here without the generator's scenes; one seed draws the same bytes whatever the other splits' sizes are, and no
+    picture twice; answers are balanced; the dataset trains, its two types are reported, and it needs no --source."""
+    sizes = dict(train=60, val=8, test=8)
+    def draw(name, *flags):
+        data.main(['sortofclevr', f'--out={tmp_path / name}', *[f'--n_{split}={n}' for split, n in sizes.items()], *flags])
+        return [(tmp_path / name / f'{split}.parquet').read_bytes() for split in data.SPLITS]
+    first = draw('a')
+    assert draw('b') == first and draw('c', '--n_train=3')[1:] == first[1:] and not set(draw('d', '--seed=1')) & set(first)
+    with pytest.raises(ValueError, match='--source: no such setting'):
+        draw('e', '--source=x')
+
+    rgb = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255), orange=(255, 156, 0), gray=(128, 128, 128), yellow=(255, 255, 0))
+    seen, answers = set(), {}
+    for split, n in sizes.items():
+        rows = read_rows(tmp_path / 'a', split)
+        assert len(rows.pictures) == n and len(rows) == 20 * n and not seen & set(rows.pictures.digests)
+        seen |= set(rows.pictures.digests)
+        assert len(set(rows.sample_id)) == len(set(zip(rows.picture, rows.question))) == 20 * n
+        assert [rows.type[i:i + 20].count('relational') for i in range(0, 20 * n, 20)] == [10] * n and set(rows.type) == {'relational', 'non-relational'}
+        scenes = []
+        for picture in rows.pictures:
+            pixels, scene = Image.open(io.BytesIO(picture)), {}
+            at = lambda color: [(x, y) for x in range(75) for y in range(75) if pixels.getpixel((x, y)) == rgb.get(color, (255, 255, 255))]
+            for color in rgb:
+                xs, ys = zip(*at(color))
+                assert max(xs) - min(xs) == max(ys) - min(ys) == 10 and len(xs) in (97, 121)  # whole: nothing covers it, nothing is cut off
+                scene[color] = (sum(xs) / len(xs), sum(ys) / len(ys)), 'square' if len(xs) == 121 else 'circle'
+            assert pixels.size == (75, 75) and len(at('white')) == 75 * 75 - sum(len(at(color)) for color in rgb)
+            scenes.append(scene)
+        for k, question, (answer,), type in zip(rows.picture, rows.question, rows.references, rows.type):
+            scene = scenes[k]
+            color, = [word for word in question.split() if word in rgb]
+            (x, y), shape = scene[color]
+            near = sorted((math.dist((x, y), place), other) for c, (place, other) in scene.items() if c != color)
+            known = {'what shape is the object closest to the C one?': near[0][1], 'what shape is the object furthest from the C one?': near[-1][1],
+                     'how many other objects have the shape of the C one?': str([other for _, other in near].count(shape)), 'what shape is the C object?': shape,
+                     'is the C object on the left of the picture?': 'yes' if x <= 37 else 'no', 'is the C object at the top of the picture?': 'yes' if y <= 37 else 'no'}
+            asked = question.replace(color, 'C')
+            assert known[asked] == answer and type == ('relational' if asked in list(known)[:3] else 'non-relational')
+            assert near[0][0] < near[1][0] and near[-2][0] < near[-1][0]
+            answers.setdefault(asked, []).append(answer)
+    assert len(answers) == 6 and all(200 < len(given) < 310 for given in answers.values())
+    for asked, given in answers.items():
+        assert set(given) <= set('012345') if 'how many' in asked else all(.4 < given.count(a) / len(given) < .6 for a in set(given)), asked
+
+    flags = ['--max_steps=2', '--eval_interval=2', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu', f"--dataset={tmp_path / 'a'}", f'--encoder={tiny_encoder}']
+    for config in ('sortofclevr', 'sortofclevr_encoder'):
+        train.main([str(ROOT / f'config/{config}.py'), *flags, f"--cache_dir={tmp_path / 'cache'}", f'--out_dir={tmp_path / config}'])
+        assert json.loads((tmp_path / config / 'metrics.json').read_text())['by_type'].keys() == {'relational', 'non-relational'}
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith(('type  ', 'relational', 'non-relational', 'all   ', 'mean of'))]
+    assert len(table) == 10 and len({line.rindex('|') for line in table if 'mean' not in line}) == 1
 
 
 def test_too_many_bad_rows(tmp_path):
