@@ -620,14 +620,16 @@ def read_torch_file(path):
 
 def safe_load(path):
     """torch.load of tensors and plain types only: nothing in the file is run. The settings that the seed pickled into its checkpoints,
-    classes of its module `config`, become empty objects. Raises: ValueError for everything else."""
+    classes of its module `config`, become empty objects. Files up to 1 GB are held against their checksums. Raises: ValueError for everything else."""
     try:
         zipped = zipfile.is_zipfile(path)
+        if zipped and os.path.getsize(path) < 2 ** 30 and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f'damaged: {part} has another checksum than when it was written')
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         inert = [(type('Settings', (), {}), name) for name in foreign if re.fullmatch(r'config\.\w+Config', name)]
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
-    except (RuntimeError, EOFError, LookupError, ValueError, OSError, pickle.UnpicklingError) as e:
+    except (RuntimeError, EOFError, LookupError, ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         telling = next((line.strip() for line in lines if 'GLOBAL' in line), lines[0])
         raise ValueError(f'{path}: not a file that can be read safely ({telling[:200]})') from None
@@ -685,10 +687,13 @@ def read_torchscript(path):
 # pictures as files -> pixels -> tokens. `pictures` is a sequence of files as bytes that also has `digests`, their sha256, and `names`, what
 # to call them in messages: data.Pictures, say.
 
+FORMATS = ('PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no others: to decode EPS Pillow starts a program that runs what is in it
+
+
 def open_picture(data, most_pixels=2 ** 26):
     """Decodes a picture file completely. Raises: ValueError where it is no picture, is cut off, or is gigantic."""
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > most_pixels:
             raise ValueError(f'{picture.width} x {picture.height} pixels are more than {most_pixels}')
         if getattr(picture, 'is_animated', False) and picture.format != 'MPO':  # MPO: a photograph with a preview

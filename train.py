@@ -561,9 +561,10 @@ def average_gradients(parameters, stop):
 
 
 def draw_if_missing():
-    if not Path(ShapesConfig.out).exists():
-        with suppress(FileExistsError):  # another process was faster
-            draw_shapes(ShapesConfig())
+    shapes = ShapesConfig()
+    if not Path(shapes.out).exists():
+        with suppress(FileExistsError):  # another run was faster
+            draw_shapes(shapes)
 
 
 class Muon(torch.optim.Optimizer):
