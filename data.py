@@ -28,6 +28,7 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
@@ -381,6 +382,13 @@ def text_problem(question, references):
         return f'the question is {"empty" if isinstance(question, str) else "no text"}'
     if not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
         return 'the answer is empty or no text'
+    if not is_unicode(question, *references):
+        return 'the question or answer is not in UTF-8'
+
+
+def is_unicode(*texts):
+    """Whether texts can be written: half a character (a lone surrogate) comes of a file in another encoding than UTF-8, or of a bad escape."""
+    return not any(re.search('[\ud800-\udfff]', text) for text in texts)
 
 
 def open_parquet(path):
@@ -430,6 +438,22 @@ class OnDisk(Sequence):
         self.at_end = False
         self.file.seek(self.ends[i])
         return self.unpack(self.file.read(self.ends[i + 1] - self.ends[i]))
+
+
+class KnownPictures:
+    """What is known of every picture met so far, by the sha256 of its file, in a temporary file: a million pictures take no more memory than ten."""
+
+    def __init__(self):
+        self.table = sqlite3.connect('', isolation_level=None)
+        self.table.execute('CREATE TABLE known (digest BLOB PRIMARY KEY, value) WITHOUT ROWID')
+        self.table.execute('BEGIN')
+
+    def get(self, digest):
+        found = self.table.execute('SELECT value FROM known WHERE digest = ?', (digest,)).fetchone()
+        return found and json.loads(found[0])
+
+    def __setitem__(self, digest, value):
+        self.table.execute('INSERT OR REPLACE INTO known VALUES (?, ?)', (digest, json.dumps(value)))
 
 
 class View(Sequence):
@@ -515,11 +539,23 @@ def read_image(image, folder):
     if isinstance(image, dict):
         image = image.get('bytes') or image.get('path')
     if isinstance(image, str):
+        if not is_unicode(image) or '\0' in image:
+            return f'the image path {image!r} is none'
         path = (Path(folder) / image).resolve()
         if not path.is_relative_to(Path(folder).resolve()):
             return f'the image path {image!r} leaves the folder'
-        image = path.read_bytes() if path.is_file() else f'there is no image file: {path}'
+        image = read_file(path)
     return image or 'the image is empty'
+
+
+def read_file(path):
+    """The bytes of a file, or a string that says why there are none."""
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return f'there is no image file: {path}'
+    except (OSError, ValueError) as e:  # a folder, no permission, a name that no file can have
+        return f'the image file cannot be read: {path} ({type(e).__name__})'
 
 
 def report_bad(path, bad, n, remedy):

@@ -7,7 +7,7 @@ is our test split.
 
 from pathlib import Path
 
-from prepare import read_json
+from prepare import published, read_json
 
 
 def rows(config):
@@ -16,7 +16,15 @@ def rows(config):
         files = [Path(config.source) / f'{part}_balanced_questions.json']
         if not files[0].is_file() and (everything := Path(config.source) / f'{part}_all_questions').is_dir():
             files = sorted(everything.glob('*.json'))
+
+        def row(item):
+            id, q = item
+            yield split, dict(image=f"{config.images or config.source + '/images'}/{q['imageId']}.jpg", question=q['question'], answer=q.get('answer'),
+                              sample_id=id, type=q.get('types', {}).get('structural'))
+
         for file in files:
-            for id, q in sorted(read_json(file).items(), key=lambda item: (item[1]['imageId'], item[0])):
-                yield split, dict(image=f"{config.images or config.source + '/images'}/{q['imageId']}.jpg", question=q['question'], answer=q.get('answer'),
-                                  sample_id=id, type=q.get('types', {}).get('structural'))
+            questions = read_json(file)
+            if not isinstance(questions, dict):
+                raise ValueError(f'{file}: not of the published form: a list, where GQA has an object by question id')
+            by_picture = sorted(questions.items(), key=lambda item: (str(item[1].get('imageId')) if isinstance(item[1], dict) else '', item[0]))
+            yield from published(file, by_picture, row)

@@ -8,7 +8,7 @@ by the content of the pictures. Columns are known by their usual names; [USER] a
 from pathlib import Path
 
 from data import open_parquet, read_image, stream
-from prepare import split_of_name, turns
+from prepare import published_first, split_of_name, turns
 
 NAMES = dict(  # what a column may be called, the first that is there counts
     image=('image', 'image_bytes', 'jpg', 'png', 'webp', 'img', 'picture', 'image.bytes', 'images'),
@@ -22,7 +22,7 @@ def rows(config):
     files = [source] if source.is_file() else sorted(source.rglob('*.parquet'))
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
-    for path in files:
+    for path in published_first(files):
         file = open_parquet(path)
         column = {key: next((name for name in names if name in file.schema_arrow.names), None) for key, names in NAMES.items()}
         if column['image'] is None:

@@ -6,8 +6,10 @@ import http.server
 import io
 import json
 import random
+import struct
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -166,7 +168,7 @@ def test_table(tmp_path):
     rows = read_rows(tmp_path / 'own_out', 'val')
     assert list(rows.references) == [['a', 'b'], ['a bird']] and list(rows.type) == ['all', 'describe']
     put(tmp_path / 'bad.jsonl', '{"image": \n')
-    with pytest.raises(ValueError, match='bad.jsonl, line 1: not JSON'):
+    with pytest.raises(ValueError, match='bad.jsonl-0: not JSON in UTF-8: line 1'):
         data.main(['table', f"--source={tmp_path / 'bad.jsonl'}", f"--out={tmp_path / 'never'}"])
 
 
@@ -185,60 +187,193 @@ def test_too_many_bad_rows(tmp_path):
 
 def test_splits_do_not_depend_on_what_is_there():
     """The split of a picture follows from its bytes alone, about one in ten each for val and test."""
-    names = [prepare.split_of(None, str(i).encode()) for i in range(4000)]
+    digests = [hashlib.sha256(str(i).encode()).digest() for i in range(4000)]
+    names = [prepare.split_of(None, digest) for digest in digests]
     assert 320 < names.count('val') < 490 and 320 < names.count('test') < 490
-    assert {prepare.split_of('train or val', str(i).encode()) for i in range(99)} == {'train', 'val'} and prepare.split_of('test', b'1') == 'test'
+    assert {prepare.split_of('train or val', digest) for digest in digests[:99]} == {'train', 'val'} and prepare.split_of('test', digests[0]) == 'test'
     assert [prepare.split_of_name(n) for n in ('train-00000-of-00005.parquet', 'pixmo_qa_mixed_val.parquet', 'validation.csv', '00000.parquet', 'contest.jsonl')] == [
         'train', 'val', 'val', None, None]
 
 
+def test_same_bytes_stay_in_one_split(tmp_path, capsys):
+    """A picture of a published test split keeps rows that are divided out of training; two published splits that share one are kept, and it is said."""
+    for split, n in (('train', 30), ('test', 2)):
+        put(tmp_path / f'src/{split}/questions.json', [['what is it?', 'a thing', i] for i in range(n)])
+        for i in range(n):
+            put(tmp_path / f'src/{split}/images/{i}.png', picture(i))  # noise, no two alike
+    (tmp_path / 'src/train/images/1.png').write_bytes((tmp_path / 'src/test/images/1.png').read_bytes())
+    rows = imported('easyvqa', tmp_path, '--max_bad=0.1')
+    assert len(rows['train']) + len(rows['val']) == 29 and len(rows['test']) == 2
+    assert [(r['sample_id'], r['reason']) for r in rejects(tmp_path)] == [('train-1-1', 'its picture is in the test split too')]
+    for name, seeds in (('train', (1, 2)), ('test', (2, 3)), ('more', range(9))):
+        put(tmp_path / f'own/{name}.jsonl', '\n'.join(json.dumps(dict(image=f'{i}.png', question='q?', answer='a')) for i in seeds))
+    for i in range(9):
+        put(tmp_path / f'own/{i}.png', picture(i))
+    capsys.readouterr()
+    data.main(['table', f"--source={tmp_path / 'own'}", f"--out={tmp_path / 'own_out'}"])
+    rows = {split: read_rows(tmp_path / 'own_out', split) for split in data.SPLITS}
+    places = {name: split for split in data.SPLITS for name in rows[split].sample_id}
+    assert sum(map(len, rows.values())) == 13 and [places[f'more.jsonl-{i}'] for i in (1, 2, 3)] == ['train', 'test', 'test']
+    assert '1 rows have a picture that another split has too; splits are kept as they were published: train.jsonl-1 of train is in test' in capsys.readouterr().out
+
+
+def test_bad_texts(tmp_path, capsys):
+    """What cannot be written is a bad row: half a character, another encoding, a caption that is no text; so is a line with a field too many, a line that is
+    no JSON, and a path that no file can have. Names and types that are no text become text. The console counts by kind."""
+    put(tmp_path / 'p.png', picture(1))
+    good = dict(image='p.png', question='q?', answer='a')
+    lines = [good, good | dict(answer='\ud800'), good | dict(question=['q?']), good | dict(caption=7), dict(image='p.png', caption='\udfff'), good | dict(image='p.png\0'),
+             good | dict(image='x' * 999), good | dict(image='.'), good | dict(type=5, sample_id=6), good | dict(image='../p.png'), good | dict(image='../../p.png')]
+    put(tmp_path / 'a.jsonl', b'\n'.join([*(json.dumps(line).encode() for line in lines), b'{"image": "p.png", "question": "caf\xe9?", "answer": "a"}', b'{']))
+    data.main(['table', f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'out'}", '--max_bad=1'])
+    assert [(r['sample_id'], r['reason'].split(':')[0]) for r in rejects(tmp_path)] == [
+        ('a.jsonl-1', 'the question or answer is not in UTF-8'), ('a.jsonl-2', 'the question is no text'), ('a.jsonl-3', 'the caption is no text'),
+        ('a.jsonl-4', 'the caption is not in UTF-8'), ('a.jsonl-5', "the image path 'p.png\\x00' is none"), ('a.jsonl-6', 'the image file cannot be read'),
+        ('a.jsonl-7', 'the image file cannot be read'), ('a.jsonl-9', "the image path '../p.png' leaves the folder"),
+        ('a.jsonl-10', "the image path '../../p.png' leaves the folder"), ('a.jsonl-11', 'not JSON in UTF-8'), ('a.jsonl-12', 'not JSON in UTF-8')]
+    text = capsys.readouterr().out
+    assert '13 rows read, 2 written, 0 without a picture, 11 bad' in text and '| 2 the image path leaves the folder' in text and '2 not JSON in UTF-8' in text
+    put(tmp_path / 'b.csv', b'image,question,answer\np.png,q?,a\np.png,what, is it?,red\np.png,caf\xe9?,a\np.png,q?\n')
+    data.main(['table', f"--source={tmp_path / 'b.csv'}", f"--out={tmp_path / 'out_b'}", '--max_bad=1'])
+    assert [json.loads(line)['reason'] for line in (tmp_path / 'out_b/rejects.jsonl').read_text().splitlines()] == [
+        'more fields than the header has: line 3', 'the question or answer is not in UTF-8', 'the answer is empty or no text']
+
+
+def test_talks(tmp_path):
+    """A turn without an answer is a bad row, not a lost one."""
+    assert list(prepare.turns('q', 'a', ['one', 'two', 'three'])) == [('one', 'two'), ('three', None)] and list(prepare.turns('q', 'a', 'text')) == [('q', 'a')]
+
+
+def test_pictures_in_odd_shapes():
+    """Gigantic, animated, empty and cut off pictures, and headers that lie about the size, are refused with a reason whose kind stands before a colon."""
+    from encoder import open_picture
+    chunk = lambda kind, content: struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    png = lambda w, h, pixels=b'': b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', w, h, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
+    moving = picture(1, mode='P', form='GIF', save_all=True, append_images=[Image.new('P', (20, 12), 9)])
+    for content, reason in ((png(60000, 60000), 'more than 67108864 pixels'), (png(9000, 9000), 'more than 67108864 pixels'), (png(4000, 4000, bytes(9)), 'not a picture that can be decoded'),
+                            (png(0, 0), 'not a picture'), (png(5, 0), 'not a picture'), (moving, 'animated'), (picture(1)[:-30], 'not a picture that can be decoded'),
+                            (b'<html>', 'not a picture'), (b'', 'not a picture')):
+        with pytest.raises(ValueError) as error:
+            open_picture(content)
+        assert str(error.value).split(':')[0] == reason
+    assert open_picture(png(2, 2, bytes(10 ** 6))).size == (2, 2)  # pixels behind the picture are left alone
+
+
+def mutated(rng, content):
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 8)):
+        kind, i = rng.randrange(4), rng.randrange(max(1, len(content)))
+        if kind == 0 and content:
+            content[i] = rng.randrange(256)
+        elif kind == 1:
+            del content[i:i + rng.randint(1, 40)]
+        elif kind == 2:
+            content[i:i] = rng.randbytes(rng.randint(1, 9))
+        else:
+            del content[i:]
+    return bytes(content)
+
+
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_fuzz(tmp_path):
-    """Hundreds of mutated files, at the picture reader and at every importer: each is used or refused with a reason, none ends in another error."""
+def test_fuzz_pictures():
+    """Of thousands of mutated picture files each is decoded or refused with a reason, none ends in another error."""
     from encoder import open_picture
     rng = random.Random(0)
-
-    def mutated(content):
-        content = bytearray(content)
-        for _ in range(rng.randint(1, 8)):
-            kind, i = rng.randrange(4), rng.randrange(max(1, len(content)))
-            if kind == 0 and content:
-                content[i] = rng.randrange(256)
-            elif kind == 1:
-                del content[i:i + rng.randint(1, 40)]
-            elif kind == 2:
-                content[i:i] = rng.randbytes(rng.randint(1, 9))
-            else:
-                del content[i:]
-        return bytes(content)
-
     seeds = [picture(i, form=form, mode=mode) for i, (form, mode) in enumerate(
-        [('PNG', 'RGB'), ('PNG', 'P'), ('JPEG', 'RGB'), ('JPEG', 'L'), ('GIF', 'P'), ('WEBP', 'RGB'), ('BMP', 'RGB'), ('TIFF', 'RGB'), ('PPM', 'RGB'), ('PNG', 'RGBA')])]
+        [('PNG', 'RGB'), ('PNG', 'P'), ('JPEG', 'RGB'), ('JPEG', 'L'), ('GIF', 'P'), ('WEBP', 'RGB'), ('BMP', 'RGB'), ('TIFF', 'RGB'), ('PPM', 'RGB'), ('PNG', 'RGBA'), ('DDS', 'RGB')])]
     opened = 0
-    for i in range(400):
+    for i in range(3000):
         try:
-            open_picture(mutated(seeds[i % len(seeds)]))
+            open_picture(mutated(rng, seeds[i % len(seeds)]))
             opened += 1
         except ValueError:
             pass
-    assert 0 < opened < 400
+    assert 0 < opened < 3000
+
+
+def published_files(tmp_path):
+    """{format: (file to mutate, flags, rows of it)} for every importer but pixmo, with the other files that it needs."""
+    shot, jpg, files = picture(1), picture(2, form='JPEG'), {}
     put(tmp_path / 'a.parquet', b'')
-    pq.write_table(pa.table(dict(image=[picture(1)], question=['q'], answer=['a'])), tmp_path / 'a.parquet')
-    files = {'parquet': (tmp_path / 'a.parquet').read_bytes(), 'csv': b'image,question,answer\np.png,q?,a\n', 'jsonl': b'{"image": "p.png", "question": "q?", "answer": "a"}\n'}
-    put(tmp_path / 'p.png', picture(1))
-    for i in range(90):
-        kind = list(files)[i % 3]
-        put(tmp_path / f'f.{kind}', mutated(files[kind]))
+    pq.write_table(pa.table(dict(image=[shot, jpg], question=['q', '[USER] q [ASSISTANT]'], answer=['a', 'b'])), tmp_path / 'a.parquet')
+    files['parquet'] = tmp_path / 'a.parquet', ['--source={file}'], 2
+    for name, text in (('csv', 'image,question,answer\np.png,q?,a\np.png,"q, r",b\n'), ('jsonl', '{"image": "p.png", "question": "q?", "answer": "a"}\n{"image": "p.png", "caption": "c"}')):
+        files[name] = put(tmp_path / f't.{name}', text), ['--source={file}'], 2
+    put(tmp_path / 'p.png', shot)
+    put(tmp_path / 'easy/test/questions.json', [])
+    files['easyvqa'] = put(tmp_path / 'easy/train/questions.json', [['q', 'a', 0], ['r', 'yes', 1], ['s', 'b', 0]]), [f"--source={tmp_path / 'easy'}"], 3
+    clevr = [dict(split='train', image_filename=f'{k}.png', image_index=k, question='q', answer=a, question_index=k, program=[dict(function='count')]) for k, a in enumerate((3, True, 'no'))]
+    put(tmp_path / 'clevr/questions/CLEVR_val_questions.json', dict(questions=[]))
+    files['clevr'] = put(tmp_path / 'clevr/questions/CLEVR_train_questions.json', dict(info={}, questions=clevr)), [f"--source={tmp_path / 'clevr'}"], 3
+    gqa = {str(k): dict(imageId=f'n{k}', question='q', answer='yes', types=dict(structural='verify')) for k in range(3)}
+    for part in ('val', 'testdev'):
+        put(tmp_path / f'gqa/{part}_balanced_questions.json', {})
+    files['gqa'] = put(tmp_path / 'gqa/train_balanced_questions.json', gqa), [f"--source={tmp_path / 'gqa'}"], 3
+    for part in ('dev', 'test'):
+        put(tmp_path / f'nlvr/{part}/{part}.json', '')
+    nlvr = [json.dumps(dict(sentence='s', label='true', identifier=f'{k}-0', directory='7')) for k in range(2)]
+    files['nlvr'] = put(tmp_path / 'nlvr/train/train.json', '\n'.join(nlvr)), [f"--source={tmp_path / 'nlvr'}"], 2
+    asked, told = ([dict(question_id=k, image_id=k % 2, question='q') for k in range(3)],
+                   [dict(question_id=k, image_id=k % 2, answer_type='other', answers=[dict(answer='a', answer_id=j) for j in range(10)]) for k in range(3)])
+    for part, (q, a) in (('val2014', ([], [])), ('train2014', (asked, told))):
+        files['vqav2 questions'] = put(tmp_path / f'vqa/v2_OpenEnded_mscoco_{part}_questions.json', dict(questions=q)), [f"--source={tmp_path / 'vqa'}"], 3
+        files['vqav2'] = put(tmp_path / f'vqa/v2_mscoco_{part}_annotations.json', dict(annotations=a)), [f"--source={tmp_path / 'vqa'}"], 3
+    for k in range(3):
+        for path in (f'easy/train/images/{k}.png', f'clevr/images/train/{k}.png', f'gqa/images/n{k}.jpg', f'vqa/train2014/COCO_train2014_{k:012}.jpg'):
+            put(tmp_path / path, shot)
+    return files
+
+
+def test_fuzz_importers(tmp_path):
+    """Hundreds of mutated files, bytes or values of every importer's format: used or refused with a reason, none ends in another error; and a value of another
+    type or without a key costs at most its row, which is listed."""
+    rng, n = random.Random(0), 0
+
+    def spoilt(value):  # one value somewhere in JSON is another one, or gone
+        if isinstance(value, (dict, list)) and value and rng.random() < .85:
+            key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+            if isinstance(value, dict) and rng.random() < .2:
+                del value[key]
+            else:
+                value[key] = spoilt(value[key])
+            return value
+        return rng.choice([None, 7, -.5, True, '', 'x', '\ud800', [], [1], {}, dict(a=1)])
+
+    def try_import(format, flags):
+        nonlocal n
+        n += 1
+        out = tmp_path / f'o{n}'
         try:
-            data.main(['parquet' if kind == 'parquet' else 'table', f'--source={tmp_path}/f.{kind}', f'--out={tmp_path}/o{i}', '--max_bad=1'])
+            data.main([{'csv': 'table', 'jsonl': 'table'}.get(format, format.split()[0]), *flags, f'--out={out}', '--max_bad=1'])
         except (ValueError, FileNotFoundError):
-            pass
-        if kind == 'parquet':
-            put(tmp_path / 'd/train.parquet', (tmp_path / 'f.parquet').read_bytes())
-            try:
-                read_rows(tmp_path / 'd', 'train')
-            except ValueError:
-                pass
+            return None
+        return sum(pq.read_metadata(out / f'{split}.parquet').num_rows for split in data.SPLITS) + len((out / 'rejects.jsonl').read_text().splitlines())
+
+    for format, (file, flags, rows) in published_files(tmp_path).items():
+        whole, flags = file.read_bytes(), [flag.format(file=file) for flag in flags]
+        assert (try_import(format, flags) or 0) >= rows
+        for _ in range(25):
+            put(file, mutated(rng, whole))
+            try_import(format, flags)
+            if format == 'parquet':
+                put(tmp_path / 'd/train.parquet', file.read_bytes())
+                try:
+                    read_rows(tmp_path / 'd', 'train')
+                except ValueError:
+                    pass
+        for _ in range(0 if format in ('parquet', 'csv') else 40):
+            if format in ('jsonl', 'nlvr'):
+                lines = whole.decode().splitlines()
+                put(file, '\n'.join([json.dumps(spoilt(json.loads(lines[0]))), *lines[1:]]))
+            else:
+                put(file, json.dumps(spoilt(json.loads(whole))).encode())
+            found = try_import(format, flags)
+            if format in ('jsonl', 'nlvr'):
+                assert found >= rows, file.read_bytes()
+            elif found is not None:  # a file whose outer form is another one is refused whole
+                value = json.loads(file.read_bytes())
+                assert found >= len(value.get('questions', value.get('annotations', value)) if isinstance(value, dict) else value), file.read_bytes()
+        put(file, whole)
 
 
 # ----------------------------------------------------------------------------
@@ -376,7 +511,7 @@ def test_fetch_goes_on(tmp_path, server, monkeypatch):
 
 
 def test_pixmo_forms(tmp_path, server):
-    """cap-qa with messages of several turns, and counts."""
+    """cap-qa with messages of several turns, and counts; a picture of the published test split (here all are the same) takes its other questions there."""
     urls = [f'{server}/ok?{i}' for i in range(3)]
     put(tmp_path / 'src/train-00000.parquet', b'')
     pq.write_table(pa.table(dict(image_url=urls[:1], question=['[USER] Hi [ASSISTANT]'], answer=['x'], messages=[['Hi', 'x', 'More?', 'No.']])), tmp_path / 'src/train-00000.parquet')
@@ -385,4 +520,4 @@ def test_pixmo_forms(tmp_path, server):
     rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS)
     everything = sorted((q, r[0]) for split in rows.values() for q, r in zip(split.question, split.references))
     assert everything == [('Hi', 'x'), ('How many cats are there?', '3'), ('How many dogs are there?', '0'), ('More?', 'No.')]
-    assert list(rows['test'].question) == ['How many cats are there?', 'How many dogs are there?']
+    assert list(rows['test'].question) == ['How many cats are there?', 'How many dogs are there?', 'Hi', 'More?']
