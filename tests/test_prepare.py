@@ -6,7 +6,11 @@ import http.server
 import io
 import json
 import random
+import shutil
+import socket
+import ssl
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -398,18 +402,26 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.send_error(503)
         if path in ('/moved', '/loop', '/file', '/inside'):
             self.send_response(302)
-            self.send_header('Location', {'/moved': '/ok', '/loop': '/loop', '/file': 'file:///etc/passwd', '/inside': 'http://10.0.0.1/x'}[path])
+            self.send_header('Location', {'/moved': '/ok?caf\xe9 x', '/loop': '/loop', '/file': 'file:///etc/passwd', '/inside': 'http://10.0.0.1/x'}[path])
             self.end_headers()
             return
-        if path == '/slow':
-            self.send_response(200)
-            self.end_headers()
+        if path.startswith('/later') and self.asked[self.path] <= 1:
+            self.send_response(429)
+            self.send_header('Retry-After', '1')
+            return self.end_headers()
+        if path in ('/slow', '/drip', '/flood'):
+            if path != '/drip':  # else not even a status line ends
+                self.send_response(200)
+                self.end_headers()
             try:
                 for _ in range(100):
-                    self.wfile.write(b'x')
-                    time.sleep(.05)
+                    self.wfile.write(b'x' * (10 ** 5 if path == '/flood' else 1))
+                    time.sleep(.05 * (path != '/flood'))
             except OSError:
                 pass
+            return
+        if path == '/chunks':
+            self.wfile.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n' + f'{len(body):x}\r\n'.encode() + body[:-9])
             return
         if path == '/reset':
             self.connection.close()
@@ -419,8 +431,6 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if path == '/html':
             body = b'<html>This photo is unavailable</html>'.ljust(len(body))
-        if path == '/huge':
-            body = body * 50
         try:
             self.wfile.write(body)
         except OSError:
@@ -445,21 +455,25 @@ FLAGS = ['--allow_private=true', '--timeout_s=1', '--retries=2', '--backoff_s=0.
 def test_fetch(tmp_path, server, capsys):
     """Every way in which a server fails has its reason in the manifest; what can be had is had; failures are asked again only when told to."""
     sha = hashlib.sha256(Server.good).hexdigest()
-    fates = {'/ok': '', '/ok?a=1': '', '/busy': '', '/moved': '', '/gone': 'status 404', '/broken': 'status 503', '/loop': 'more than 5 redirects',
-             '/file': 'neither http nor https', '/slow': 'timed out', '/reset': 'no connection', '/cut': 'cut off', '/html': 'not a picture',
-             '/huge': '', '/other': 'another picture than it was (sha256)'}
-    urls = [server + path for path in fates] + ['ftp://x/y', 'http://', 'no url']
+    fates = {'/ok': '', '/ok?a=1': '', '/ok?caf\xe9 au lait': '', '/busy': '', '/moved': '', '/gone': 'status 404', '/broken': 'status 503', '/loop': 'more than 5 redirects',
+             '/file': 'neither http nor https', '/slow': 'timed out', '/drip': 'timed out', '/reset': 'no connection', '/cut': 'cut off', '/chunks': 'cut off',
+             '/html': 'not a picture: of no known format', '/other': 'another picture than it was (sha256)'}
+    urls = [server + path for path in fates] + ['ftp://x/y', 'http://', 'no url', 'http://x:y/']
     put(tmp_path / 'src/train-00000-of-00001.parquet', b'')
-    pq.write_table(pa.table(dict(image_url=urls, image_sha256=[sha if 'o' in u[-5:] and u.endswith(('/ok', '/other')) else None for u in urls],
+    pq.write_table(pa.table(dict(image_url=urls, image_sha256=[sha.upper() if u.endswith('/ok') else sha if u.endswith('/other') else None for u in urls],
                                  question=['What?'] * len(urls), answer=['a bus'] * len(urls))), tmp_path / 'src/train-00000-of-00001.parquet')
+    put(tmp_path / 'src/train-00001-of-00001.parquet', b'')
+    pq.write_table(pa.table(dict(image_url=[server + '/other'], question=['What?'], answer=['a bus'])), tmp_path / 'src/train-00001-of-00001.parquet')  # without its sha256
+    start = time.time()
     rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS)
+    assert time.time() - start < 10
     text = capsys.readouterr().out
     manifest = {e['url']: e['reason'] for e in map(json.loads, (tmp_path / 'pics/manifest.jsonl').read_text().splitlines())}
     assert {path: manifest[server + path] for path in fates} == fates | {'/reset': manifest[server + '/reset']}
     assert manifest[server + '/reset'] in ('no connection', 'not HTTP')
-    assert manifest['ftp://x/y'] == 'neither http nor https' and manifest['http://'] == 'not a URL' and manifest['no url'] == 'neither http nor https'
-    assert '17 pictures asked for, 5 there, 12 not' in text
-    assert sum(map(len, rows.values())) == 5 and len(rejects(tmp_path)) == 12 and all(r['missing'] for r in rejects(tmp_path))
+    assert [manifest[url] for url in urls[-4:]] == ['neither http nor https', 'not a URL', 'neither http nor https', 'not a URL']
+    assert '20 pictures asked for, 5 there, 15 not: 3 neither http nor https' in text and '2 timed out' in text and '2 cut off' in text
+    assert sum(map(len, rows.values())) == 5 and len(rejects(tmp_path)) == 16 and all(r['missing'] for r in rejects(tmp_path))
     assert Server.asked['/busy'] == 3 and Server.asked['/broken'] == 3 and Server.asked['/gone'] == 1
     before = dict(Server.asked)
     again = ['pixmo', f"--source={tmp_path / 'src'}", f"--images={tmp_path / 'pics'}", *FLAGS]
@@ -467,22 +481,72 @@ def test_fetch(tmp_path, server, capsys):
     assert Server.asked == before
     data.main([*again, f"--out={tmp_path / 'out3'}", '--retry_failed=true'])
     assert Server.asked['/gone'] == 2 and Server.asked['/ok'] == before['/ok']
+    # a picture that another set named without a sha256 is checked when one is given
+    put(tmp_path / 'more.parquet', b'')
+    pq.write_table(pa.table(dict(image_url=[server + '/ok?a=1'], image_sha256=['0' * 64], question=['What?'], answer=['a bus'])), tmp_path / 'more.parquet')
+    data.main(['pixmo', f"--source={tmp_path / 'more.parquet'}", f"--images={tmp_path / 'pics'}", *FLAGS, f"--out={tmp_path / 'out4'}"])
+    assert 'another picture than it was' in (tmp_path / 'out4/rejects.jsonl').read_text()
 
 
-def test_fetch_limits(tmp_path, server):
-    """Files over most_bytes are refused; so are private addresses, also behind a redirect, unless they are allowed."""
-    def fate(path, **options):
-        config = prepare.ImportConfig(source='x', out='y', timeout_s=1., retries=0, **options)
-        try:
-            return len(pixmo.get(server + path, config))
-        except pixmo.Failed as e:
-            return str(e)
-    assert fate('/huge', allow_private=True, most_bytes=1000) == 'more than 1000 bytes' or fate('/huge', allow_private=True, most_bytes=1000) == len(Server.good)
-    assert fate('/ok', allow_private=True, most_bytes=100) == 'more than 100 bytes'
-    assert fate('/ok') == 'a private address'
-    for host in ('localhost', '[::1]', '0.0.0.0', '169.254.169.254', '10.1.2.3', '[::ffff:127.0.0.1]'):
-        with pytest.raises(pixmo.Failed, match='a private address|no connection'):
-            pixmo.get(f'http://{host}/x', prepare.ImportConfig(source='x', out='y', retries=0, timeout_s=1.))
+def fate(url, **options):
+    """What becomes of a URL: the number of bytes, or why there are none."""
+    config = prepare.ImportConfig(source='x', out='y', **dict(timeout_s=1., retries=0) | options)
+    try:
+        return len(pixmo.get(url, config))
+    except pixmo.Failed as e:
+        return str(e)
+
+
+def test_fetch_limits(server):
+    """Files over most_bytes are refused, whether their length was told or not; the pause that a server asks for is kept."""
+    assert fate(server + '/ok', allow_private=True, most_bytes=100) == fate(server + '/flood', allow_private=True, most_bytes=100) == 'more than 100 bytes'
+    start = time.time()
+    assert fate(server + '/later', allow_private=True, retries=1, backoff_s=0.) == len(Server.good) and 1 <= time.time() - start < 3
+
+
+def test_private_addresses(server, monkeypatch):
+    """Private addresses are refused unless they are allowed, also behind a redirect and behind a name, which is looked up once for each connection."""
+    for host in ('localhost', '[::1]', '0.0.0.0', '169.254.169.254', '10.1.2.3', '192.168.0.1', '100.64.0.1', '[::ffff:127.0.0.1]', '[fd00::1]', '2130706433', '127.1'):
+        assert fate(f'http://{host}/x') in ('a private address', 'no connection'), host
+    assert fate(server + '/ok') == 'a private address' and fate(server + '/ok', allow_private=True) == len(Server.good)
+    port, looked_up, connected, real, real_lookup = int(server.split(':')[2]), [], [], socket.create_connection, socket.getaddrinfo
+
+    def lookup(host, *args, **kwargs):
+        looked_up.append(host)
+        if host.endswith('.test'):  # the second answer is another one
+            return [(None, None, None, None, ('93.184.216.34' if looked_up.count(host) == 1 else '127.0.0.1', port))]
+        return real_lookup(host, *args, **kwargs)
+
+    def connect(address, timeout):
+        connected.append(address[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, 'getaddrinfo', real_lookup)
+            return real(('127.0.0.1', port), timeout)
+
+    monkeypatch.setattr(pixmo.socket, 'getaddrinfo', lookup)
+    monkeypatch.setattr(pixmo.socket, 'create_connection', connect)
+    assert fate('http://one.test/ok') == len(Server.good) and looked_up == ['one.test'] and connected == ['93.184.216.34']
+    assert fate('http://two.test/inside') == 'a private address' and connected == ['93.184.216.34'] * 2  # where /inside points to was not asked
+    assert fate('http://one.test/ok') == 'a private address' and len(connected) == 2
+
+
+@pytest.mark.skipif(not shutil.which('openssl'), reason='makes a certificate with openssl')
+def test_https(tmp_path, monkeypatch):
+    """Pictures come by https where the certificate is valid for the host, and else not."""
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', tmp_path / 'key.pem', '-out', tmp_path / 'cert.pem', '-days', '2', '-subj', '/CN=localhost',
+                    '-addext', 'subjectAltName=DNS:localhost'], check=True, capture_output=True)
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / 'cert.pem', tmp_path / 'key.pem')
+    httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f'https://localhost:{httpd.server_port}/ok'
+    assert fate(url, allow_private=True).startswith('no valid certificate: ')
+    monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path / 'cert.pem'))
+    assert fate(url, allow_private=True) == len(Server.good)
+    assert fate(url.replace('localhost', '127.0.0.1'), allow_private=True).startswith('no valid certificate: ')
+    assert fate(url.replace('/ok', '/slow'), allow_private=True) == 'timed out' and fate(url.replace('https', 'http'), allow_private=True) in ('no connection', 'not HTTP', 'timed out')
+    httpd.shutdown()
 
 
 def test_fetch_goes_on(tmp_path, server, monkeypatch):
@@ -511,13 +575,17 @@ def test_fetch_goes_on(tmp_path, server, monkeypatch):
 
 
 def test_pixmo_forms(tmp_path, server):
-    """cap-qa with messages of several turns, and counts; a picture of the published test split (here all are the same) takes its other questions there."""
+    """cap-qa with messages of several turns, and counts, as pixmo-points has them too; a picture of the published test split (here all are the same) takes its other questions there."""
     urls = [f'{server}/ok?{i}' for i in range(3)]
     put(tmp_path / 'src/train-00000.parquet', b'')
     pq.write_table(pa.table(dict(image_url=urls[:1], question=['[USER] Hi [ASSISTANT]'], answer=['x'], messages=[['Hi', 'x', 'More?', 'No.']])), tmp_path / 'src/train-00000.parquet')
     put(tmp_path / 'src/count/test-0.parquet', b'')
     pq.write_table(pa.table(dict(image_url=urls[1:], count=pa.array([3, 0], pa.int32()), label=['cats', 'dogs'], points=[None, None])), tmp_path / 'src/count/test-0.parquet')
-    rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS)
+    put(tmp_path / 'src/points/train-0.parquet', b'')
+    pq.write_table(pa.table(dict(image_url=urls[1:], image_sha256=[None] * 2, points=[[dict(x=1., y=2.)] * 2, []], count=pa.array([2, 0], pa.int64()), label=['hats', None],
+                                 collection_method=['pointing', 'counting'])), tmp_path / 'src/points/train-0.parquet')
+    rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS[:-1], '--max_bad=0.2')
+    assert [(r['sample_id'], r['reason']) for r in rejects(tmp_path)] == [('train-0-1', 'the question is no text')]
     everything = sorted((q, r[0]) for split in rows.values() for q, r in zip(split.question, split.references))
-    assert everything == [('Hi', 'x'), ('How many cats are there?', '3'), ('How many dogs are there?', '0'), ('More?', 'No.')]
-    assert list(rows['test'].question) == ['How many cats are there?', 'How many dogs are there?', 'Hi', 'More?']
+    assert everything == [('Hi', 'x'), ('How many cats are there?', '3'), ('How many dogs are there?', '0'), ('How many hats are there?', '2'), ('More?', 'No.')]
+    assert list(rows['test'].question) == ['How many cats are there?', 'How many dogs are there?', 'How many hats are there?', 'Hi', 'More?']
