@@ -354,7 +354,7 @@ def read_rows(folder, split):
         if not set(needed) & set(file.schema_arrow.names):
             raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
 
-    rows, bad, picture_of, start = Rows(path), [], {}, time.time()
+    rows, bad, known, start = Rows(path), [], KnownPictures(), time.time()
     for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
         progress(f'{path}: rows', i, file.metadata.num_rows, start)
         image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
@@ -368,10 +368,11 @@ def read_rows(folder, split):
             bad.append((i, problem))
         else:
             digest = hashlib.sha256(image).digest()
-            if digest not in picture_of:
-                picture_of[digest] = len(rows.pictures)
+            picture = known.get(digest)
+            if picture is None:
+                picture = known[digest] = len(rows.pictures)
                 rows.pictures.add(digest, *place, i)
-            rows.add(picture_of[digest], caption, question, references, type or 'all', sample_id or f'row {i}')
+            rows.add(picture, caption, question, references, type or 'all', sample_id or f'row {i}')
     report_bad(path, bad, file.metadata.num_rows, f'repair them, or leave them out: python data.py parquet --source={folder} --out=FOLDER lists and drops them')
     return rows
 
@@ -478,13 +479,15 @@ class Rows:
 
     def __init__(self, path):
         self.path, self.pictures, self.picture = path, Pictures(path), array('i')      # each picture once; the picture of a row
-        self.texts, self.captions, self.captioned = OnDisk(), OnDisk(), {}
+        self.texts, self.captions, self.captioned = OnDisk(), OnDisk(), array('i')  # the caption of a picture, or -1
         column = lambda k: View(self.__len__, lambda i: self.texts[i][k])
         self.question, self.references, self.type, self.sample_id = map(column, range(4))
-        self.caption = View(lambda: len(self.pictures), lambda i: self.captions[self.captioned[i]] if i in self.captioned else None)
+        self.caption = View(lambda: len(self.pictures), lambda i: self.captions[self.captioned[i]] if self.captioned[i] >= 0 else None)
 
     def add(self, picture, caption, *texts):
-        if caption and picture not in self.captioned:
+        if picture == len(self.captioned):
+            self.captioned.append(-1)
+        if caption and self.captioned[picture] < 0:
             self.captioned[picture] = len(self.captions)
             self.captions.append(caption)
         self.picture.append(picture)
@@ -499,12 +502,13 @@ class Pictures:
     its row group). `digests` holds the sha256 of each, `names` what to call it in messages."""
 
     def __init__(self, path):
-        self.path, self.sums, self.groups, self.places, self.rows, self.group = path, bytearray(), array('i'), array('i'), array('q'), (None, None)
-        self.digests = View(self.__len__, lambda i: bytes(self.sums[32 * i:32 * i + 32]))
+        self.path, self.groups, self.places, self.rows, self.group = path, array('i'), array('i'), array('i'), (None, None)
+        self.sums = OnDisk(bytes, bytes)
+        self.digests = View(self.__len__, self.sums.__getitem__)
         self.names = View(self.__len__, lambda i: f'{self.path}, row {self.rows[i]}')
 
     def add(self, digest, group, place, row):
-        self.sums += digest
+        self.sums.append(digest)
         self.groups.append(group)
         self.places.append(place)
         self.rows.append(row)

@@ -152,9 +152,11 @@ def split_of(split, digest, earlier=None):
     return 'val' if digest[0] < 26 else 'test' if digest[0] < 52 and split is None else 'train'
 
 
-def published_first(files):
-    """Files in order, those whose name tells their split first: the pictures of the others then keep out of theirs."""
-    return sorted(files, key=lambda path: (split_of_name(path.name) is None, path))
+def published_first(files, source):
+    """[(file, split or None)] in order: the split that a file's name tells, else the names of its folders below `source`; files that tell one come first,
+    so that the pictures of the others keep out of theirs."""
+    told = lambda path: next(filter(None, map(split_of_name, reversed(path.relative_to(source).parts or [path.name]))), None)
+    return sorted(((path, told(path)) for path in files), key=lambda both: (both[1] is None, both[0]))
 
 
 def split_of_name(name):

@@ -21,7 +21,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from data import open_parquet, stream
 from encoder import open_picture
-from prepare import published_first, split_of_name, turns
+from prepare import split_of_name, turns
 
 COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')
 KEPT = "%/:=&?~#+!$,;'@()*[]|"  # what a URL may hold besides letters and digits; anything else, a space, say, is escaped
@@ -30,7 +30,7 @@ KEPT = "%/:=&?~#+!$,;'@()*[]|"  # what a URL may hold besides letters and digits
 def rows(config):
     """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
     source = Path(config.source)
-    files = published_first([source] if source.is_file() else source.rglob('*.parquet'))
+    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'), key=lambda path: (not path.name.startswith(('validation', 'test')), path))
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
     if not config.images:

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 
 from data import read_image
-from prepare import published_first, read_json_lines, split_of_name
+from prepare import published_first, read_json_lines
 
 
 def rows(config):
@@ -19,8 +19,7 @@ def rows(config):
     files = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.suffix in ('.csv', '.jsonl')) if source.is_dir() else []
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .csv or .jsonl files')
-    for file in published_first(files):
-        split = split_of_name(file.name) if source.is_dir() else None
+    for file, split in published_first(files, source) if source.is_dir() else [(source, None)]:
         for i, line in enumerate(read_csv(file) if file.suffix == '.csv' else read_json_lines(file)):
             if not isinstance(line, dict) or not isinstance(line.get('image'), str):
                 yield split, dict(bad=str(line) if isinstance(line, ValueError) else 'no image path', sample_id=f'{file.name}-{i}')

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import threading
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -114,6 +115,11 @@ def test_hugging_face(tmp_path):
                        tmp_path / f'src/data/{name}.parquet')
     rows = imported('parquet', tmp_path, '--max_bad=0.3')
     assert [len(rows[split]) for split in data.SPLITS] == [8, 4, 4] and len(rejects(tmp_path)) == 4
+    for split, k in (('train', 0), ('test', 1)):  # as the Hugging Face converts data sets to parquet
+        put(tmp_path / f'converted/default/{split}/0000.parquet', b'')
+        pq.write_table(pa.table(dict(image=pa.array(images[k:k + 1], struct), question=['q?'], answer=['a'])), tmp_path / f'converted/default/{split}/0000.parquet')
+    data.main(['parquet', f"--source={tmp_path / 'converted'}", f"--out={tmp_path / 'converted_out'}"])
+    assert [pq.read_metadata(tmp_path / f'converted_out/{split}.parquet').num_rows for split in data.SPLITS] == [1, 0, 1]
     pq.write_table(pa.table(dict(images=pa.array([images[:2], images[:1]], pa.list_(struct)), question=['q?'] * 2, answer=[['a', 'b']] * 2)), tmp_path / 'two.parquet')
     data.main(['parquet', f"--source={tmp_path / 'two.parquet'}", f"--out={tmp_path / 'two'}", '--max_bad=0.5'])
     assert '2 pictures in one row' in (tmp_path / 'two/rejects.jsonl').read_text()
@@ -241,6 +247,24 @@ def test_bad_texts(tmp_path, capsys):
     data.main(['table', f"--source={tmp_path / 'b.csv'}", f"--out={tmp_path / 'out_b'}", '--max_bad=1'])
     assert [json.loads(line)['reason'] for line in (tmp_path / 'out_b/rejects.jsonl').read_text().splitlines()] == [
         'more fields than the header has: line 3', 'the question or answer is not in UTF-8', 'the answer is empty or no text']
+
+
+def test_memory(tmp_path):
+    """Importing three times the rows, pictures and bad rows takes no more memory, reading them a few numbers a row."""
+    peaks = []
+    for n in (4000, 12000):
+        put(tmp_path / f'{n}-train.parquet', b'')
+        pictures = [b'P6 4 4 255\n' + i.to_bytes(8, 'big') * 6 for i in range(n)]
+        pq.write_table(pa.table(dict(image=pictures, question=['q?' if i % 50 else ' ' for i in range(n)], answer=['a'] * n, caption=['c'] * n)), tmp_path / f'{n}-train.parquet')
+        del pictures
+        tracemalloc.start()
+        data.main(['parquet', f"--source={tmp_path / f'{n}-train.parquet'}", f"--out={tmp_path / f'{n}'}", '--max_bad=1'])
+        imported, _ = tracemalloc.get_traced_memory()[1], tracemalloc.reset_peak()
+        rows = read_rows(tmp_path / f'{n}', 'train')
+        peaks.append((imported, tracemalloc.get_traced_memory()[1]))
+        tracemalloc.stop()
+        assert len(rows.pictures) == len(rows) == .98 * n
+    assert peaks[1][0] < 1.1 * peaks[0][0] and peaks[1][1] - peaks[0][1] < 60 * 8000, peaks
 
 
 def test_talks(tmp_path):
