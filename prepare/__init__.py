@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import re
+import sqlite3
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -179,17 +180,97 @@ def turns(question, answer, messages=None):
 
 
 def read_json(path, key=None):
-    """The list or dict in a JSON file, or in a key of it. Raises: FileNotFoundError; ValueError where the file is not JSON, or not of this form."""
+    """Yields the items of the list, or the (key, value) pairs of the object, in a JSON file or in a key of it, reading a piece of the file at a time.
+    Raises: FileNotFoundError; ValueError where the file is not JSON, or not of this form."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: no such file; --source is the folder of the published files, see prepare/')
-    try:
-        value = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path}: not JSON: {e}') from None
-    value = value.get(key) if key and isinstance(value, dict) else value if not key else None
-    if not isinstance(value, (list, dict)):
-        raise ValueError(f'{path}: not of the published form: {f"there is no list {key!r}" if key else "neither a list nor an object"}')
-    return value
+    with open(path, encoding='utf-8') as f:
+        pieces = Pieces(f)
+        try:
+            if key is None:
+                yield from pieces.items()
+            elif pieces.peek() != '{' or not (yield from pieces.items_of(key)):
+                raise ValueError(f'there is no list {key!r}')
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'{path}: not JSON of the published form: {e}') from None
+
+
+class Pieces:
+    """JSON values one after the other from a file of which only a piece is in memory."""
+
+    def __init__(self, file):
+        self.file, self.text, self.i, self.decoder = file, '', 0, json.JSONDecoder()
+
+    def more(self):
+        new = self.file.read(max(2 ** 20, len(self.text)))
+        self.text, self.i = self.text[self.i:] + new, 0
+        return new
+
+    def peek(self):
+        """The next sign behind white space, '' at the end."""
+        while True:
+            self.i = re.compile(r'[ \t\n\r]*').match(self.text, self.i).end()
+            if self.i < len(self.text) or not self.more():
+                return self.text[self.i:self.i + 1]
+
+    def take(self, signs):
+        if (sign := self.peek()) not in signs or not sign:
+            raise ValueError(f'{sign or "the end"} where one of {signs} was expected')
+        self.i += 1
+        return sign
+
+    def value(self):
+        self.peek()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.i)
+            except ValueError:
+                if not self.more():
+                    raise
+            else:
+                if self.text[end:end + 1].strip('.eE'):
+                    self.i = end
+                    return value
+                if not self.more():  # else a number may go on
+                    self.i = len(self.text)
+                    return value
+
+    def items(self):
+        """Yields the items of the list, or the pairs of the object, that comes next."""
+        sign = self.take('[{')
+        close = ']' if sign == '[' else '}'
+        while self.peek() != close:
+            value = self.value()
+            if sign == '{':
+                self.take(':')
+                value = value, self.value()
+            yield value
+            if self.peek() != close:
+                self.take(',')
+        self.take(close)
+
+    def items_of(self, wanted):
+        """The same of one key of the object that comes next -> whether it is there."""
+        self.take('{')
+        while self.peek() != '}':
+            key = self.value()
+            self.take(':')
+            if key == wanted:
+                yield from self.items()
+                return True
+            self.value()
+            if self.peek() != '}':
+                self.take(',')
+
+
+def sorted_on_disk(keyed):
+    """Yields the values of (key, value) pairs in the order of their keys, each of two numbers or strings, by way of a temporary file."""
+    table = sqlite3.connect('', isolation_level=None)
+    table.execute('CREATE TABLE pairs (a, b, value)')
+    table.execute('BEGIN')
+    table.executemany('INSERT INTO pairs VALUES (?, ?, ?)', ((a, b, json.dumps(value)) for (a, b), value in keyed))
+    for value, in table.execute('SELECT value FROM pairs ORDER BY a, b, rowid'):
+        yield json.loads(value)
 
 
 def read_json_lines(path):
@@ -205,13 +286,14 @@ def read_json_lines(path):
                 yield ValueError(f'not JSON in UTF-8: line {i + 1}: {e}')
 
 
-def published(path, values, make):
-    """Yields the rows that make(value) yields for every value of a file; a value of another form than the published one becomes a bad row."""
+def published(path, values, make, name=lambda i, value: i):
+    """Yields the rows that make(value) yields for every value of a file; a value of another form than the published one becomes a bad row, called
+    after the file and `name` of its number and itself."""
     for i, value in enumerate(values):
         try:
             if isinstance(value, ValueError):
                 raise value
             made = list(make(value))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            made = [(None, dict(bad=f'not of the published form: {type(e).__name__} {e}', sample_id=f'{Path(path).name}-{i}'))]
+            made = [(None, dict(bad=f'not of the published form: {type(e).__name__} {e}', sample_id=f'{Path(path).name}-{name(i, value)}'))]
         yield from made

@@ -5,9 +5,10 @@ GQA: compositional questions about photographs. CC-BY 4.0, https://cs.stanford.e
 is our test split.
 """
 
+import json
 from pathlib import Path
 
-from prepare import published, read_json
+from prepare import published, read_json, sorted_on_disk
 
 
 def rows(config):
@@ -23,8 +24,13 @@ def rows(config):
                               sample_id=id, type=q.get('types', {}).get('structural'))
 
         for file in files:
-            questions = read_json(file)
-            if not isinstance(questions, dict):
-                raise ValueError(f'{file}: not of the published form: a list, where GQA has an object by question id')
-            by_picture = sorted(questions.items(), key=lambda item: (str(item[1].get('imageId')) if isinstance(item[1], dict) else '', item[0]))
-            yield from published(file, by_picture, row)
+            keyed = (([json.dumps(item[1].get('imageId') if isinstance(item[1], dict) else None), json.dumps(item[0])], item) for item in pairs(file))
+            yield from published(file, sorted_on_disk(keyed), row, lambda i, item: item[0])
+
+
+def pairs(file):
+    """Yields (question id, question). Raises: ValueError."""
+    for item in read_json(file):
+        if not isinstance(item, tuple):
+            raise ValueError(f'{file}: not of the published form: a list, where GQA has an object by question id')
+        yield item

@@ -267,6 +267,37 @@ def test_memory(tmp_path):
     assert peaks[1][0] < 1.1 * peaks[0][0] and peaks[1][1] - peaks[0][1] < 60 * 8000, peaks
 
 
+def test_json_in_pieces(tmp_path, monkeypatch):
+    """A JSON file gives the same values read a few signs at a time as read whole, of a list, an object, or a key of one; a file that ends early is refused."""
+    value = {'info': {'n': [1, 2.5e3, None], 'text': 'a "b" \\ \n [{'}, 'year': 12345, 'questions': [{'id': 123456, 'a': [True, 'ä日🙂']}, 17, 'x', [], {}, -1.5]}
+    monkeypatch.setattr(prepare.Pieces, 'more', lambda self: (new := self.file.read(3), setattr(self, 'text', self.text[self.i:] + new), setattr(self, 'i', 0))[0])
+    for indent in (None, 2):
+        for ascii in (True, False):
+            path = tmp_path / 'a.json'
+            path.write_text(json.dumps(value, indent=indent, ensure_ascii=ascii), encoding='utf-8')
+            assert list(prepare.read_json(path, 'questions')) == value['questions'] and list(prepare.read_json(path)) == list(value.items())
+            path.write_text(json.dumps(value['questions'], indent=indent, ensure_ascii=ascii), encoding='utf-8')
+            assert list(prepare.read_json(path)) == value['questions']
+            for end in (1, 9, 30):
+                put(tmp_path / 'b.json', path.read_bytes()[:-end])
+                with pytest.raises(ValueError, match='b.json: not JSON of the published form'):
+                    list(prepare.read_json(tmp_path / 'b.json'))
+    for content, key in (({'a': 1}, 'questions'), ([1], 'questions'), ('x', None), ({'questions': 3}, 'questions')):
+        put(tmp_path / 'b.json', json.dumps(content))
+        with pytest.raises(ValueError, match='b.json: not JSON of the published form'):
+            list(prepare.read_json(tmp_path / 'b.json', key))
+
+
+def test_vqav2_without_partner(tmp_path):
+    """A question without an annotation and an annotation without a question are bad rows with the question's number."""
+    for part in ('train2014', 'val2014'):
+        put(tmp_path / f'src/v2_OpenEnded_mscoco_{part}_questions.json', dict(questions=[dict(question_id=k, image_id=1, question='q') for k in (1, 2)]))
+        put(tmp_path / f'src/v2_mscoco_{part}_annotations.json', dict(annotations=[dict(question_id=k, image_id=1, answer_type='other', answers=[dict(answer='a')]) for k in (2, 3)]))
+        put(tmp_path / f'src/{part}/COCO_{part}_{1:012}.jpg', picture(1))
+    imported('vqav2', tmp_path, '--max_bad=1')
+    assert [(r['sample_id'], r['reason']) for r in rejects(tmp_path)] == [('1', 'the question has no annotation'), ('3', 'the question is no text')] * 2
+
+
 def test_talks(tmp_path):
     """A turn without an answer is a bad row, not a lost one."""
     assert list(prepare.turns('q', 'a', ['one', 'two', 'three'])) == [('one', 'two'), ('three', None)] and list(prepare.turns('q', 'a', 'text')) == [('q', 'a')]
