@@ -30,6 +30,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -396,7 +397,7 @@ def read_rows(folder, split):
         if not set(needed) & set(file.schema_arrow.names):
             raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
 
-    rows, bad, picture_of, start = Rows(path), [], {}, time.time()
+    rows, bad, known, start = Rows(path), [], KnownPictures(), time.time()
     for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
         progress(f'{path}: rows', i, file.metadata.num_rows, start)
         image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
@@ -410,10 +411,11 @@ def read_rows(folder, split):
             bad.append((i, problem))
         else:
             digest = hashlib.sha256(image).digest()
-            if digest not in picture_of:
-                picture_of[digest] = len(rows.pictures)
+            picture = known.get(digest)
+            if picture is None:
+                picture = known[digest] = len(rows.pictures)
                 rows.pictures.add(digest, *place, i)
-            rows.add(picture_of[digest], caption, question, references, type or 'all', sample_id or f'row {i}')
+            rows.add(picture, caption, question, references, type or 'all', sample_id or f'row {i}')
     report_bad(path, bad, file.metadata.num_rows, f'repair them, or leave them out: python data.py parquet --source={folder} --out=FOLDER lists and drops them')
     return rows
 
@@ -424,6 +426,13 @@ def text_problem(question, references):
         return f'the question is {"empty" if isinstance(question, str) else "no text"}'
     if not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
         return 'the answer is empty or no text'
+    if not is_unicode(question, *references):
+        return 'the question or answer is not in UTF-8'
+
+
+def is_unicode(*texts):
+    """Whether texts can be written: half a character (a lone surrogate) comes of a file in another encoding than UTF-8, or of a bad escape."""
+    return not any(re.search('[\ud800-\udfff]', text) for text in texts)
 
 
 def open_parquet(path):
@@ -475,6 +484,22 @@ class OnDisk(Sequence):
         return self.unpack(self.file.read(self.ends[i + 1] - self.ends[i]))
 
 
+class KnownPictures:
+    """What is known of every picture met so far, by the sha256 of its file, in a temporary file: a million pictures take no more memory than ten."""
+
+    def __init__(self):
+        self.table = sqlite3.connect('', isolation_level=None)
+        self.table.execute('CREATE TABLE known (digest BLOB PRIMARY KEY, value) WITHOUT ROWID')
+        self.table.execute('BEGIN')
+
+    def get(self, digest):
+        found = self.table.execute('SELECT value FROM known WHERE digest = ?', (digest,)).fetchone()
+        return found and json.loads(found[0])
+
+    def __setitem__(self, digest, value):
+        self.table.execute('INSERT OR REPLACE INTO known VALUES (?, ?)', (digest, json.dumps(value)))
+
+
 class View(Sequence):
     """A list whose items are made when they are asked for: `get(i)`, for i under `length()`."""
 
@@ -497,13 +522,15 @@ class Rows:
 
     def __init__(self, path):
         self.path, self.pictures, self.picture = path, Pictures(path), array('i')      # each picture once; the picture of a row
-        self.texts, self.captions, self.captioned = OnDisk(), OnDisk(), {}
+        self.texts, self.captions, self.captioned = OnDisk(), OnDisk(), array('i')  # the caption of a picture, or -1
         column = lambda k: View(self.__len__, lambda i: self.texts[i][k])
         self.question, self.references, self.type, self.sample_id = map(column, range(4))
-        self.caption = View(lambda: len(self.pictures), lambda i: self.captions[self.captioned[i]] if i in self.captioned else None)
+        self.caption = View(lambda: len(self.pictures), lambda i: self.captions[self.captioned[i]] if self.captioned[i] >= 0 else None)
 
     def add(self, picture, caption, *texts):
-        if caption and picture not in self.captioned:
+        if picture == len(self.captioned):
+            self.captioned.append(-1)
+        if caption and self.captioned[picture] < 0:
             self.captioned[picture] = len(self.captions)
             self.captions.append(caption)
         self.picture.append(picture)
@@ -518,12 +545,13 @@ class Pictures:
     its row group). `digests` holds the sha256 of each, `names` what to call it in messages."""
 
     def __init__(self, path):
-        self.path, self.sums, self.groups, self.places, self.rows, self.group = path, bytearray(), array('i'), array('i'), array('q'), (None, None)
-        self.digests = View(self.__len__, lambda i: bytes(self.sums[32 * i:32 * i + 32]))
+        self.path, self.groups, self.places, self.rows, self.group = path, array('i'), array('i'), array('i'), (None, None)
+        self.sums = OnDisk(bytes, bytes)
+        self.digests = View(self.__len__, self.sums.__getitem__)
         self.names = View(self.__len__, lambda i: f'{self.path}, row {self.rows[i]}')
 
     def add(self, digest, group, place, row):
-        self.sums += digest
+        self.sums.append(digest)
         self.groups.append(group)
         self.places.append(place)
         self.rows.append(row)
@@ -558,11 +586,23 @@ def read_image(image, folder):
     if isinstance(image, dict):
         image = image.get('bytes') or image.get('path')
     if isinstance(image, str):
+        if not is_unicode(image) or '\0' in image:
+            return f'the image path {image!r} is none'
         path = (Path(folder) / image).resolve()
         if not path.is_relative_to(Path(folder).resolve()):
             return f'the image path {image!r} leaves the folder'
-        image = path.read_bytes() if path.is_file() else f'there is no image file: {path}'
+        image = read_file(path)
     return image or 'the image is empty'
+
+
+def read_file(path):
+    """The bytes of a file, or a string that says why there are none."""
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return f'there is no image file: {path}'
+    except (OSError, ValueError) as e:  # a folder, no permission, a name that no file can have
+        return f'the image file cannot be read: {path} ({type(e).__name__})'
 
 
 def report_bad(path, bad, n, remedy):

@@ -24,6 +24,7 @@ import shutil
 import struct
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from configurator import locked, run_script, write_whole
 
@@ -688,20 +689,25 @@ def read_torchscript(path):
 # to call them in messages: data.Pictures, say.
 
 FORMATS = ('PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no others: to decode EPS Pillow starts a program that runs what is in it
+UNREADABLE = OSError, SyntaxError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, MemoryError, struct.error, zlib.error
 
 
 def open_picture(data, most_pixels=2 ** 26):
-    """Decodes a picture file completely. Raises: ValueError where it is no picture, is cut off, or is gigantic."""
+    """Decodes a picture file completely. Raises: ValueError where it is no picture, is cut off, moves, or is gigantic: its kind, a colon, the details."""
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > most_pixels:
-            raise ValueError(f'{picture.width} x {picture.height} pixels are more than {most_pixels}')
+            raise ValueError(f'more than {most_pixels} pixels: {picture.width} x {picture.height}')
         if getattr(picture, 'is_animated', False) and picture.format != 'MPO':  # MPO: a photograph with a preview
-            raise ValueError(f'animated, {picture.n_frames} frames')
+            raise ValueError(f'animated: {picture.n_frames} frames')
         picture.load()
         return picture
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises for a bad file
-        raise ValueError(f'not a picture that can be decoded ({e})') from None
+    except Image.DecompressionBombError as e:
+        raise ValueError(f'more than {most_pixels} pixels: {e}') from None
+    except UnidentifiedImageError:
+        raise ValueError('not a picture: of no known format') from None
+    except UNREADABLE as e:  # what Pillow raises for a bad file
+        raise ValueError(f'not a picture that can be decoded: {e or type(e).__name__}') from None
 
 
 def decode(encoder, data, digest):

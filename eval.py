@@ -82,7 +82,8 @@ def token_f1(prediction, references):
         if not a or not b:
             return float(a == b)
         common = sum((Counter(a) & Counter(b)).values())
-        return 2 * common / (len(a) + len(b))
+        precision, recall = common / len(a), common / len(b)
+        return 2 * precision * recall / (precision + recall) if common else 0.0  # in the order of SQuAD's script: the same to the last bit
     return max(f1(gold) for gold in gold_answers(references))
 
 

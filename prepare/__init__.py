@@ -2,7 +2,7 @@
 Importing published datasets. A module of this folder reads one family of formats: its rows(config) yields (split, row), and what is here checks
 the rows and writes them.
 
-    split   train, val or test; 'train or val', or None for any of the three: then the content of the picture decides
+    split   train, val or test; 'train or val', or None for any of the three: then the content of the picture decides. Published splits come first
     row     image (bytes, or a path), question, answer (a string or a list), caption, sample_id, type, as in data.py;
             or sample_id and bad (why the row cannot be used), or sample_id and missing (why there is no picture), which is not counted as bad
 
@@ -12,16 +12,16 @@ A module that draws its pictures has a Config of its own in place of ImportConfi
 import hashlib
 import json
 import re
+import sqlite3
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import pyarrow as pa
 
-from data import SCHEMA, text_problem, write_dataset
+from data import SCHEMA, SPLITS, KnownPictures, OnDisk, is_unicode, read_file, text_problem, write_dataset
 from encoder import open_picture
 
 
@@ -61,68 +61,104 @@ def import_dataset(module, config):
 
     Raises: ValueError where more than `config.max_bad` of the rows are bad; their list is then beside `config.out`.
     """
-    rejects, n = [], Counter()
+    rejects, known, n, reasons, first, shared = OnDisk(), KnownPictures(), Counter(), Counter(), [], []
+
+    def reject(row, kind, reason):
+        n[kind] += 1
+        reasons[re.sub(r"(?s) '.*'|(: | \().*", '', reason)] += 1  # its kind, without the details
+        rejects.append(dict(sample_id=row.get('sample_id'), reason=reason, missing=kind == 'missing'))
+        if kind == 'bad' and len(first) < 3:
+            first.append(f'{row.get("sample_id")}: {reason}')
 
     def good_rows():
         with ThreadPoolExecutor() as pool:
-            rows, pictures = iter(module.rows(config)), {}
+            rows = iter(module.rows(config))
             while chunk := list(islice(rows, 256)):
-                for (split, row), (picture, problem) in zip(chunk, pool.map(partial(checked, pictures=pictures), chunk)):
-                    missing = row.get('missing')
+                files = list(pool.map(picture_file, chunk))
+                new = {digest: picture for picture, digest, problem in files if not problem and known.get(digest) is None}
+                for digest, problem in zip(new, pool.map(decoding_problem, new.values())):
+                    known[digest] = problem, None
+                for (split, row), (picture, digest, problem) in zip(chunk, files):
                     n['rows'] += 1
-                    if missing or problem:
-                        n['missing' if missing else 'bad'] += 1
-                        rejects.append(dict(sample_id=row.get('sample_id'), reason=missing or problem, missing=bool(missing)))
+                    undecodable, earlier = known.get(digest) or (None, None)
+                    place = split_of(split, digest, earlier) if digest else None
+                    if row.get('missing'):
+                        reject(row, 'missing', row['missing'])
+                    elif problem or undecodable:
+                        reject(row, 'bad', problem or undecodable)
+                    elif place is None:
+                        reject(row, 'bad', 'its picture is in the test split too')
                     else:
-                        answer = [row['answer']] if isinstance(row.get('answer'), str) else row.get('answer')
-                        yield split_of(split, picture), row | dict(image=picture, answer=answer)
+                        if earlier is None:
+                            known[digest] = None, place
+                        elif earlier != place:
+                            n['shared'] += 1
+                            shared.extend([f'{row.get("sample_id")} of {place} is in {earlier}'] * (not shared))
+                        yield place, row | dict(image=picture, **texts(row))
 
     def finish(folder):
-        counts = Counter(r['reason'].split(':')[0] for r in rejects)
-        first = '; '.join(f'{r["sample_id"]}: {r["reason"]}' for r in [r for r in rejects if not r['missing']][:3])
         allowed = n['bad'] <= config.max_bad * n['rows']
         path = folder / 'rejects.jsonl' if allowed else Path(config.out).with_name(f'{Path(config.out).name}.rejects.jsonl')
-        path.write_text(''.join(json.dumps(r) + '\n' for r in rejects))
+        with open(path, 'w') as f:
+            f.writelines(json.dumps(r) + '\n' for r in rejects)
         print(f"{n['rows']} rows read, {n['rows'] - len(rejects)} written, {n['missing']} without a picture, {n['bad']} bad"
-              + ''.join(f' | {count} {reason}' for reason, count in counts.most_common(9)))
+              + ''.join(f' | {count} {reason}' for reason, count in reasons.most_common(9)))
+        if shared:
+            print(f"{n['shared']} rows have a picture that another split has too; splits are kept as they were published: {shared[0]}, for example")
         if not allowed:
-            raise ValueError(f"{config.source}: {n['bad']} of {n['rows']} rows cannot be used, more than --max_bad={config.max_bad} allows: {first}; all of "
-                             f'them are in {path}')
+            raise ValueError(f"{config.source}: {n['bad']} of {n['rows']} rows cannot be used, more than --max_bad={config.max_bad} allows: "
+                             f"{'; '.join(first)}; all of them are in {path}")
 
     write_dataset(config.out, good_rows(), SCHEMA.set(2, pa.field('answer', pa.list_(pa.string()))), finish)
 
 
-def checked(split_row, pictures):
-    """A row's picture file as bytes, and what is wrong with the row, or None. `pictures` remembers those that were decoded before."""
+def picture_file(split_row):
+    """-> a row's picture file as bytes, their sha256, and what is wrong with the row before the picture is decoded, or None."""
     row = split_row[1]
-    picture, caption, answer = row.get('image'), row.get('caption'), row.get('answer')
+    picture, caption = row.get('image'), row.get('caption')
     if row.get('missing') or row.get('bad'):
-        return None, row.get('bad')
+        return None, b'', row.get('bad')
     if isinstance(picture, (str, Path)):
-        if not Path(picture).is_file():
-            return None, f'there is no image file: {picture}'
-        picture = Path(picture).read_bytes()
+        picture = read_file(picture)
     if not isinstance(picture, bytes) or not picture:
-        return None, 'the image is empty'
+        return None, b'', picture if isinstance(picture, str) else 'the image is empty'
+    problem = None
     if row.get('question') is not None or not (isinstance(caption, str) and caption.strip()):
-        if problem := text_problem(row.get('question'), [answer] if isinstance(answer, str) else answer):
-            return picture, problem
-    digest = hashlib.sha256(picture).digest()
-    if digest not in pictures:
-        try:
-            open_picture(picture)
-            pictures[digest] = None
-        except ValueError as e:
-            pictures[digest] = str(e)
-    return picture, pictures[digest]
+        problem = text_problem(row.get('question'), texts(row)['answer'])
+    if not problem and caption is not None and not (isinstance(caption, str) and is_unicode(caption)):
+        problem = f'the caption is {"not in UTF-8" if isinstance(caption, str) else "no text"}'
+    return picture, hashlib.sha256(picture).digest(), problem
 
 
-def split_of(split, picture):
-    """A split that is not fixed follows from the content of the picture: the same for all its questions, whatever else there is."""
-    first = hashlib.sha256(picture).digest()[0]
-    if split == 'train or val':
-        return 'val' if first < 26 else 'train'
-    return split or ('val' if first < 26 else 'test' if first < 52 else 'train')
+def texts(row):
+    """Texts of a row as they are written: the answers as a list, its name and type as what can be printed."""
+    plain = lambda value: None if value is None else str(value).encode(errors='replace').decode()
+    return dict(answer=[row['answer']] if isinstance(row.get('answer'), str) else row.get('answer'), sample_id=plain(row.get('sample_id')), type=plain(row.get('type')))
+
+
+def decoding_problem(picture):
+    """Why a picture file cannot be decoded, or None."""
+    try:
+        open_picture(picture)
+    except ValueError as e:
+        return str(e)
+
+
+def split_of(split, digest, earlier=None):
+    """Where a row goes. A published split is kept. Else the sha256 of the picture decides, the same for all its questions, whatever else there is,
+    but that a picture which was in another split `earlier` stays there; None where that is a published test split and the row is for training."""
+    if split in SPLITS:
+        return split
+    if earlier:
+        return earlier if split is None or earlier != 'test' else None
+    return 'val' if digest[0] < 26 else 'test' if digest[0] < 52 and split is None else 'train'
+
+
+def published_first(files, source):
+    """[(file, split or None)] in order: the split that a file's name tells, else the names of its folders below `source`; files that tell one come first,
+    so that the pictures of the others keep out of theirs."""
+    told = lambda path: next(filter(None, map(split_of_name, reversed(path.relative_to(source).parts or [path.name]))), None)
+    return sorted(((path, told(path)) for path in files), key=lambda both: (both[1] is None, both[0]))
 
 
 def split_of_name(name):
@@ -138,24 +174,108 @@ def turns(question, answer, messages=None):
     if not messages and isinstance(question, str) and re.search(r'\[(USER|ASSISTANT)\]', question):
         parts = [part.strip() for part in re.split(r'\[(?:USER|ASSISTANT)\]', question)]
         messages = [part for i, part in enumerate(parts) if part or 0 < i < len(parts) - 1] + [answer]
-    if not messages:
+    if not isinstance(messages, list) or not messages:
         yield question, answer
     else:
-        yield from zip(messages[::2], messages[1::2])
+        yield from zip_longest(messages[::2], messages[1::2])  # a question without an answer becomes a bad row
 
 
-def read_json(path):
-    """Raises: FileNotFoundError; ValueError where the file is not JSON."""
+def read_json(path, key=None):
+    """Yields the items of the list, or the (key, value) pairs of the object, in a JSON file or in a key of it, reading a piece of the file at a time.
+    Raises: FileNotFoundError; ValueError where the file is not JSON, or not of this form."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: no such file; --source is the folder of the published files, see prepare/')
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f'{path}: not JSON: {e}') from None
+    with open(path, encoding='utf-8') as f:
+        pieces = Pieces(f)
+        try:
+            if key is None:
+                yield from pieces.items()
+            elif pieces.peek() != '{' or not (yield from pieces.items_of(key)):
+                raise ValueError(f'there is no list {key!r}')
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'{path}: not JSON of the published form: {e}') from None
+
+
+class Pieces:
+    """JSON values one after the other from a file of which only a piece is in memory."""
+
+    def __init__(self, file):
+        self.file, self.text, self.i, self.decoder = file, '', 0, json.JSONDecoder()
+
+    def more(self):
+        new = self.file.read(max(2 ** 20, len(self.text)))
+        self.text, self.i = self.text[self.i:] + new, 0
+        return new
+
+    def peek(self):
+        """The next sign behind white space, '' at the end."""
+        while True:
+            self.i = re.compile(r'[ \t\n\r]*').match(self.text, self.i).end()
+            if self.i < len(self.text) or not self.more():
+                return self.text[self.i:self.i + 1]
+
+    def take(self, signs):
+        if (sign := self.peek()) not in signs or not sign:
+            raise ValueError(f'{sign or "the end"} where one of {signs} was expected')
+        self.i += 1
+        return sign
+
+    def value(self):
+        self.peek()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.i)
+            except ValueError:
+                if not self.more():
+                    raise
+            else:
+                if self.text[end:end + 1].strip('.eE'):
+                    self.i = end
+                    return value
+                if not self.more():  # else a number may go on
+                    self.i = len(self.text)
+                    return value
+
+    def items(self):
+        """Yields the items of the list, or the pairs of the object, that comes next."""
+        sign = self.take('[{')
+        close = ']' if sign == '[' else '}'
+        while self.peek() != close:
+            value = self.value()
+            if sign == '{':
+                self.take(':')
+                value = value, self.value()
+            yield value
+            if self.peek() != close:
+                self.take(',')
+        self.take(close)
+
+    def items_of(self, wanted):
+        """The same of one key of the object that comes next -> whether it is there."""
+        self.take('{')
+        while self.peek() != '}':
+            key = self.value()
+            self.take(':')
+            if key == wanted:
+                yield from self.items()
+                return True
+            self.value()
+            if self.peek() != '}':
+                self.take(',')
+
+
+def sorted_on_disk(keyed):
+    """Yields the values of (key, value) pairs in the order of their keys, each of two numbers or strings, by way of a temporary file."""
+    table = sqlite3.connect('', isolation_level=None)
+    table.execute('CREATE TABLE pairs (a, b, value)')
+    table.execute('BEGIN')
+    table.executemany('INSERT INTO pairs VALUES (?, ?, ?)', ((a, b, json.dumps(value)) for (a, b), value in keyed))
+    for value, in table.execute('SELECT value FROM pairs ORDER BY a, b, rowid'):
+        yield json.loads(value)
 
 
 def read_json_lines(path):
-    """Yields the value of every line. Raises: as `read_json`."""
+    """Yields the value of every line, or a ValueError that says why there is none. Raises: FileNotFoundError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: no such file; --source is the folder of the published files, see prepare/')
     with open(path, 'rb') as f:
@@ -163,5 +283,18 @@ def read_json_lines(path):
             try:
                 if line.strip():
                     yield json.loads(line.decode('utf-8-sig'))
-            except ValueError as e:
-                raise ValueError(f'{path}, line {i + 1}: not JSON: {e}') from None
+            except (ValueError, RecursionError) as e:
+                yield ValueError(f'not JSON in UTF-8: line {i + 1}: {e}')
+
+
+def published(path, values, make, name=lambda i, value: i):
+    """Yields the rows that make(value) yields for every value of a file; a value of another form than the published one becomes a bad row, called
+    after the file and `name` of its number and itself."""
+    for i, value in enumerate(values):
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            made = list(make(value))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            made = [(None, dict(bad=f'not of the published form: {type(e).__name__} {e}', sample_id=f'{Path(path).name}-{name(i, value)}'))]
+        yield from made

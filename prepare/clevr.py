@@ -4,15 +4,19 @@ CLEVR 1.0: rendered scenes of simple solids, questions that take several steps. 
 --source is the folder CLEVR_v1.0. The answers of its test split are not published: its val split is our test split, and train is divided.
 """
 
-from prepare import read_json
+from prepare import published, read_json
 
 
 def rows(config):
     """Yields (split, row); a row's type is the question's last function (count, exist, query_color, ...)."""
-    for part, split in (('train', 'train or val'), ('val', 'test')):
-        for q in read_json(f'{config.source}/questions/CLEVR_{part}_questions.json')['questions']:
+    for part, split in (('val', 'test'), ('train', 'train or val')):
+        path = f'{config.source}/questions/CLEVR_{part}_questions.json'
+
+        def row(q):
             answer = q.get('answer')  # files of one's own hold true, false and numbers
-            answer = {True: 'yes', False: 'no'}[answer] if isinstance(answer, bool) else answer if answer is None else str(answer)
+            answer = {True: 'yes', False: 'no'}[answer] if isinstance(answer, bool) else str(answer) if isinstance(answer, (int, float)) else answer
             last = (q.get('program') or [{}])[-1]
             yield split, dict(image=f"{config.images or config.source + '/images'}/{part}/{q['image_filename']}", question=q['question'], answer=answer,
                               sample_id=f"{part}-{q['question_index']}", type=last.get('function') or last.get('type'))
+
+        yield from published(path, read_json(path, 'questions'), row)

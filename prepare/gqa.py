@@ -5,9 +5,10 @@ GQA: compositional questions about photographs. CC-BY 4.0, https://cs.stanford.e
 is our test split.
 """
 
+import json
 from pathlib import Path
 
-from prepare import read_json
+from prepare import published, read_json, sorted_on_disk
 
 
 def rows(config):
@@ -16,7 +17,20 @@ def rows(config):
         files = [Path(config.source) / f'{part}_balanced_questions.json']
         if not files[0].is_file() and (everything := Path(config.source) / f'{part}_all_questions').is_dir():
             files = sorted(everything.glob('*.json'))
+
+        def row(item):
+            id, q = item
+            yield split, dict(image=f"{config.images or config.source + '/images'}/{q['imageId']}.jpg", question=q['question'], answer=q.get('answer'),
+                              sample_id=id, type=q.get('types', {}).get('structural'))
+
         for file in files:
-            for id, q in sorted(read_json(file).items(), key=lambda item: (item[1]['imageId'], item[0])):
-                yield split, dict(image=f"{config.images or config.source + '/images'}/{q['imageId']}.jpg", question=q['question'], answer=q.get('answer'),
-                                  sample_id=id, type=q.get('types', {}).get('structural'))
+            keyed = (([json.dumps(item[1].get('imageId') if isinstance(item[1], dict) else None), json.dumps(item[0])], item) for item in pairs(file))
+            yield from published(file, sorted_on_disk(keyed), row, lambda i, item: item[0])
+
+
+def pairs(file):
+    """Yields (question id, question). Raises: ValueError."""
+    for item in read_json(file):
+        if not isinstance(item, tuple):
+            raise ValueError(f'{file}: not of the published form: a list, where GQA has an object by question id')
+        yield item

@@ -6,15 +6,18 @@ Every example has six pictures, the boxes in six orders. Its dev split is val, i
 
 from pathlib import Path
 
-from prepare import read_json_lines
+from prepare import published, read_json_lines
 
 
 def rows(config):
     """Yields (split, row) for every picture of every example; the answer is true or false."""
     for part, split in (('train', 'train'), ('dev', 'val'), ('test', 'test')):
         folder = Path(config.source) / part
-        for example in read_json_lines(folder / f'{part}.json'):
+
+        def six(example):
             for k in range(6):
                 name = f"{part}-{example['identifier']}-{k}"
                 yield split, dict(image=folder / 'images' / example['directory'] / f'{name}.png', question=example['sentence'],
                                   answer=str(example['label']).lower(), sample_id=name)
+
+        yield from published(folder / f'{part}.json', read_json_lines(folder / f'{part}.json'), six)

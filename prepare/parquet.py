@@ -1,14 +1,14 @@
 """
 Any parquet file with pictures in it: an image column of Hugging Face, the output of img2dataset (--output_format parquet), the parquet files of the seed.
 
---source is a file or a folder (data/train-00000-of-00005.parquet, ...). A file whose name says train, val or test is of that split; others are divided
-by the content of the pictures. Columns are known by their usual names; [USER] and [ASSISTANT] tags make turns.
+--source is a file or a folder (data/train-00000-of-00005.parquet, train/0000.parquet, ...). A file whose name, or folder's name below --source, says
+train, val or test is of that split; others are divided by the content of the pictures. Columns are known by their usual names; [USER] and [ASSISTANT] tags make turns.
 """
 
 from pathlib import Path
 
 from data import open_parquet, read_image, stream
-from prepare import split_of_name, turns
+from prepare import published_first, turns
 
 NAMES = dict(  # what a column may be called, the first that is there counts
     image=('image', 'image_bytes', 'jpg', 'png', 'webp', 'img', 'picture', 'image.bytes', 'images'),
@@ -19,10 +19,10 @@ NAMES = dict(  # what a column may be called, the first that is there counts
 def rows(config):
     """Yields (split, row) for every row, and turn, of every file; a picture that img2dataset could not fetch is a missing one."""
     source = Path(config.source)
-    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'))
+    files = [source] if source.is_file() else list(source.rglob('*.parquet'))
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
-    for path in files:
+    for path, split in published_first(files, source):
         file = open_parquet(path)
         column = {key: next((name for name in names if name in file.schema_arrow.names), None) for key, names in NAMES.items()}
         if column['image'] is None:
@@ -31,10 +31,10 @@ def rows(config):
             row = {key: row.get(name) for key, name in column.items()}
             if isinstance(row['image'], list):
                 if len(row['image']) > 1:
-                    yield None, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=str(row['sample_id'] or f'{path.stem}-{i}'))
+                    yield split, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=str(row['sample_id'] or f'{path.stem}-{i}'))
                     continue
                 row['image'] = row['image'][0] if row['image'] else None
-            name, split = str(row['sample_id'] or f'{path.stem}-{i}'), split_of_name(path.name)
+            name = str(row['sample_id'] or f'{path.stem}-{i}')
             if row['image'] is None and row['status'] not in (None, 'success'):
                 yield split, dict(missing=f'not fetched by img2dataset: {row["status"]}', sample_id=name)
                 continue

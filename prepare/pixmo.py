@@ -12,23 +12,25 @@ import ipaddress
 import json
 import socket
 import ssl
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from data import open_parquet, stream
 from encoder import open_picture
 from prepare import split_of_name, turns
 
 COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')
+KEPT = "%/:=&?~#+!$,;'@()*[]|"  # what a URL may hold besides letters and digits; anything else, a space, say, is escaped
 
 
 def rows(config):
     """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
     source = Path(config.source)
-    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'))
+    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'), key=lambda path: (not path.name.startswith(('validation', 'test')), path))
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
     if not config.images:
@@ -38,7 +40,9 @@ def rows(config):
         file = open_parquet(path)
         if 'image_url' not in file.schema_arrow.names:
             raise ValueError(f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: python data.py parquet')
-        urls |= {row['image_url']: row.get('image_sha256') for _, row in stream(path, ('image_url', 'image_sha256')) if row['image_url']}
+        for _, row in stream(path, ('image_url', 'image_sha256')):
+            if row['image_url']:
+                urls[row['image_url']] = urls.get(row['image_url']) or row.get('image_sha256')  # not every set gives it
     fate = fetch(urls, Path(config.images), config)
     for path in files:
         for i, (_, row) in enumerate(stream(path, COLUMNS)):
@@ -49,7 +53,8 @@ def rows(config):
                 continue
             base = dict(image=Path(config.images) / file_name(row['image_url']), caption=row.get('caption'))
             if row.get('count') is not None:
-                yield split, base | dict(question=f"How many {row['label']} are there?", answer=str(row['count']), sample_id=name, type='count')
+                question = f"How many {row['label']} are there?" if row.get('label') else None
+                yield split, base | dict(question=question, answer=str(row['count']), sample_id=name, type='count')
             else:
                 for k, (question, answer) in enumerate(turns(row.get('question'), row.get('answer'), row.get('messages'))):
                     yield split, base | dict(question=question, answer=answer, sample_id=name + f'-{k}' * (k > 0))
@@ -68,33 +73,33 @@ def fetch(urls, folder, config):
             entry = json.loads(line)
         except ValueError:  # the end of a killed run
             continue
-        fate[entry['url']] = entry['reason']
+        fate[entry['url']] = entry['reason'] or wrong_sum(entry.get('sha256'), urls.get(entry['url']))
     left = [url for url in urls if url not in fate or fate[url] and config.retry_failed or not fate[url] and not (folder / file_name(url)).is_file()]
     start, done = time.time(), 0
 
     def one(url):
+        entry = dict(url=url, file=file_name(url), sha256=None, reason='')
         try:
             data = get(url, config)
-            if urls[url] and hashlib.sha256(data).hexdigest() != urls[url]:
-                raise Failed('another picture than it was (sha256)')
+            entry['sha256'] = hashlib.sha256(data).hexdigest()
+            if wrong := wrong_sum(entry['sha256'], urls[url]):
+                return entry | dict(reason=wrong)
             open_picture(data)
-        except Failed as e:
-            return url, str(e)
-        except ValueError:
-            return url, 'not a picture'
+        except (Failed, ValueError) as e:
+            return entry | dict(reason=str(e))
         partial = folder / f'.{file_name(url)}.partial'
         partial.write_bytes(data)
         partial.replace(folder / file_name(url))
-        return url, ''
+        return entry
 
     with ThreadPoolExecutor(config.workers) as pool, open(manifest, 'a') as out:
         if manifest.stat().st_size and manifest.read_bytes()[-1:] != b'\n':
             out.write('\n')
         try:
             for future in as_completed([pool.submit(one, url) for url in left]):
-                url, reason = future.result()
-                fate[url] = reason
-                out.write(json.dumps(dict(url=url, file=file_name(url), reason=reason)) + '\n')
+                entry = future.result()
+                fate[entry['url']] = entry['reason']
+                out.write(json.dumps(entry) + '\n')
                 out.flush()
                 done += 1
                 eta = (time.time() - start) / done * (len(left) - done)
@@ -103,10 +108,15 @@ def fetch(urls, folder, config):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     fate = {url: fate[url] for url in urls}
-    failed = Counter(reason for reason in fate.values() if reason)
+    failed = Counter(reason.split(':')[0] for reason in fate.values() if reason)
     print(f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
           + (', '.join(f'{n} {reason}' for reason, n in failed.most_common()) or 'none'))
     return fate
+
+
+def wrong_sum(sha256, expected):
+    """Why a file with this sha256 is not the one that the data set means, or ''."""
+    return 'another picture than it was (sha256)' if sha256 and expected and sha256 != expected.lower() else ''
 
 
 class Failed(Exception):
@@ -128,22 +138,42 @@ def get(url, config):
             time.sleep(min(30, max(e.again, config.backoff_s * 2 ** attempt)))
 
 
-def get_once(url, config, most_redirects=5):
+def get_once(url, config):
     deadline = time.time() + config.timeout_s
+    try:
+        return body(url, config, deadline)
+    except KeyError:
+        raise Failed('neither http nor https') from None
+    except ssl.SSLCertVerificationError as e:
+        raise Failed(f'no valid certificate: {e.verify_message}') from None
+    except (ValueError, http.client.InvalidURL):
+        raise Failed('not a URL') from None
+    except (OSError, http.client.HTTPException) as e:
+        reason = 'cut off' if isinstance(e, http.client.IncompleteRead) else 'no connection' if isinstance(e, OSError) else 'not HTTP'
+        raise Failed('timed out' if isinstance(e, TimeoutError) or time.time() > deadline else reason, again=0) from None
+
+
+def body(url, config, deadline, most_redirects=5):
+    """One attempt, over before the deadline (but for the look-up of a name) whatever the server does: a timer hangs up on those that drip."""
     for _ in range(most_redirects + 1):
+        parts = urlsplit(url)
+        port = parts.port or {'http': 80, 'https': 443}[parts.scheme]
+        connection = connect(parts, port, config, deadline)
+        watch = threading.Timer(max(0, deadline - time.time()), hang_up, [connection.sock])
+        watch.daemon = True
+        watch.start()
         try:
-            parts = urlsplit(url)
-            port = parts.port or {'http': 80, 'https': 443}[parts.scheme]
-            connection = connect(parts, port, config)
-            target = (parts.path or '/') + f'?{parts.query}' * bool(parts.query)
+            if parts.scheme == 'https':
+                connection.sock.do_handshake()
+            target = quote((parts.path or '/') + f'?{parts.query}' * bool(parts.query), safe=KEPT)
             connection.request('GET', target, headers={'User-Agent': 'nano-trm-vlm', 'Accept': 'image/*'})
             response = connection.getresponse()
             if response.status in (301, 302, 303, 307, 308):
-                url = urljoin(url, response.getheader('Location') or '')
+                url = urljoin(url, quote((response.getheader('Location') or '').encode('latin-1'), safe=KEPT))
                 continue
             if response.status == 429 or response.status >= 500:
                 after = response.getheader('Retry-After') or ''
-                raise Failed(f'status {response.status}', again=float(after) if after.isdigit() else 0)
+                raise Failed(f'status {response.status}', again=float(after) if after.isdecimal() else 0)
             if response.status != 200:
                 raise Failed(f'status {response.status}')
             data = bytearray()
@@ -151,35 +181,38 @@ def get_once(url, config, most_redirects=5):
                 data += block
                 if len(data) > config.most_bytes:
                     raise Failed(f'more than {config.most_bytes} bytes')
-                if time.time() > deadline:
-                    raise Failed('timed out', again=0)
+            if time.time() > deadline:
+                raise TimeoutError
             if response.length:  # bytes that were promised and did not come
-                raise Failed('cut off', again=0)
+                raise http.client.IncompleteRead(b'')
             return bytes(data)
-        except KeyError:
-            raise Failed('neither http nor https') from None
-        except (ValueError, UnicodeError, http.client.InvalidURL):
-            raise Failed('not a URL') from None
-        except TimeoutError:
-            raise Failed('timed out', again=0) from None
-        except (OSError, http.client.HTTPException) as e:
-            raise Failed('no connection' if isinstance(e, OSError) else 'not HTTP', again=0) from None
         finally:
-            if 'connection' in locals():
-                connection.close()
+            watch.cancel()
+            connection.close()
     raise Failed(f'more than {most_redirects} redirects')
 
 
-def connect(parts, port, config):
-    """A connection to the host of a URL, whose address was looked up once and is public."""
+def hang_up(sock):
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it is closed already
+        pass
+
+
+def connect(parts, port, config, deadline):
+    """A connection to the host of a URL, whose address was looked up once and is public; the handshake of https is still to come."""
     if not parts.hostname:
         raise ValueError('no host')
     address = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4]
     ip = ipaddress.ip_address(address[0].split('%')[0])
     if not config.allow_private and not (getattr(ip, 'ipv4_mapped', None) or ip).is_global:
         raise Failed('a private address')
-    connection = http.client.HTTPConnection(parts.hostname, port, timeout=config.timeout_s)
-    connection.sock = socket.create_connection(address[:2], config.timeout_s)
+    left = deadline - time.time()
+    if left <= 0:
+        raise TimeoutError
+    connection = http.client.HTTPConnection(parts.hostname, port)
+    connection.sock = socket.create_connection(address[:2], left)
     if parts.scheme == 'https':
-        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
+        secure = ssl.create_default_context()
+        connection.sock = secure.wrap_socket(connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
     return connection

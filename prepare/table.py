@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 
 from data import read_image
-from prepare import read_json_lines, split_of_name
+from prepare import published_first, read_json_lines
 
 
 def rows(config):
@@ -19,22 +19,23 @@ def rows(config):
     files = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.suffix in ('.csv', '.jsonl')) if source.is_dir() else []
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .csv or .jsonl files')
-    for file in files:
-        lines = read_csv(file) if file.suffix == '.csv' else read_json_lines(file)
-        for i, line in enumerate(lines):
+    for file, split in published_first(files, source) if source.is_dir() else [(source, None)]:
+        for i, line in enumerate(read_csv(file) if file.suffix == '.csv' else read_json_lines(file)):
             if not isinstance(line, dict) or not isinstance(line.get('image'), str):
-                yield None, dict(bad='no image path', sample_id=f'{file.name}-{i}')
+                yield split, dict(bad=str(line) if isinstance(line, ValueError) else 'no image path', sample_id=f'{file.name}-{i}')
                 continue
             known = {key: line.get(key) or None for key in ('question', 'answer', 'caption', 'sample_id', 'type')}
-            name, split = str(known['sample_id'] or f'{file.name}-{i}'), split_of_name(file.name) if source.is_dir() else None
+            name = str(known['sample_id'] or f'{file.name}-{i}')
             picture = read_image(line['image'], config.images or file.parent)
             yield split, dict(bad=picture, sample_id=name) if isinstance(picture, str) else known | dict(image=picture, sample_id=name)
 
 
 def read_csv(path):
-    """Yields every line as a dict. Raises: ValueError."""
-    with path.open(newline='', encoding='utf-8-sig') as f:
+    """Yields every line as a dict; a ValueError for one with more fields than the header. Raises: ValueError."""
+    with path.open(newline='', encoding='utf-8-sig', errors='surrogateescape') as f:  # a line in another encoding is a bad row
+        lines = csv.DictReader(f)
         try:
-            yield from csv.DictReader(f)
-        except (csv.Error, UnicodeDecodeError) as e:
-            raise ValueError(f'{path}: not CSV in UTF-8: {e}') from None
+            for line in lines:
+                yield ValueError(f'more fields than the header has: line {lines.line_num}') if None in line else line
+        except csv.Error as e:
+            raise ValueError(f'{path}, line {lines.line_num}: not CSV: {e}') from None

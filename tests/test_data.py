@@ -235,6 +235,10 @@ def test_tokenizer_round_trip():
     for text in ('What colour?', 'naïve — “quotes” 日本語 🙂', '<pad><bos><eos>', 'a  b\tc\n', '__x__ 12345'):
         ids = t.encode(text)
         assert t.bpe.decode(ids) == text and max(ids) < t.pad_id
+    for start in range(0, 0x110000, 256):  # every character
+        text = ''.join(chr(c) for c in range(start, start + 256) if not 0xd800 <= c < 0xe000)
+        assert t.bpe.decode_bytes(t.encode(text)) == text.encode()
+    assert state == train_bpe(texts[::-1], 300) and {bytes.fromhex(token) for token in state['tokens'][:256]} == {bytes([b]) for b in range(256)}
     assert t.decode([*t.encode('red'), t.eos_id, *t.encode('blue')]) == 'red'
     assert t.lower_case and not Tokenizer(train_bpe(['What COLOR is it?'] * 9, 300)).lower_case
 
@@ -351,3 +355,18 @@ def test_few_shapes(tiny_shapes):
         for key, value in dict(question=t.pad_id, answer=t.pad_id, targets=-100).items():
             assert torch.equal(b[key][:, :a[key].size(1)], a[key]) and (b[key][:, a[key].size(1):] == value).all()
     assert len(shapes[True]) < len(shapes[False]) and all(Q % 8 == 0 and A & (A - 1) == 0 for Q, A in shapes[True])
+
+
+def test_few_shapes_of_long_answers(tmp_path):
+    """Questions of up to 64 and answers of up to 256 tokens, all lengths mixed: at most 8 x 8 shapes, and a batch whose answers are two tokens or two hundred costs alike."""
+    rng = random.Random(0)
+    lengths = [(rng.randint(1, 63), int(2 ** rng.uniform(0, 8)) - 1 or 1) for _ in range(6000)]
+    rows = read_rows(write(tmp_path / 'a', image=[png()] * len(lengths), question=['q' * q for q, _ in lengths], answer=['a' * a for _, a in lengths]), 'train')
+    t = Tokenizer({'name': 'bpe', 'tokens': [f'{b:02x}' for b in range(256)]})
+    few, tight = (Questions(rows, t, 64, 256, few_shapes=flag) for flag in (True, False))
+    epoch = few.epoch(32, 1, 0)
+    shapes, tight_shapes = ([(*b['question'].shape, *b['answer'].shape) for b in map(questions.batch, epoch)] for questions in (few, tight))
+    assert len(set(shapes)) <= 64 < len(set(tight_shapes))
+    assert all(B * A <= 256 for B, _, _, A in shapes) and sum(B for B, *_ in shapes) > .98 * len(rows)
+    real = sum(a + 1 for _, a in lengths)
+    assert real / sum(B * A for B, _, _, A in tight_shapes) > .7  # the rest is padding

@@ -195,7 +195,7 @@ def test_pixel_reader():
 
 def test_gigantic_pictures_are_refused():
     """A small file that says it is a huge picture is refused before its pixels are made."""
-    with pytest.raises(ValueError, match='are more than'):
+    with pytest.raises(ValueError, match='more than 67108864 pixels: 9000 x 9000'):
         open_picture(png(0, (9000, 9000), '1'))
     thin = Image.new('1', (1, 300000))
     assert small().pixels(thin).shape == (3, 64, 64)

@@ -7,8 +7,15 @@ import io
 import json
 import math
 import random
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
 import threading
 import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -111,6 +118,11 @@ def test_hugging_face(tmp_path):
                        tmp_path / f'src/data/{name}.parquet')
     rows = imported('parquet', tmp_path, '--max_bad=0.3')
     assert [len(rows[split]) for split in data.SPLITS] == [8, 4, 4] and len(rejects(tmp_path)) == 4
+    for split, k in (('train', 0), ('test', 1)):  # as the Hugging Face converts data sets to parquet
+        put(tmp_path / f'converted/default/{split}/0000.parquet', b'')
+        pq.write_table(pa.table(dict(image=pa.array(images[k:k + 1], struct), question=['q?'], answer=['a'])), tmp_path / f'converted/default/{split}/0000.parquet')
+    data.main(['parquet', f"--source={tmp_path / 'converted'}", f"--out={tmp_path / 'converted_out'}"])
+    assert [pq.read_metadata(tmp_path / f'converted_out/{split}.parquet').num_rows for split in data.SPLITS] == [1, 0, 1]
     pq.write_table(pa.table(dict(images=pa.array([images[:2], images[:1]], pa.list_(struct)), question=['q?'] * 2, answer=[['a', 'b']] * 2)), tmp_path / 'two.parquet')
     data.main(['parquet', f"--source={tmp_path / 'two.parquet'}", f"--out={tmp_path / 'two'}", '--max_bad=0.5'])
     assert '2 pictures in one row' in (tmp_path / 'two/rejects.jsonl').read_text()
@@ -169,7 +181,7 @@ def test_table(tmp_path):
     rows = read_rows(tmp_path / 'own_out', 'val')
     assert list(rows.references) == [['a', 'b'], ['a bird']] and list(rows.type) == ['all', 'describe']
     put(tmp_path / 'bad.jsonl', '{"image": \n')
-    with pytest.raises(ValueError, match='bad.jsonl, line 1: not JSON'):
+    with pytest.raises(ValueError, match='bad.jsonl-0: not JSON in UTF-8: line 1'):
         data.main(['table', f"--source={tmp_path / 'bad.jsonl'}", f"--out={tmp_path / 'never'}"])
 
 
@@ -242,60 +254,242 @@ def test_too_many_bad_rows(tmp_path):
 
 def test_splits_do_not_depend_on_what_is_there():
     """The split of a picture follows from its bytes alone, about one in ten each for val and test."""
-    names = [prepare.split_of(None, str(i).encode()) for i in range(4000)]
+    digests = [hashlib.sha256(str(i).encode()).digest() for i in range(4000)]
+    names = [prepare.split_of(None, digest) for digest in digests]
     assert 320 < names.count('val') < 490 and 320 < names.count('test') < 490
-    assert {prepare.split_of('train or val', str(i).encode()) for i in range(99)} == {'train', 'val'} and prepare.split_of('test', b'1') == 'test'
+    assert {prepare.split_of('train or val', digest) for digest in digests[:99]} == {'train', 'val'} and prepare.split_of('test', digests[0]) == 'test'
     assert [prepare.split_of_name(n) for n in ('train-00000-of-00005.parquet', 'pixmo_qa_mixed_val.parquet', 'validation.csv', '00000.parquet', 'contest.jsonl')] == [
         'train', 'val', 'val', None, None]
 
 
+def test_same_bytes_stay_in_one_split(tmp_path, capsys):
+    """A picture of a published test split keeps rows that are divided out of training; two published splits that share one are kept, and it is said."""
+    for split, n in (('train', 30), ('test', 2)):
+        put(tmp_path / f'src/{split}/questions.json', [['what is it?', 'a thing', i] for i in range(n)])
+        for i in range(n):
+            put(tmp_path / f'src/{split}/images/{i}.png', picture(i))  # noise, no two alike
+    (tmp_path / 'src/train/images/1.png').write_bytes((tmp_path / 'src/test/images/1.png').read_bytes())
+    rows = imported('easyvqa', tmp_path, '--max_bad=0.1')
+    assert len(rows['train']) + len(rows['val']) == 29 and len(rows['test']) == 2
+    assert [(r['sample_id'], r['reason']) for r in rejects(tmp_path)] == [('train-1-1', 'its picture is in the test split too')]
+    for name, seeds in (('train', (1, 2)), ('test', (2, 3)), ('more', range(9))):
+        put(tmp_path / f'own/{name}.jsonl', '\n'.join(json.dumps(dict(image=f'{i}.png', question='q?', answer='a')) for i in seeds))
+    for i in range(9):
+        put(tmp_path / f'own/{i}.png', picture(i))
+    capsys.readouterr()
+    data.main(['table', f"--source={tmp_path / 'own'}", f"--out={tmp_path / 'own_out'}"])
+    rows = {split: read_rows(tmp_path / 'own_out', split) for split in data.SPLITS}
+    places = {name: split for split in data.SPLITS for name in rows[split].sample_id}
+    assert sum(map(len, rows.values())) == 13 and [places[f'more.jsonl-{i}'] for i in (1, 2, 3)] == ['train', 'test', 'test']
+    assert '1 rows have a picture that another split has too; splits are kept as they were published: train.jsonl-1 of train is in test' in capsys.readouterr().out
+
+
+def test_bad_texts(tmp_path, capsys):
+    """What cannot be written is a bad row: half a character, another encoding, a caption that is no text; so is a line with a field too many, a line that is
+    no JSON, and a path that no file can have. Names and types that are no text become text. The console counts by kind."""
+    put(tmp_path / 'p.png', picture(1))
+    good = dict(image='p.png', question='q?', answer='a')
+    lines = [good, good | dict(answer='\ud800'), good | dict(question=['q?']), good | dict(caption=7), dict(image='p.png', caption='\udfff'), good | dict(image='p.png\0'),
+             good | dict(image='x' * 999), good | dict(image='.'), good | dict(type=5, sample_id=6), good | dict(image='../p.png'), good | dict(image='../../p.png')]
+    put(tmp_path / 'a.jsonl', b'\n'.join([*(json.dumps(line).encode() for line in lines), b'{"image": "p.png", "question": "caf\xe9?", "answer": "a"}', b'{']))
+    data.main(['table', f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'out'}", '--max_bad=1'])
+    assert [(r['sample_id'], r['reason'].split(':')[0]) for r in rejects(tmp_path)] == [
+        ('a.jsonl-1', 'the question or answer is not in UTF-8'), ('a.jsonl-2', 'the question is no text'), ('a.jsonl-3', 'the caption is no text'),
+        ('a.jsonl-4', 'the caption is not in UTF-8'), ('a.jsonl-5', "the image path 'p.png\\x00' is none"), ('a.jsonl-6', 'the image file cannot be read'),
+        ('a.jsonl-7', 'the image file cannot be read'), ('a.jsonl-9', "the image path '../p.png' leaves the folder"),
+        ('a.jsonl-10', "the image path '../../p.png' leaves the folder"), ('a.jsonl-11', 'not JSON in UTF-8'), ('a.jsonl-12', 'not JSON in UTF-8')]
+    text = capsys.readouterr().out
+    assert '13 rows read, 2 written, 0 without a picture, 11 bad' in text and '| 2 the image path leaves the folder' in text and '2 not JSON in UTF-8' in text
+    put(tmp_path / 'b.csv', b'image,question,answer\np.png,q?,a\np.png,what, is it?,red\np.png,caf\xe9?,a\np.png,q?\n')
+    data.main(['table', f"--source={tmp_path / 'b.csv'}", f"--out={tmp_path / 'out_b'}", '--max_bad=1'])
+    assert [json.loads(line)['reason'] for line in (tmp_path / 'out_b/rejects.jsonl').read_text().splitlines()] == [
+        'more fields than the header has: line 3', 'the question or answer is not in UTF-8', 'the answer is empty or no text']
+
+
+def test_memory(tmp_path):
+    """Importing three times the rows, pictures and bad rows takes no more memory, reading them a few numbers a row."""
+    peaks = []
+    for n in (4000, 12000):
+        put(tmp_path / f'{n}-train.parquet', b'')
+        pictures = [b'P6 4 4 255\n' + i.to_bytes(8, 'big') * 6 for i in range(n)]
+        pq.write_table(pa.table(dict(image=pictures, question=['q?' if i % 50 else ' ' for i in range(n)], answer=['a'] * n, caption=['c'] * n)), tmp_path / f'{n}-train.parquet')
+        del pictures
+        tracemalloc.start()
+        data.main(['parquet', f"--source={tmp_path / f'{n}-train.parquet'}", f"--out={tmp_path / f'{n}'}", '--max_bad=1'])
+        imported, _ = tracemalloc.get_traced_memory()[1], tracemalloc.reset_peak()
+        rows = read_rows(tmp_path / f'{n}', 'train')
+        peaks.append((imported, tracemalloc.get_traced_memory()[1]))
+        tracemalloc.stop()
+        assert len(rows.pictures) == len(rows) == .98 * n
+    assert peaks[1][0] < 1.1 * peaks[0][0] and peaks[1][1] - peaks[0][1] < 60 * 8000, peaks
+
+
+def test_json_in_pieces(tmp_path, monkeypatch):
+    """A JSON file gives the same values read a few signs at a time as read whole, of a list, an object, or a key of one; a file that ends early is refused."""
+    value = {'info': {'n': [1, 2.5e3, None], 'text': 'a "b" \\ \n [{'}, 'year': 12345, 'questions': [{'id': 123456, 'a': [True, 'ä日🙂']}, 17, 'x', [], {}, -1.5]}
+    monkeypatch.setattr(prepare.Pieces, 'more', lambda self: (new := self.file.read(3), setattr(self, 'text', self.text[self.i:] + new), setattr(self, 'i', 0))[0])
+    for indent in (None, 2):
+        for ascii in (True, False):
+            path = tmp_path / 'a.json'
+            path.write_text(json.dumps(value, indent=indent, ensure_ascii=ascii), encoding='utf-8')
+            assert list(prepare.read_json(path, 'questions')) == value['questions'] and list(prepare.read_json(path)) == list(value.items())
+            path.write_text(json.dumps(value['questions'], indent=indent, ensure_ascii=ascii), encoding='utf-8')
+            assert list(prepare.read_json(path)) == value['questions']
+            for end in (1, 9, 30):
+                put(tmp_path / 'b.json', path.read_bytes()[:-end])
+                with pytest.raises(ValueError, match='b.json: not JSON of the published form'):
+                    list(prepare.read_json(tmp_path / 'b.json'))
+    for content, key in (({'a': 1}, 'questions'), ([1], 'questions'), ('x', None), ({'questions': 3}, 'questions')):
+        put(tmp_path / 'b.json', json.dumps(content))
+        with pytest.raises(ValueError, match='b.json: not JSON of the published form'):
+            list(prepare.read_json(tmp_path / 'b.json', key))
+
+
+def test_vqav2_without_partner(tmp_path):
+    """A question without an annotation and an annotation without a question are bad rows with the question's number."""
+    for part in ('train2014', 'val2014'):
+        put(tmp_path / f'src/v2_OpenEnded_mscoco_{part}_questions.json', dict(questions=[dict(question_id=k, image_id=1, question='q') for k in (1, 2)]))
+        put(tmp_path / f'src/v2_mscoco_{part}_annotations.json', dict(annotations=[dict(question_id=k, image_id=1, answer_type='other', answers=[dict(answer='a')]) for k in (2, 3)]))
+        put(tmp_path / f'src/{part}/COCO_{part}_{1:012}.jpg', picture(1))
+    imported('vqav2', tmp_path, '--max_bad=1')
+    assert [(r['sample_id'], r['reason']) for r in rejects(tmp_path)] == [('1', 'the question has no annotation'), ('3', 'the question is no text')] * 2
+
+
+def test_talks(tmp_path):
+    """A turn without an answer is a bad row, not a lost one."""
+    assert list(prepare.turns('q', 'a', ['one', 'two', 'three'])) == [('one', 'two'), ('three', None)] and list(prepare.turns('q', 'a', 'text')) == [('q', 'a')]
+
+
+def test_pictures_in_odd_shapes():
+    """Gigantic, animated, empty and cut off pictures, and headers that lie about the size, are refused with a reason whose kind stands before a colon."""
+    from encoder import open_picture
+    chunk = lambda kind, content: struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    png = lambda w, h, pixels=b'': b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', w, h, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
+    moving = picture(1, mode='P', form='GIF', save_all=True, append_images=[Image.new('P', (20, 12), 9)])
+    for content, reason in ((png(60000, 60000), 'more than 67108864 pixels'), (png(9000, 9000), 'more than 67108864 pixels'), (png(4000, 4000, bytes(9)), 'not a picture that can be decoded'),
+                            (png(0, 0), 'not a picture'), (png(5, 0), 'not a picture'), (moving, 'animated'), (picture(1)[:-30], 'not a picture that can be decoded'),
+                            (b'<html>', 'not a picture'), (b'', 'not a picture')):
+        with pytest.raises(ValueError) as error:
+            open_picture(content)
+        assert str(error.value).split(':')[0] == reason
+    assert open_picture(png(2, 2, bytes(10 ** 6))).size == (2, 2)  # pixels behind the picture are left alone
+
+
+def mutated(rng, content):
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 8)):
+        kind, i = rng.randrange(4), rng.randrange(max(1, len(content)))
+        if kind == 0 and content:
+            content[i] = rng.randrange(256)
+        elif kind == 1:
+            del content[i:i + rng.randint(1, 40)]
+        elif kind == 2:
+            content[i:i] = rng.randbytes(rng.randint(1, 9))
+        else:
+            del content[i:]
+    return bytes(content)
+
+
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_fuzz(tmp_path):
-    """Hundreds of mutated files, at the picture reader and at every importer: each is used or refused with a reason, none ends in another error."""
+def test_fuzz_pictures():
+    """Of thousands of mutated picture files each is decoded or refused with a reason, none ends in another error."""
     from encoder import open_picture
     rng = random.Random(0)
-
-    def mutated(content):
-        content = bytearray(content)
-        for _ in range(rng.randint(1, 8)):
-            kind, i = rng.randrange(4), rng.randrange(max(1, len(content)))
-            if kind == 0 and content:
-                content[i] = rng.randrange(256)
-            elif kind == 1:
-                del content[i:i + rng.randint(1, 40)]
-            elif kind == 2:
-                content[i:i] = rng.randbytes(rng.randint(1, 9))
-            else:
-                del content[i:]
-        return bytes(content)
-
     seeds = [picture(i, form=form, mode=mode) for i, (form, mode) in enumerate(
-        [('PNG', 'RGB'), ('PNG', 'P'), ('JPEG', 'RGB'), ('JPEG', 'L'), ('GIF', 'P'), ('WEBP', 'RGB'), ('BMP', 'RGB'), ('TIFF', 'RGB'), ('PPM', 'RGB'), ('PNG', 'RGBA')])]
+        [('PNG', 'RGB'), ('PNG', 'P'), ('JPEG', 'RGB'), ('JPEG', 'L'), ('GIF', 'P'), ('WEBP', 'RGB'), ('BMP', 'RGB'), ('TIFF', 'RGB'), ('PPM', 'RGB'), ('PNG', 'RGBA'), ('DDS', 'RGB')])]
     opened = 0
-    for i in range(400):
+    for i in range(3000):
         try:
-            open_picture(mutated(seeds[i % len(seeds)]))
+            open_picture(mutated(rng, seeds[i % len(seeds)]))
             opened += 1
         except ValueError:
             pass
-    assert 0 < opened < 400
+    assert 0 < opened < 3000
+
+
+def published_files(tmp_path):
+    """{format: (file to mutate, flags, rows of it)} for every importer but pixmo, with the other files that it needs."""
+    shot, jpg, files = picture(1), picture(2, form='JPEG'), {}
     put(tmp_path / 'a.parquet', b'')
-    pq.write_table(pa.table(dict(image=[picture(1)], question=['q'], answer=['a'])), tmp_path / 'a.parquet')
-    files = {'parquet': (tmp_path / 'a.parquet').read_bytes(), 'csv': b'image,question,answer\np.png,q?,a\n', 'jsonl': b'{"image": "p.png", "question": "q?", "answer": "a"}\n'}
-    put(tmp_path / 'p.png', picture(1))
-    for i in range(90):
-        kind = list(files)[i % 3]
-        put(tmp_path / f'f.{kind}', mutated(files[kind]))
+    pq.write_table(pa.table(dict(image=[shot, jpg], question=['q', '[USER] q [ASSISTANT]'], answer=['a', 'b'])), tmp_path / 'a.parquet')
+    files['parquet'] = tmp_path / 'a.parquet', ['--source={file}'], 2
+    for name, text in (('csv', 'image,question,answer\np.png,q?,a\np.png,"q, r",b\n'), ('jsonl', '{"image": "p.png", "question": "q?", "answer": "a"}\n{"image": "p.png", "caption": "c"}')):
+        files[name] = put(tmp_path / f't.{name}', text), ['--source={file}'], 2
+    put(tmp_path / 'p.png', shot)
+    put(tmp_path / 'easy/test/questions.json', [])
+    files['easyvqa'] = put(tmp_path / 'easy/train/questions.json', [['q', 'a', 0], ['r', 'yes', 1], ['s', 'b', 0]]), [f"--source={tmp_path / 'easy'}"], 3
+    clevr = [dict(split='train', image_filename=f'{k}.png', image_index=k, question='q', answer=a, question_index=k, program=[dict(function='count')]) for k, a in enumerate((3, True, 'no'))]
+    put(tmp_path / 'clevr/questions/CLEVR_val_questions.json', dict(questions=[]))
+    files['clevr'] = put(tmp_path / 'clevr/questions/CLEVR_train_questions.json', dict(info={}, questions=clevr)), [f"--source={tmp_path / 'clevr'}"], 3
+    gqa = {str(k): dict(imageId=f'n{k}', question='q', answer='yes', types=dict(structural='verify')) for k in range(3)}
+    for part in ('val', 'testdev'):
+        put(tmp_path / f'gqa/{part}_balanced_questions.json', {})
+    files['gqa'] = put(tmp_path / 'gqa/train_balanced_questions.json', gqa), [f"--source={tmp_path / 'gqa'}"], 3
+    for part in ('dev', 'test'):
+        put(tmp_path / f'nlvr/{part}/{part}.json', '')
+    nlvr = [json.dumps(dict(sentence='s', label='true', identifier=f'{k}-0', directory='7')) for k in range(2)]
+    files['nlvr'] = put(tmp_path / 'nlvr/train/train.json', '\n'.join(nlvr)), [f"--source={tmp_path / 'nlvr'}"], 2
+    asked, told = ([dict(question_id=k, image_id=k % 2, question='q') for k in range(3)],
+                   [dict(question_id=k, image_id=k % 2, answer_type='other', answers=[dict(answer='a', answer_id=j) for j in range(10)]) for k in range(3)])
+    for part, (q, a) in (('val2014', ([], [])), ('train2014', (asked, told))):
+        files['vqav2 questions'] = put(tmp_path / f'vqa/v2_OpenEnded_mscoco_{part}_questions.json', dict(questions=q)), [f"--source={tmp_path / 'vqa'}"], 3
+        files['vqav2'] = put(tmp_path / f'vqa/v2_mscoco_{part}_annotations.json', dict(annotations=a)), [f"--source={tmp_path / 'vqa'}"], 3
+    for k in range(3):
+        for path in (f'easy/train/images/{k}.png', f'clevr/images/train/{k}.png', f'gqa/images/n{k}.jpg', f'vqa/train2014/COCO_train2014_{k:012}.jpg'):
+            put(tmp_path / path, shot)
+    return files
+
+
+def test_fuzz_importers(tmp_path):
+    """Hundreds of mutated files, bytes or values of every importer's format: used or refused with a reason, none ends in another error; and a value of another
+    type or without a key costs at most its row, which is listed."""
+    rng, n = random.Random(0), 0
+
+    def spoilt(value):  # one value somewhere in JSON is another one, or gone
+        if isinstance(value, (dict, list)) and value and rng.random() < .85:
+            key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+            if isinstance(value, dict) and rng.random() < .2:
+                del value[key]
+            else:
+                value[key] = spoilt(value[key])
+            return value
+        return rng.choice([None, 7, -.5, True, '', 'x', '\ud800', [], [1], {}, dict(a=1)])
+
+    def try_import(format, flags):
+        nonlocal n
+        n += 1
+        out = tmp_path / f'o{n}'
         try:
-            data.main(['parquet' if kind == 'parquet' else 'table', f'--source={tmp_path}/f.{kind}', f'--out={tmp_path}/o{i}', '--max_bad=1'])
+            data.main([{'csv': 'table', 'jsonl': 'table'}.get(format, format.split()[0]), *flags, f'--out={out}', '--max_bad=1'])
         except (ValueError, FileNotFoundError):
-            pass
-        if kind == 'parquet':
-            put(tmp_path / 'd/train.parquet', (tmp_path / 'f.parquet').read_bytes())
-            try:
-                read_rows(tmp_path / 'd', 'train')
-            except ValueError:
-                pass
+            return None
+        return sum(pq.read_metadata(out / f'{split}.parquet').num_rows for split in data.SPLITS) + len((out / 'rejects.jsonl').read_text().splitlines())
+
+    for format, (file, flags, rows) in published_files(tmp_path).items():
+        whole, flags = file.read_bytes(), [flag.format(file=file) for flag in flags]
+        assert (try_import(format, flags) or 0) >= rows
+        for _ in range(25):
+            put(file, mutated(rng, whole))
+            try_import(format, flags)
+            if format == 'parquet':
+                put(tmp_path / 'd/train.parquet', file.read_bytes())
+                try:
+                    read_rows(tmp_path / 'd', 'train')
+                except ValueError:
+                    pass
+        for _ in range(0 if format in ('parquet', 'csv') else 40):
+            if format in ('jsonl', 'nlvr'):
+                lines = whole.decode().splitlines()
+                put(file, '\n'.join([json.dumps(spoilt(json.loads(lines[0]))), *lines[1:]]))
+            else:
+                put(file, json.dumps(spoilt(json.loads(whole))).encode())
+            found = try_import(format, flags)
+            if format in ('jsonl', 'nlvr'):
+                assert found >= rows, file.read_bytes()
+            elif found is not None:  # a file whose outer form is another one is refused whole
+                value = json.loads(file.read_bytes())
+                assert found >= len(value.get('questions', value.get('annotations', value)) if isinstance(value, dict) else value), file.read_bytes()
+        put(file, whole)
 
 
 # ----------------------------------------------------------------------------
@@ -320,18 +514,26 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.send_error(503)
         if path in ('/moved', '/loop', '/file', '/inside'):
             self.send_response(302)
-            self.send_header('Location', {'/moved': '/ok', '/loop': '/loop', '/file': 'file:///etc/passwd', '/inside': 'http://10.0.0.1/x'}[path])
+            self.send_header('Location', {'/moved': '/ok?caf\xe9 x', '/loop': '/loop', '/file': 'file:///etc/passwd', '/inside': 'http://10.0.0.1/x'}[path])
             self.end_headers()
             return
-        if path == '/slow':
-            self.send_response(200)
-            self.end_headers()
+        if path.startswith('/later') and self.asked[self.path] <= 1:
+            self.send_response(429)
+            self.send_header('Retry-After', '1')
+            return self.end_headers()
+        if path in ('/slow', '/drip', '/flood'):
+            if path != '/drip':  # else not even a status line ends
+                self.send_response(200)
+                self.end_headers()
             try:
                 for _ in range(100):
-                    self.wfile.write(b'x')
-                    time.sleep(.05)
+                    self.wfile.write(b'x' * (10 ** 5 if path == '/flood' else 1))
+                    time.sleep(.05 * (path != '/flood'))
             except OSError:
                 pass
+            return
+        if path == '/chunks':
+            self.wfile.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n' + f'{len(body):x}\r\n'.encode() + body[:-9])
             return
         if path == '/reset':
             self.connection.close()
@@ -341,8 +543,6 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if path == '/html':
             body = b'<html>This photo is unavailable</html>'.ljust(len(body))
-        if path == '/huge':
-            body = body * 50
         try:
             self.wfile.write(body)
         except OSError:
@@ -367,21 +567,25 @@ FLAGS = ['--allow_private=true', '--timeout_s=1', '--retries=2', '--backoff_s=0.
 def test_fetch(tmp_path, server, capsys):
     """Every way in which a server fails has its reason in the manifest; what can be had is had; failures are asked again only when told to."""
     sha = hashlib.sha256(Server.good).hexdigest()
-    fates = {'/ok': '', '/ok?a=1': '', '/busy': '', '/moved': '', '/gone': 'status 404', '/broken': 'status 503', '/loop': 'more than 5 redirects',
-             '/file': 'neither http nor https', '/slow': 'timed out', '/reset': 'no connection', '/cut': 'cut off', '/html': 'not a picture',
-             '/huge': '', '/other': 'another picture than it was (sha256)'}
-    urls = [server + path for path in fates] + ['ftp://x/y', 'http://', 'no url']
+    fates = {'/ok': '', '/ok?a=1': '', '/ok?caf\xe9 au lait': '', '/busy': '', '/moved': '', '/gone': 'status 404', '/broken': 'status 503', '/loop': 'more than 5 redirects',
+             '/file': 'neither http nor https', '/slow': 'timed out', '/drip': 'timed out', '/reset': 'no connection', '/cut': 'cut off', '/chunks': 'cut off',
+             '/html': 'not a picture: of no known format', '/other': 'another picture than it was (sha256)'}
+    urls = [server + path for path in fates] + ['ftp://x/y', 'http://', 'no url', 'http://x:y/']
     put(tmp_path / 'src/train-00000-of-00001.parquet', b'')
-    pq.write_table(pa.table(dict(image_url=urls, image_sha256=[sha if 'o' in u[-5:] and u.endswith(('/ok', '/other')) else None for u in urls],
+    pq.write_table(pa.table(dict(image_url=urls, image_sha256=[sha.upper() if u.endswith('/ok') else sha if u.endswith('/other') else None for u in urls],
                                  question=['What?'] * len(urls), answer=['a bus'] * len(urls))), tmp_path / 'src/train-00000-of-00001.parquet')
+    put(tmp_path / 'src/train-00001-of-00001.parquet', b'')
+    pq.write_table(pa.table(dict(image_url=[server + '/other'], question=['What?'], answer=['a bus'])), tmp_path / 'src/train-00001-of-00001.parquet')  # without its sha256
+    start = time.time()
     rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS)
+    assert time.time() - start < 10
     text = capsys.readouterr().out
     manifest = {e['url']: e['reason'] for e in map(json.loads, (tmp_path / 'pics/manifest.jsonl').read_text().splitlines())}
     assert {path: manifest[server + path] for path in fates} == fates | {'/reset': manifest[server + '/reset']}
     assert manifest[server + '/reset'] in ('no connection', 'not HTTP')
-    assert manifest['ftp://x/y'] == 'neither http nor https' and manifest['http://'] == 'not a URL' and manifest['no url'] == 'neither http nor https'
-    assert '17 pictures asked for, 5 there, 12 not' in text
-    assert sum(map(len, rows.values())) == 5 and len(rejects(tmp_path)) == 12 and all(r['missing'] for r in rejects(tmp_path))
+    assert [manifest[url] for url in urls[-4:]] == ['neither http nor https', 'not a URL', 'neither http nor https', 'not a URL']
+    assert '20 pictures asked for, 5 there, 15 not: 3 neither http nor https' in text and '2 timed out' in text and '2 cut off' in text
+    assert sum(map(len, rows.values())) == 5 and len(rejects(tmp_path)) == 16 and all(r['missing'] for r in rejects(tmp_path))
     assert Server.asked['/busy'] == 3 and Server.asked['/broken'] == 3 and Server.asked['/gone'] == 1
     before = dict(Server.asked)
     again = ['pixmo', f"--source={tmp_path / 'src'}", f"--images={tmp_path / 'pics'}", *FLAGS]
@@ -389,22 +593,72 @@ def test_fetch(tmp_path, server, capsys):
     assert Server.asked == before
     data.main([*again, f"--out={tmp_path / 'out3'}", '--retry_failed=true'])
     assert Server.asked['/gone'] == 2 and Server.asked['/ok'] == before['/ok']
+    # a picture that another set named without a sha256 is checked when one is given
+    put(tmp_path / 'more.parquet', b'')
+    pq.write_table(pa.table(dict(image_url=[server + '/ok?a=1'], image_sha256=['0' * 64], question=['What?'], answer=['a bus'])), tmp_path / 'more.parquet')
+    data.main(['pixmo', f"--source={tmp_path / 'more.parquet'}", f"--images={tmp_path / 'pics'}", *FLAGS, f"--out={tmp_path / 'out4'}"])
+    assert 'another picture than it was' in (tmp_path / 'out4/rejects.jsonl').read_text()
 
 
-def test_fetch_limits(tmp_path, server):
-    """Files over most_bytes are refused; so are private addresses, also behind a redirect, unless they are allowed."""
-    def fate(path, **options):
-        config = prepare.ImportConfig(source='x', out='y', timeout_s=1., retries=0, **options)
-        try:
-            return len(pixmo.get(server + path, config))
-        except pixmo.Failed as e:
-            return str(e)
-    assert fate('/huge', allow_private=True, most_bytes=1000) == 'more than 1000 bytes' or fate('/huge', allow_private=True, most_bytes=1000) == len(Server.good)
-    assert fate('/ok', allow_private=True, most_bytes=100) == 'more than 100 bytes'
-    assert fate('/ok') == 'a private address'
-    for host in ('localhost', '[::1]', '0.0.0.0', '169.254.169.254', '10.1.2.3', '[::ffff:127.0.0.1]'):
-        with pytest.raises(pixmo.Failed, match='a private address|no connection'):
-            pixmo.get(f'http://{host}/x', prepare.ImportConfig(source='x', out='y', retries=0, timeout_s=1.))
+def fate(url, **options):
+    """What becomes of a URL: the number of bytes, or why there are none."""
+    config = prepare.ImportConfig(source='x', out='y', **dict(timeout_s=1., retries=0) | options)
+    try:
+        return len(pixmo.get(url, config))
+    except pixmo.Failed as e:
+        return str(e)
+
+
+def test_fetch_limits(server):
+    """Files over most_bytes are refused, whether their length was told or not; the pause that a server asks for is kept."""
+    assert fate(server + '/ok', allow_private=True, most_bytes=100) == fate(server + '/flood', allow_private=True, most_bytes=100) == 'more than 100 bytes'
+    start = time.time()
+    assert fate(server + '/later', allow_private=True, retries=1, backoff_s=0.) == len(Server.good) and 1 <= time.time() - start < 3
+
+
+def test_private_addresses(server, monkeypatch):
+    """Private addresses are refused unless they are allowed, also behind a redirect and behind a name, which is looked up once for each connection."""
+    for host in ('localhost', '[::1]', '0.0.0.0', '169.254.169.254', '10.1.2.3', '192.168.0.1', '100.64.0.1', '[::ffff:127.0.0.1]', '[fd00::1]', '2130706433', '127.1'):
+        assert fate(f'http://{host}/x') in ('a private address', 'no connection'), host
+    assert fate(server + '/ok') == 'a private address' and fate(server + '/ok', allow_private=True) == len(Server.good)
+    port, looked_up, connected, real, real_lookup = int(server.split(':')[2]), [], [], socket.create_connection, socket.getaddrinfo
+
+    def lookup(host, *args, **kwargs):
+        looked_up.append(host)
+        if host.endswith('.test'):  # the second answer is another one
+            return [(None, None, None, None, ('93.184.216.34' if looked_up.count(host) == 1 else '127.0.0.1', port))]
+        return real_lookup(host, *args, **kwargs)
+
+    def connect(address, timeout):
+        connected.append(address[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, 'getaddrinfo', real_lookup)
+            return real(('127.0.0.1', port), timeout)
+
+    monkeypatch.setattr(pixmo.socket, 'getaddrinfo', lookup)
+    monkeypatch.setattr(pixmo.socket, 'create_connection', connect)
+    assert fate('http://one.test/ok') == len(Server.good) and looked_up == ['one.test'] and connected == ['93.184.216.34']
+    assert fate('http://two.test/inside') == 'a private address' and connected == ['93.184.216.34'] * 2  # where /inside points to was not asked
+    assert fate('http://one.test/ok') == 'a private address' and len(connected) == 2
+
+
+@pytest.mark.skipif(not shutil.which('openssl'), reason='makes a certificate with openssl')
+def test_https(tmp_path, monkeypatch):
+    """Pictures come by https where the certificate is valid for the host, and else not."""
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', tmp_path / 'key.pem', '-out', tmp_path / 'cert.pem', '-days', '2', '-subj', '/CN=localhost',
+                    '-addext', 'subjectAltName=DNS:localhost'], check=True, capture_output=True)
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / 'cert.pem', tmp_path / 'key.pem')
+    httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f'https://localhost:{httpd.server_port}/ok'
+    assert fate(url, allow_private=True).startswith('no valid certificate: ')
+    monkeypatch.setenv('SSL_CERT_FILE', str(tmp_path / 'cert.pem'))
+    assert fate(url, allow_private=True) == len(Server.good)
+    assert fate(url.replace('localhost', '127.0.0.1'), allow_private=True).startswith('no valid certificate: ')
+    assert fate(url.replace('/ok', '/slow'), allow_private=True) == 'timed out' and fate(url.replace('https', 'http'), allow_private=True) in ('no connection', 'not HTTP', 'timed out')
+    httpd.shutdown()
 
 
 def test_fetch_goes_on(tmp_path, server, monkeypatch):
@@ -433,13 +687,17 @@ def test_fetch_goes_on(tmp_path, server, monkeypatch):
 
 
 def test_pixmo_forms(tmp_path, server):
-    """cap-qa with messages of several turns, and counts."""
+    """cap-qa with messages of several turns, and counts, as pixmo-points has them too; a picture of the published test split (here all are the same) takes its other questions there."""
     urls = [f'{server}/ok?{i}' for i in range(3)]
     put(tmp_path / 'src/train-00000.parquet', b'')
     pq.write_table(pa.table(dict(image_url=urls[:1], question=['[USER] Hi [ASSISTANT]'], answer=['x'], messages=[['Hi', 'x', 'More?', 'No.']])), tmp_path / 'src/train-00000.parquet')
     put(tmp_path / 'src/count/test-0.parquet', b'')
     pq.write_table(pa.table(dict(image_url=urls[1:], count=pa.array([3, 0], pa.int32()), label=['cats', 'dogs'], points=[None, None])), tmp_path / 'src/count/test-0.parquet')
-    rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS)
+    put(tmp_path / 'src/points/train-0.parquet', b'')
+    pq.write_table(pa.table(dict(image_url=urls[1:], image_sha256=[None] * 2, points=[[dict(x=1., y=2.)] * 2, []], count=pa.array([2, 0], pa.int64()), label=['hats', None],
+                                 collection_method=['pointing', 'counting'])), tmp_path / 'src/points/train-0.parquet')
+    rows = imported('pixmo', tmp_path, f"--images={tmp_path / 'pics'}", *FLAGS[:-1], '--max_bad=0.2')
+    assert [(r['sample_id'], r['reason']) for r in rejects(tmp_path)] == [('train-0-1', 'the question is no text')]
     everything = sorted((q, r[0]) for split in rows.values() for q, r in zip(split.question, split.references))
-    assert everything == [('Hi', 'x'), ('How many cats are there?', '3'), ('How many dogs are there?', '0'), ('More?', 'No.')]
-    assert list(rows['test'].question) == ['How many cats are there?', 'How many dogs are there?']
+    assert everything == [('Hi', 'x'), ('How many cats are there?', '3'), ('How many dogs are there?', '0'), ('How many hats are there?', '2'), ('More?', 'No.')]
+    assert list(rows['test'].question) == ['How many cats are there?', 'How many dogs are there?', 'How many hats are there?', 'Hi', 'More?']
