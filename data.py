@@ -280,6 +280,8 @@ def shapes_rows(config, split, start, n):
     ask = {type: questions for type, questions in ASK.items() if type in wanted}
     if 'hops' in wanted:
         ask |= {hop_type(h): partial(ask_hops, hops=h, chains=config.chains) for h in range(config.min_hops, most_hops + 1)}
+    hops = lambda type: int(type.split()[0]) if 'hop' in type else 0
+    times = lambda type: (max(1, 5 - hops(type)) if config.chains == 'next' else min(2, hops(type))) if hops(type) else 1
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
@@ -289,7 +291,7 @@ def shapes_rows(config, split, start, n):
         picture = dict(image=buffer.getvalue(), caption=describe(scene))
         for type, questions in ask.items():
             candidates = questions(scene)
-            for k in range(2 if type.endswith('hops') else 1):
+            for k in range(times(type)):
                 if candidates:
                     least = min(given[type][answer] for _, answer in candidates)
                     question, answer = rng.choice([qa for qa in candidates if given[type][qa[1]] == least])

@@ -688,7 +688,7 @@ def read_torchscript(path):
 # pictures as files -> pixels -> tokens. `pictures` is a sequence of files as bytes that also has `digests`, their sha256, and `names`, what
 # to call them in messages: data.Pictures, say.
 
-FORMATS = ('PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no others: to decode EPS Pillow starts a program that runs what is in it
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no others: to decode EPS Pillow starts a program that runs what is in it
 UNREADABLE = OSError, SyntaxError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, MemoryError, struct.error, zlib.error
 
 
