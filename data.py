@@ -251,15 +251,15 @@ def ask_relation(scene):
 
 
 def ask_hops(scene, hops, chains='only', most=200):
-    """Follow `hops` sides from a named object to another. 'only': no object is visited twice. 'next': no step takes back the one before,
-    and of the chains, which triple with every step, `most` are drawn."""
-    edges, an = (only_neighbours(scene), 'the object') if chains == 'only' else (next_neighbours(scene), 'the next object')
-    back = dict(zip(SIDES, (SIDES[1], SIDES[0], SIDES[3], SIDES[2])))
-    paths, rng = [([i], [], f'the {name(o)}') for i, o in enumerate(scene)], random.Random(describe(scene))
+    """Follow `hops` sides from a named object to another. 'only': no object is visited twice. 'next', told as 'east of north of the red circle':
+    no step takes back the one before, and of the chains, which triple with every step, `most` are drawn."""
+    edges = only_neighbours(scene) if chains == 'only' else next_neighbours(scene)
+    told = {side: f'the object {side}' if chains == 'only' else f'{wind} of' for side, wind in zip(SIDES, ('west', 'east', 'north', 'south'))}
+    back, rng = dict(zip(SIDES, (SIDES[1], SIDES[0], SIDES[3], SIDES[2]))), random.Random(describe(scene))
+    paths = [([i], [], f'the {name(o)}') for i, o in enumerate(scene)]
     for _ in range(hops):
-        paths = rng.sample(paths, min(most, len(paths)))
-        paths = [(visited + [j], sides + [side], f'{an} {side} {words}') for visited, sides, words in paths for side, j in edges[visited[-1]].items()
-                 if (j not in visited if chains == 'only' else sides[-1:] != [back[side]])]
+        paths = [(visited + [j], sides + [side], f'{told[side]} {words}') for visited, sides, words in rng.sample(paths, min(most, len(paths)))
+                 for side, j in edges[visited[-1]].items() if (j not in visited if chains == 'only' else sides[-1:] != [back[side]])]
     return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, _, words in paths if visited[0] != visited[-1] for key in ('color', 'shape')]
 
 
@@ -281,7 +281,7 @@ def shapes_rows(config, split, start, n):
     if 'hops' in wanted:
         ask |= {hop_type(h): partial(ask_hops, hops=h, chains=config.chains) for h in range(config.min_hops, most_hops + 1)}
     hops = lambda type: int(type.split()[0]) if 'hop' in type else 0
-    times = lambda type: (max(1, 5 - hops(type)) if config.chains == 'next' else min(2, hops(type))) if hops(type) else 1
+    times = lambda type: max(2, 5 - (hops(type) or 2)) if config.chains == 'next' else 2 if hops(type) > 1 else 1  # 'next': what chains begin with, oftener
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')

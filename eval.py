@@ -19,7 +19,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from glob import glob
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ class EvalConfig:
     question_only: bool = False     # print what the commonest answer to the same question gets instead
     attention: bool = False         # draw where every step of the recursion looks, for a few questions, to out_dir/attention.png instead
     states: bool = False            # print how large the states are over 64 steps instead
-    compare: str | None = None      # run folders, separated by commas: print their results as one table instead
+    compare: str | None = None      # run folders, or patterns such as out/*, separated by commas: one table of their results instead, and pictures
     inner_steps: int | None = None  # test-time depth: another number of inner steps than in training
     outer_steps: int | None = None  # the same for the outer steps
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
@@ -260,7 +261,7 @@ def result_table(metrics):
     """The result by question type, as text."""
     columns = {key: name for key, name in dict(em='em', f1='f1', vqa='vqa', token_accuracy='token accuracy').items() if key in metrics}
     width = max(12, *map(len, metrics['by_type']))
-    line = lambda key, m: ' | '.join([f'{key:{width}}', f"{m['n']:6}", *(f'{m[c]:.3f}' if c in m else '-    ' for c in columns)])
+    line = lambda key, m: ' | '.join([f'{printable(key):{width}}', f"{m['n']:6}", *(f'{m[c]:.3f}' if c in m else '-    ' for c in columns)])
     head = ' | '.join([f"{'type':{width}}", f"{'n':>6}", *(f'{name:5}' for name in columns.values())])
     questions = {t: m for t, m in metrics['by_type'].items() if t != 'describe'}
     captions = {t: m for t, m in metrics['by_type'].items() if t == 'describe'}
@@ -422,6 +423,20 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
     write_whole(path, lambda f: picture_sheet(tiles, columns=2, scale=1, colors=colors).save(f, 'PNG'))
 
 
+def read_log(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+
+
+def validation_curve(out_dir):
+    """-> [(step, seconds of training until then, Exact Match), ...] of a run's validations."""
+    curve, seconds = [], 0.
+    for event in read_log(out_dir):
+        seconds = event.get('train_s', seconds)
+        if event['event'] == 'eval':
+            curve.append((event['step'], seconds, event['em']))
+    return curve
+
+
 def draw_curves(out_dir):
     """Draws loss and Exact Match over the steps from log.jsonl to curves.png; without matplotlib, says how to get them."""
     try:
@@ -430,7 +445,7 @@ def draw_curves(out_dir):
     except ImportError:
         print('curves.png not drawn: pip install matplotlib, then run eval.py on this folder')
         return
-    events = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+    events = read_log(out_dir)
     steps, evals = [[e for e in events if e['event'] == kind] for kind in ('step', 'eval')]
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
@@ -529,25 +544,134 @@ def write_results(out_dir, metrics, rows, predictions):
         write_whole(out_dir / 'vqav2_results.json', lambda f: f.write(json.dumps(results).encode()))
     draw_samples(out_dir / 'samples.png', rows, predictions)
     draw_curves(out_dir)
-    write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    correct = ''.join('-' if p['type'] == 'describe' else str(int(p['em'])) for p in predictions)  # question by question, for paired comparisons
+    write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics | dict(correct=correct), indent=1).encode()))
 
 
-def compare(out_dirs):
-    """One table of finished runs, from their metrics.json."""
-    runs = []
-    for out_dir in out_dirs:
-        path = Path(out_dir) / 'metrics.json'
-        if not path.is_file():
-            raise FileNotFoundError(f'{path}: no such file; --compare takes the folders of finished runs')
-        runs.append((out_dir, json.loads(path.read_text())))
-    types = sorted({t for _, m in runs for t in m['by_type']}, key=type_order)
-    heads = ['run', 'parameters', 'core', 'steps', 'train s', 'em', 'f1', 'mean of types', *types]
-    rows = [[
-        str(out_dir), f"{m['parameters']['total']:,}", f"{m['parameters']['core']:,}", str(m['step']), f"{m['train_s']:.0f}",
-        f"{m['em']:.3f}", f"{m['f1']:.3f}", f"{m['em_types']:.3f}",
-        *(f"{m['by_type'][t]['f1' if t == 'describe' else 'em']:.3f}" if t in m['by_type'] else '-' for t in types)]
-        for out_dir, m in runs]
-    return table(heads, rows) + '(em by type; f1 for describe)' * ('describe' in types)
+# ----------------------------------------------------------------------------
+# finished runs, side by side
+
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t of a two-sided 95 % interval, by degrees of freedom from 1 on
+
+
+def spread(values):
+    """-> the mean, and half the width of its 95 % interval over the seeds (Student's t); None where there is one value only."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, None
+    sd = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** .5
+    return mean, (STUDENT[n - 2] if n < 11 else 2.2) * sd / n ** .5
+
+
+def plus_minus(values, digits=3):
+    mean, half = spread(values)
+    return f'{mean:.{digits}f}' + (f' ± {half:.{digits}f}' if half is not None else '')
+
+
+def grouped(paths):
+    """Reads finished runs, folders or copies of a metrics.json -> {name: [metrics of every seed]}: runs that differ in nothing but their seed
+    belong together. Raises: FileNotFoundError."""
+    groups = {}
+    for path in sorted(chain.from_iterable(glob(p) or [p] for p in map(str, paths))):
+        file = Path(path) / 'metrics.json' if not path.endswith('.json') else Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f'{file}: no such file; --compare takes the folders of finished runs')
+        m = json.loads(file.read_text())
+        same = {key: value for key, value in m.get('settings', {'run': path}).items() if key not in ('seed', 'out_dir', 'fresh', 'cache_dir', 'log_interval')}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append((path.removesuffix('.json'), m))
+    return {re.sub('[-_]+$', '', os.path.commonprefix([path for path, _ in runs])) if len(runs) > 1 else runs[0][0]: [m for _, m in runs]
+            for runs in groups.values()}
+
+
+def passes(m):
+    """How many blocks an answer position goes through, one after the other."""
+    s = m.get('settings')
+    return s and s['n_layer'] * (1 if s['kind'] == 'plain' else s['outer_steps'] * (s['inner_steps'] + (s['recursion'] == 'add')))
+
+
+def paired(runs, base):
+    """The difference in Exact Match, question by question, of the means over the seeds -> mean, and half the width of its 95 % interval over the
+    questions; None where the runs did not answer the same questions."""
+    rows = [[m.get('correct', '') for m in group] for group in (runs, base)]
+    if len({len(row) for group in rows for row in group}) > 1 or not rows[0][0]:
+        return None
+    asked = [i for i, c in enumerate(rows[0][0]) if c != '-']
+    ours, theirs = ([sum(row[i] == '1' for row in group) / len(group) for i in asked] for group in rows)
+    d = [a - b for a, b in zip(ours, theirs)]
+    mean = sum(d) / len(d)
+    return mean, 1.96 * (sum((x - mean) ** 2 for x in d) / len(d)) ** .5 / len(d) ** .5
+
+
+def compare(paths):
+    """One table of finished runs, mean and 95 % interval over the seeds, each also against the first one question by question; and, with
+    matplotlib, comparison.png and curves.png beside the first. -> text"""
+    groups = grouped(paths)
+    types = sorted({t for runs in groups.values() for m in runs for t in m['by_type']}, key=type_order)
+    first = next(iter(groups.values()))
+    heads = ['run', 'seeds', 'core', 'total', 'passes', 'steps', 'MFLOP', 'train s', 'em', 'against the first', 'f1', 'mean of types', *types]
+    rows = []
+    for name, runs in groups.items():
+        m, column = runs[0], lambda key: [r[key] for r in runs]
+        difference = paired(runs, first) if runs is not first else None
+        of_type = lambda t: [r['by_type'][t]['f1' if t == 'describe' else 'em'] for r in runs if t in r['by_type']]
+        rows.append([printable(name), len(runs), f"{m['parameters']['core']:,}", f"{m['parameters']['total']:,}", passes(m) or '-', m['step'],
+                     f"{m['mflop_per_example']:.0f}" if 'mflop_per_example' in m else '-', f"{spread(column('train_s'))[0]:.0f}", plus_minus(column('em')),
+                     f'{difference[0]:+.3f} ± {difference[1]:.3f}' if difference else '-', plus_minus(column('f1')), plus_minus(column('em_types')),
+                     *(plus_minus(of_type(t)) if of_type(t) else '-' for t in types)])
+    draw_comparison(groups, Path(paths[0]).parent)
+    made = sorted({f"{m.get('commit', '?')} on {m.get('device', '?')}, {m.get('threads', '?')} threads" for runs in groups.values() for m in runs})
+    return (table(heads, rows) + '\n±: 95 % interval over the seeds; against the first: mean difference and 95 % interval over the questions'
+            + '; describe: f1' * ('describe' in types) + f"\nMFLOP: of an example in training; passes: blocks in a row for an answer token; commit {'; '.join(made)}")
+
+
+def draw_comparison(groups, folder):
+    """Draws Exact Match and F1 against depth, parameters and FLOPs to comparison.png and the validation curves to curves.png."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('comparison.png not drawn: pip install matplotlib')
+        return
+    groups = {printable(name).replace('$', ''): runs for name, runs in groups.items() if passes(runs[0]) and 'mflop_per_example' in runs[0]}
+    if not groups:
+        return
+    short = {name: name.removeprefix(os.path.commonprefix(list(groups)) if len(groups) > 1 else os.path.dirname(name) + '/') or name for name in groups}
+    figure = Figure(figsize=(13, 7.5), layout='constrained')
+    colors = {name: f'C{k % 10}' for k, name in enumerate(groups)}
+    axes = figure.subplots(2, 3, sharey='row')
+    places = {'blocks in a row for an answer token': passes, 'core parameters': lambda m: m['parameters']['core'],
+              'GFLOP of the whole training': lambda m: m['mflop_per_example'] * m['step'] * m['settings']['batch_size'] * m['settings']['grad_accum'] / 1e3}
+    for row, key in zip(axes, ('em', 'f1')):
+        for axis, (label, place) in zip(row, places.items()):
+            for name, runs in groups.items():
+                mean, half = spread([m[key] for m in runs])
+                axis.errorbar(place(runs[0]), mean, half or 0, fmt='o', capsize=3, color=colors[name], label=short[name])
+            axis.set(xlabel=label, xscale='log')
+            axis.grid(alpha=.3)
+        row[0].set_ylabel({'em': 'Exact Match', 'f1': 'token F1'}[key])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside right upper', fontsize=8)
+    write_whole(folder / 'comparison.png', lambda f: figure.savefig(f, format='png', dpi=100))
+
+    figure = Figure(figsize=(13, 4), layout='constrained')
+    left, middle, right = figure.subplots(1, 3)
+    hops = sorted({t for runs in groups.values() for t in runs[0]['by_type'] if 'hop' in t}, key=type_order)
+    for name, runs in groups.items():
+        for axis, column in ((left, 0), (middle, 1)):  # the mean over the seeds, at the steps of the first
+            curves = [m['curve'] for m in runs]
+            axis.plot([sum(points) / len(points) for points in zip(*[[p[column] for p in c] for c in curves])],
+                      [sum(points) / len(points) for points in zip(*[[p[2] for p in c] for c in curves])], '-', color=colors[name], label=short[name], linewidth=1.2)
+        if hops:
+            values = [spread([m['by_type'][t]['em'] for m in runs if t in m['by_type']] or [math.nan]) for t in hops]
+            right.errorbar(range(len(hops)), [v for v, _ in values], [h or 0 for _, h in values], fmt='o-', capsize=3, markersize=3, color=colors[name], linewidth=1.2)
+    left.set(xlabel='step', ylabel='validation Exact Match')
+    middle.set(xlabel='seconds of training')
+    right.set(ylabel='test Exact Match')
+    right.set_xticks(range(len(hops)), hops)
+    for axis in (left, middle, right):
+        axis.grid(alpha=.3)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside right upper', fontsize=8)
+    write_whole(folder / 'curves.png', lambda f: figure.savefig(f, format='png', dpi=100))
 
 
 def main(argv=None):
@@ -615,7 +739,8 @@ def main(argv=None):
     print(result_table(metrics))
     usual = EvalConfig(out_dir=settings.out_dir, batch_size=settings.batch_size, device=settings.device)
     if settings == usual:  # the run's own test result
-        metrics = checkpoint['facts'] | metrics
+        before = Path(settings.out_dir) / 'metrics.json'
+        metrics = (json.loads(before.read_text()) if before.is_file() else checkpoint['facts']) | metrics
         write_results(settings.out_dir, metrics, rows, predictions)
         print(f'written: {settings.out_dir}/metrics.json, predictions.jsonl, samples.png')
     else:

@@ -429,9 +429,16 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
+def flops_of(function):
+    """FLOPs of the matrix products and convolutions in a call."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def bench_run(b, name, loop, dtype, decoder, batch):
     """One line of the benchmark: what to time, and the FLOPs of it, counted."""
-    from torch.utils.flop_counter import FlopCounterMode
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
     autocast = torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32)
 
@@ -452,11 +459,7 @@ def bench_run(b, name, loop, dtype, decoder, batch):
             generate = partial(naive_generate, decoder) if loop == 'naive' else decoder.generate
             generate(*batch[:2], length)
 
-    flops, forward = [], decoder
-    for function in (torch.no_grad()(loss), step):
-        with FlopCounterMode(display=False) as counter:
-            function(decoder)
-        flops.append(counter.get_total_flops())
+    flops, forward = [flops_of(partial(function, decoder)) for function in (torch.no_grad()(loss), step)], decoder
     if loop == 'compiled':
         forward = torch.compile(decoder, mode='reduce-overhead')       # static shapes; on a GPU with CUDA graphs
         for _ in range(3):  # compile, warm up, record

@@ -34,7 +34,7 @@ import eval as evaluation
 from configurator import configure, echo, locked, run_script, write_whole
 from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
-from model import ModelConfig, build_model, most_memory
+from model import ModelConfig, build_model, flops_of, most_memory
 
 
 @dataclass
@@ -219,10 +219,17 @@ class AnswerTask:
         frozen = sum(p.numel() for p in encoder.parameters()) if encoder else 0
         return counts | {'encoder': frozen}
 
+    def flops(self, n=8):
+        """FLOPs of a training example, forwards and backwards, of the decoder and of what else is trained; the mean over `n` batches."""
+        batches = [self.batch(step) for step in range(n)]
+        step = lambda batch: sum(self.losses(self.model, on_device(batch, self.device)).values()).backward()
+        return sum(flops_of(partial(step, batch)) for batch in batches) / sum(len(batch['question']) for batch in batches)
+
     def finish(self, model, facts):
         """Evaluates the test split, which nothing has looked at so far, and writes the results."""
         rows = read_rows(self.settings.dataset, 'test')
         questions = self.tokenized(rows)
+        facts |= dict(mflop_per_example=self.flops() / 1e6, curve=evaluation.validation_curve(self.settings.out_dir))
         encoder = model['encoder'] if 'encoder' in model else self.frozen
         self.look['test'] = evaluation.vision_source(asdict(self.settings), encoder, rows, self.device)
         metrics, predictions = evaluation.evaluate(model['decoder'], questions, self.vision_of(model, 'test'), self.device)

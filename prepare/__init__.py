@@ -16,7 +16,9 @@ import sqlite3
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, zip_longest
+from os.path import normpath
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,7 +76,7 @@ def import_dataset(module, config):
         with ThreadPoolExecutor() as pool:
             rows = iter(module.rows(config))
             while chunk := list(islice(rows, 256)):
-                files = list(pool.map(picture_file, chunk))
+                files = list(pool.map(partial(picture_file, config=config), chunk))
                 new = {digest: picture for picture, digest, problem in files if not problem and known.get(digest) is None}
                 for digest, problem in zip(new, pool.map(decoding_problem, new.values())):
                     known[digest] = problem, None
@@ -112,14 +114,15 @@ def import_dataset(module, config):
     write_dataset(config.out, good_rows(), SCHEMA.set(2, pa.field('answer', pa.list_(pa.string()))), finish)
 
 
-def picture_file(split_row):
+def picture_file(split_row, config):
     """-> a row's picture file as bytes, their sha256, and what is wrong with the row before the picture is decoded, or None."""
     row = split_row[1]
     picture, caption = row.get('image'), row.get('caption')
     if row.get('missing') or row.get('bad'):
         return None, b'', row.get('bad')
     if isinstance(picture, (str, Path)):
-        picture = read_file(picture)
+        inside = any(Path(normpath(picture)).is_relative_to(normpath(folder)) for folder in (config.images, config.source) if folder)
+        picture = read_file(picture) if inside else f'the image path leaves the folder: {picture}'
     if not isinstance(picture, bytes) or not picture:
         return None, b'', picture if isinstance(picture, str) else 'the image is empty'
     problem = None

@@ -82,6 +82,17 @@ def test_gqa(tmp_path):
     assert list(rows['test'].sample_id) == ['02', '01', '07333408'] and list(rows['test'].picture) == [0, 1, 1] and list(rows['val'].type) == ['verify'] * 3
 
 
+def test_paths_stay_inside(tmp_path):
+    """A picture that a published file names by a path out of its folder is not read."""
+    put(tmp_path / 'secret.jpg', picture(1, form='JPEG'))
+    for part in ('train', 'val', 'testdev'):
+        entry = dict(imageId='../../secret', question='Is it red?', answer='yes', types=dict(structural='verify'))
+        put(tmp_path / f'src/{part}_balanced_questions.json', {'1': entry, '2': entry | dict(imageId=str(tmp_path / 'secret'))})
+    (tmp_path / 'src/images').mkdir()
+    with pytest.raises(ValueError, match='6 of 6 rows cannot be used.*the image path leaves the folder'):
+        imported('gqa', tmp_path)
+
+
 def test_clevr(tmp_path):
     """Pictures are RGBA; answers may be true, false and numbers; the type is the program's last function."""
     for part in ('train', 'val'):

@@ -44,6 +44,8 @@ def test_readme_commands(command):
             assert (ROOT / 'prepare' / f'{words[2]}.py').is_file()
         elif words[:1] == ['python'] and words[1].endswith('.py'):
             assert (ROOT / words[1]).is_file()
+        elif words[:1] == ['torchrun']:
+            configure(TrainConfig, [str(ROOT / w) for w in words[words.index('train.py') + 1:]])
         elif words[:3] == ['pip', 'install', '-r']:
             assert (ROOT / words[3]).is_file()
         else:

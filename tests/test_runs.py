@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import random
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import eval as evaluation
+import model
 import train
-from configurator import locked, write_whole
+from configurator import locked, run_script, write_whole
 from conftest import ROOT
 
-TINY = ['--max_steps=30', '--eval_interval=10', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu', '--inner_steps=2',
+TINY = ['--dtype=float32', '--max_steps=30', '--eval_interval=10', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu', '--inner_steps=2',
         '--max_question_tokens=40']
 CLOCK = {'ms', 'examples_per_s', 'train_s', 'wall_s', 'eval_s', 'tokens_per_s', 'peak_memory_gb', 'out_dir', 'dataset', 'cache_dir', 'threads', 'processes'}
 
@@ -27,6 +28,14 @@ CLOCK = {'ms', 'examples_per_s', 'train_s', 'wall_s', 'eval_s', 'tokens_per_s', 
 @pytest.fixture(scope='module')
 def flags(tiny_shapes, tiny_encoder, tmp_path_factory):
     return [*TINY, f'--dataset={tiny_shapes}', f'--encoder={tiny_encoder}', f"--cache_dir={tmp_path_factory.mktemp('cache')}"]
+
+
+@pytest.fixture(scope='module')
+def whole(flags, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    train.main([*flags, f'--out_dir={out}'])
+    return out
 
 
 def timeless(value):
@@ -92,26 +101,25 @@ while True:
 '''
 
 
-def test_killed_at_random_moments(tiny_encoder, tmp_path):
+def test_killed_at_random_moments(tiny_encoder, whole, tmp_path):
     """A run that is killed at 20 random moments, while data are drawn, pictures encoded, weights trained, checkpoints written or answers judged,
     and started again each time with the same command, ends with the same weights, optimizer, log, metrics and predictions, to the bit."""
-    ends, longest = [], 0
-    for name, kills in (('whole', 0), ('killed', 20)):
-        here = tmp_path / name
+    longest = 0
+    for kills in (0, 20):
+        here = tmp_path / str(kills)
         here.mkdir()
         done = python(KILLER, here, kills, longest, *TINY, f'--encoder={tiny_encoder}', '--out_dir=run', cwd=here)
         console = (here / 'console').read_text()
         assert done.returncode == 0, done.stderr + console
         longest = float(done.stdout.split()[0])  # seconds that a run takes when it is left alone
-        ends.append(outcome(here / 'run'))
         left = [str(p.relative_to(here)) for p in here.rglob('*.partial')]
         assert not left, left
+        assert_same(outcome(here / 'run'), outcome(whole))
     assert console.count('going on at step') > 2
-    assert_same(*ends)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_stopped(number, flags, tmp_path):
+def test_stopped(number, flags, whole, tmp_path):
     """SIGTERM and Ctrl-C save the state behind the step that is under way, whatever step that is, and say how to go on; the run then ends as one that
     was never stopped."""
     script = f'''
@@ -133,9 +141,7 @@ run_script(train.main)
         evaluation.main([f'--out_dir={tmp_path / "a"}', '--device=cpu'])
     second = python(script, *flags, '--out_dir=a', cwd=tmp_path)
     assert second.returncode == 0 and 'going on at step 8' in second.stdout
-    third = python(script, *flags, '--out_dir=b', cwd=tmp_path)
-    assert third.returncode == 0
-    assert_same(outcome(tmp_path / 'a'), outcome(tmp_path / 'b'))
+    assert_same(outcome(tmp_path / 'a'), outcome(whole))
 
 
 def test_full_disk(flags, tmp_path):
@@ -232,23 +238,22 @@ def test_gradients_of_two_processes(stage, flags, tmp_path):
         assert len(one) == len(two) and all(torch.allclose(a, b, atol=1e-6, rtol=1e-5) for a, b in zip(one, two))
 
 
-def test_two_processes_train(flags, tmp_path):
+def test_two_processes_train(flags, whole, tmp_path):
     """torchrun trains, shares the evaluation so that each row counts once, prints once, and leaves one run, which one process then goes on with: the batches
     do not depend on how many processes there are."""
     script = 'import train\nfrom configurator import run_script\nrun_script(train.main)\n'
-    two = torchrun(2, script, *flags, '--out_dir=two', '--dtype=float32', cwd=tmp_path)
+    two = torchrun(2, script, *flags, '--out_dir=two', cwd=tmp_path)
     assert two.returncode == 0 and two.stdout.count('best validation') == 1, two.stderr
-    train.main([*flags, f'--out_dir={tmp_path}/one', '--dtype=float32'])
-    a, b = outcome(tmp_path / 'one'), outcome(tmp_path / 'two')
+    a, b = outcome(whole), outcome(tmp_path / 'two')
     assert len(a[1][2].splitlines()) == len(b[1][2].splitlines()) and a[1][1]['n'] == b[1][1]['n']
     losses = [[e['loss'] for e in events if e['event'] == 'step'] for events in (a[1][0], b[1][0])]
     assert len(losses[0]) == 8 and all(abs(x - y) < 2e-3 for x, y in zip(*losses))
 
     stop = script.replace('run_script(train', 'import os, signal\nrate = train.learning_rate\ntrain.learning_rate = lambda step, s: (step == 12 and '
                           'int(os.environ["RANK"]) == 1 and os.kill(os.getpid(), signal.SIGTERM), rate(step, s))[1]\nrun_script(train')
-    stopped = torchrun(2, stop, *flags, '--out_dir=three', '--dtype=float32', cwd=tmp_path)
+    stopped = torchrun(2, stop, *flags, '--out_dir=three', cwd=tmp_path)
     assert stopped.returncode != 0 and 'stopped at step 13 of 30' in stopped.stderr, stopped.stderr
-    train.main([*flags, f'--out_dir={tmp_path}/three', '--dtype=float32'])
+    train.main([*flags, f'--out_dir={tmp_path}/three'])
     assert abs(outcome(tmp_path / 'three')[1][0][-2]['loss'] - losses[0][-1]) < 2e-3
 
 
@@ -335,3 +340,85 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '0')
     write_whole(tmp_path / 'x', lambda f: f.write(b'0'))
     assert (tmp_path / 'x').read_bytes() == b'0'
+
+
+# ----------------------------------------------------------------------------
+# messages
+
+MISTAKES = [  # script, arguments, what its message says; {run}: a finished run, {plain}: one of a plain decoder, {here}: a folder for rubbish
+    (train, '--n_layers=3', 'n_layers: no such setting .did you mean n_layer'),
+    (train, '--batch_size 8', 'a flag is written --key=value'),
+    (train, 'batch_size=8', 'did you mean --batch_size=8'),
+    (train, 'config/trn.py', 'config/trn.py: no such config file.*config/'),
+    (train, '{here}/typo.py', 'typo.py: n_layr: no such setting .did you mean n_layer'),
+    (train, '{here}/syntax.py', 'syntax.py, line 2: not Python'),
+    (train, '--batch_size=32.5', 'batch_size=32.5: expected a whole number'),
+    (train, '--use_vision=maybe', 'use_vision=maybe: expected true or false'),
+    (train, '--learning_rate=-1', 'learning_rate=-1.0: expected more than 0'),
+    (train, '--kind=trn --dataset={data} --encoder={encoder}', 'kind=trn: expected one of plain, trm'),
+    (train, '--n_embd=30 --dataset={data} --encoder={encoder}', 'n_embd=30: expected a multiple of'),
+    (train, '--dataset={here}/none', 'train.parquet: no such file; a dataset is a folder with'),
+    (train, '--dataset={here}/text', 'train.parquet: not a parquet file'),
+    (train, '--dataset={here}/columns', 'has no column image; it has picture'),
+    (train, '--dataset={data} --encoder=none.pt', 'none.pt: no such encoder'),
+    (train, '--dataset={data} --encoder={here}/typo.py', 'typo.py: not a file that can be read safely'),
+    (train, '--dataset={data} --encoder={encoder} --vision_dim=7', r'vision_dim=7: expected one of the prefixes'),
+    (train, '--dataset={data} --encoder={encoder} --max_question_tokens=2', 'tokens, more than max_question_tokens=2.*--truncate=true'),
+    (train, '--device=cuda:9', 'device=cuda:9: not to be had here'),
+    (train, '--out_dir={here}/typo.py', 'typo.py'),
+    (train, '--out_dir={run} --seed=3', 'holds a run with other settings.*seed=1337 there, 3 here.*--fresh=true'),
+    (evaluation, '--out_dir={here}/none', 'no such file; a run writes it: python train.py'),
+    (evaluation, '--out_dir={here}/evil', 'not a file that can be read safely'),
+    (evaluation, '--out_dir={run} --split=tset', 'split=tset: expected train, val or test'),
+    (evaluation, '--out_dir={run} --image={here}/none.png --question=what?', 'none.png: no such file'),
+    (evaluation, '--out_dir={run} --image={here}/typo.py --question=what?', 'typo.py: not a picture'),
+    (evaluation, '--out_dir={run} --image={here}/none.png', '--image and --question belong together'),
+    (evaluation, '--compare={run},{here}/none', 'none/metrics.json: no such file; --compare takes'),
+    (data, 'coco --source=x --out=y', 'coco: no such format; there are shapes'),
+    (data, 'vqav2 --source={here}/none --out={here}/x', 'no such file; --source is the folder of the published files'),
+    (data, 'shapes --out={data}', 'already there; delete it or choose another --out'),
+    (data, 'shapes --max_hops=99', 'max_hops=99'),
+    (model, '--repeats=0', 'repeats=0: expected at least 1'),
+]
+
+
+@pytest.fixture(scope='module')
+def rubbish(tmp_path_factory):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    here = tmp_path_factory.mktemp('rubbish')
+    for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'text/train.parquet': 'words'}.items():
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(text)
+    for name in ('columns', 'evil'):
+        (here / name).mkdir()
+    pq.write_table(pa.table(dict(picture=[b'1'], question=['q'], answer=['a'])), here / 'columns/train.parquet')
+    torch.save(dict(format=evaluation.FORMAT, evil=print), here / 'evil/ckpt.pt')
+    return here
+
+
+@pytest.mark.parametrize('script, argv, message', MISTAKES, ids=[argv for _, argv, _ in MISTAKES])
+def test_mistakes(script, argv, message, rubbish, whole, tiny_shapes, tiny_encoder, monkeypatch, capsys):
+    """A mistake that a new user may make ends a script with one line that says what was wrong and what to do, without a stack trace and with exit code 1;
+    --debug adds the trace."""
+    places = dict(here=rubbish, run=whole, data=tiny_shapes, encoder=tiny_encoder)
+    words = [word.format(**places) for word in argv.split()]
+    words += [f'--out_dir={rubbish}/out'] * (script is train and '--out_dir' not in argv)
+    monkeypatch.setattr(sys, 'argv', ['script', *words])
+    with pytest.raises(SystemExit) as end:
+        run_script(script.main)
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and text.startswith('error: ') and text.count('\n') == 1 and re.search(message, text), text
+    sys.argv.append('--debug')
+    with pytest.raises((ValueError, OSError)):
+        run_script(script.main)
+
+
+def test_control_characters(rubbish, monkeypatch, capsys):
+    """What a data set or a file name says reaches the terminal without its control characters."""
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--dataset=a\x1b[2Jb'])
+    with pytest.raises(SystemExit):
+        run_script(train.main)
+    assert '\x1b' not in capsys.readouterr().err
+    metrics = dict(n=1, em=1., f1=1., em_types=1., by_type={'\x1b[31m': dict(n=1, em=1., f1=1.)})
+    assert '\x1b' not in evaluation.result_table(metrics)
