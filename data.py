@@ -76,7 +76,7 @@ class ShapesConfig:
     image_px: int = 64        # side of the square picture, in pixels
     min_objects: int = 2      # objects in a picture, at least
     max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
-    types: str = 'color,shape,exist,count,compare,relation,hops'  # types of questions, separated by commas
+    types: str = 'color,shape,exist,count,compare,relation,hops'  # types of questions, separated by commas; with chains=next place and at too
     min_hops: int = 1         # shortest chain of relations asked for
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     train_hops: int | None = None  # longest chain in train and val, where longer ones are held out for test; None: max_hops
@@ -250,6 +250,20 @@ def ask_relation(scene):
             for a in scene for b in scene if a is not b and side_of(b, a) for side in SIDES]
 
 
+def ranks(scene):
+    """For every object its column and its row, counted from 1, where each has one of its own."""
+    columns, rows = (sorted(o[axis] for o in scene) for axis in 'xy')
+    return [dict(column=columns.index(o['x']) + 1, row=rows.index(o['y']) + 1) for o in scene]
+
+
+def ask_place(scene):
+    return [(f'which {line} is the {name(o)} in?', str(k)) for o, places in zip(scene, ranks(scene)) for line, k in places.items()]
+
+
+def ask_at(scene):
+    return [(f'what {key} is in {line} {k}?', o[key]) for o, places in zip(scene, ranks(scene)) for line, k in places.items() for key in ('color', 'shape')]
+
+
 def ask_hops(scene, hops, chains='only', most=200):
     """Follow `hops` sides from a named object to another. 'only': no object is visited twice. 'next', told as 'east of north of the red circle':
     no step takes back the one before, and of the chains, which triple with every step, `most` are drawn."""
@@ -264,7 +278,7 @@ def ask_hops(scene, hops, chains='only', most=200):
 
 
 ASK = {'color': ask_color, 'shape': ask_shape, 'exist': ask_exist, 'count': ask_count, 'compare': ask_compare,
-       'relation': ask_relation}
+       'relation': ask_relation, 'place': ask_place, 'at': ask_at}
 
 
 def hop_type(hops):
@@ -280,8 +294,8 @@ def shapes_rows(config, split, start, n):
     ask = {type: questions for type, questions in ASK.items() if type in wanted}
     if 'hops' in wanted:
         ask |= {hop_type(h): partial(ask_hops, hops=h, chains=config.chains) for h in range(config.min_hops, most_hops + 1)}
-    hops = lambda type: int(type.split()[0]) if 'hop' in type else 0
-    times = lambda type: max(2, 5 - (hops(type) or 2)) if config.chains == 'next' else 2 if hops(type) > 1 else 1  # 'next': what chains begin with, oftener
+    hops = lambda type: int(type.split()[0]) if 'hop' in type else 1
+    times = lambda type: max(2, 5 - hops(type)) if config.chains == 'next' else 2 if hops(type) > 1 else 1  # 'next': what chains begin with, oftener
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
