@@ -110,14 +110,14 @@ def draw_scene(rng, config):
     """
     n = rng.randint(config.min_objects, config.max_objects)
     pairs = rng.sample([(c, s) for c in COLORS for s in SHAPES], n)
-    for _ in range(1000):  # a crowded draw starts over
-        scene, ranks = [], [rng.sample(range(n), n) for _ in 'xy']
+    for _ in range(100 if config.chains == 'only' else 1000):  # a crowded draw starts over
+        scene, lines = [], [rng.sample(range(n), n) for _ in 'xy'] if config.chains == 'next' else None
         for k, (color, shape) in enumerate(pairs):
             size = rng.choice(tuple(SIZES))
             r = SIZES[size]
             for _ in range(50):
                 if config.chains == 'next':  # in the middle half of its row and of its column
-                    x, y = (8.5 + (config.image_px - 17) * (rank[k] + rng.uniform(.25, .75)) / n for rank in ranks)
+                    x, y = (8.5 + (config.image_px - 17) * (line[k] + rng.uniform(.25, .75)) / n for line in lines)
                 else:
                     x, y = (rng.uniform(r + 1, config.image_px - r - 1) for _ in 'xy')
                 if all(math.hypot(x - o['x'], y - o['y']) > r + o['r'] + 2 for o in scene):
@@ -272,7 +272,7 @@ def ask_hops(scene, hops, chains='only', most=200):
     back, rng = dict(zip(SIDES, (SIDES[1], SIDES[0], SIDES[3], SIDES[2]))), random.Random(describe(scene))
     paths = [([i], [], f'the {name(o)}') for i, o in enumerate(scene)]
     for _ in range(hops):
-        paths = [(visited + [j], sides + [side], f'{told[side]} {words}') for visited, sides, words in rng.sample(paths, min(most, len(paths)))
+        paths = [(visited + [j], sides + [side], f'{told[side]} {words}') for visited, sides, words in (paths if len(paths) <= most else rng.sample(paths, most))
                  for side, j in edges[visited[-1]].items() if (j not in visited if chains == 'only' else sides[-1:] != [back[side]])]
     return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, _, words in paths if visited[0] != visited[-1] for key in ('color', 'shape')]
 

@@ -17,11 +17,18 @@ declare -A FLAGS GROUP
 NAMES=()
 add() { NAMES+=("$2"); GROUP[$2]=$1; FLAGS[$2]="${*:3}"; }   # add GROUP NAME FLAGS
 
-# depth: how many steps of recursion; every run has the same two blocks
-for n in 1 2 4 6 8; do add depth n$n --inner_steps=$n; done
-# plain: the same blocks without recursion, as many, twice and four times as many; and recursion without a latent state z
-for l in 2 4 8; do add plain plain$l --kind=plain --n_layer=$l; done
-for n in 2 4; do add plain loop$n --recursion=loop --inner_steps=$n; done
+# flops: every decoder with the training FLOPs of config/trm.py (n=2, 1800 steps of 128 rows), whatever they cost it in steps; two blocks but for plain4 and plain8
+for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_steps=4" "loop2 2128 --recursion=loop --inner_steps=2" "loop4 1801 --recursion=loop --inner_steps=4" \
+         "plain2 2341 --kind=plain --n_layer=2" "plain4 903 --kind=plain --n_layer=4" "plain8 405 --kind=plain --n_layer=8"; do
+    set -- $k; add flops flops_$1 --max_steps=$2 --eval_interval=150 "${@:3}"
+done
+# steps: the same decoders with 1800 steps each, whatever they cost
+for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "loop2 --recursion=loop --inner_steps=2" "loop4 --recursion=loop --inner_steps=4" "plain2 --kind=plain --n_layer=2" \
+         "plain4 --kind=plain --n_layer=4" "plain8 --kind=plain --n_layer=8"; do
+    set -- $k; add steps steps_$1 --max_steps=1800 --eval_interval=150 "${@:2}"
+done
+# depth: how many steps of recursion; from here on all have 1800 steps of training
+for n in 6 8; do add depth steps_n$n --inner_steps=$n; done
 # cycles: T, with every cycle supervised and with the last one only
 for t in 2 3; do add cycles T$t --inner_steps=2 --outer_steps=$t; add cycles T${t}_deep --inner_steps=2 --outer_steps=$t --deep_supervision=true; done
 # form: the other recursion, norm placements, the context mask, no averaging of weights
@@ -37,16 +44,20 @@ add vision blind4 --inner_steps=4 --use_vision=false
 for d in 16 32 64; do add vision dim$d --inner_steps=4 --vision_dim=$d; done
 # rate: the learning rate of each kind of decoder, judged on val
 for r in 1e-3 4e-3; do for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "plain4 --kind=plain --n_layer=4"; do set -- $k; add rate $1_lr$r "${@:2}" --learning_rate=$r; done; done
-# heldout: trained on short chains, tested on longer ones too
-for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "plain4 --kind=plain --n_layer=4"; do set -- $k; add heldout heldout_$1 "${@:2}" --dataset=data/chains_heldout; done
+# chains: a bench without shortcuts, for all chains and for longer ones than in training (see results/README.md: nothing has learnt it in 2,500 steps)
+for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "n8 --inner_steps=8" "plain4 --kind=plain --n_layer=4" "plain8 --kind=plain --n_layer=8"; do
+    set -- $k; add chains chains_$1 config/chains.py "${@:2}"; add heldout heldout_$1 config/chains.py --dataset=data/chains_heldout "${@:2}"
+done
+# published: Sort-of-CLEVR
+for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 
 draw() { [ -e "$1" ] || python data.py shapes --out="$1" "${@:2}"; }
-chains="--chains=next --types=color,shape,hops --min_objects=4 --max_objects=4 --n_train=8000 --n_val=300 --n_test=600 --describe=0"
+chains="--chains=next --types=color,shape,place,at,hops --min_objects=4 --max_objects=4 --max_hops=4 --n_train=12000 --n_val=300 --n_test=600 --describe=0"
 
 one() {  # NAME SEED
     local out=out/exp/$1_$2 log=out/exp/$1_$2.console
     mkdir -p out/exp results/runs
-    if python train.py config/chains.py ${FLAGS[$1]} --seed=$2 --out_dir=$out > $log 2>&1; then
+    if python train.py ${FLAGS[$1]} --seed=$2 --out_dir=$out > $log 2>&1; then
         cp $out/metrics.json results/runs/$1_$2.json
     else
         echo "$1, seed $2: failed, see $log"; tail -n 1 $log
@@ -61,8 +72,10 @@ for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
 done; done
 echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then printf '%s\n' "${TODO[@]}"; exit; fi
-draw data/chains $chains --max_hops=4
-draw data/chains_heldout $chains --max_hops=4 --train_hops=2
+need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
+if need chains; then draw data/chains $chains; fi
+if need heldout; then draw data/chains_heldout $chains --train_hops=2; fi
+if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr; fi
 start=$SECONDS; k=0
 for job in "${TODO[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; k=$((k + 1)); eta=$(((SECONDS - start) * (${#TODO[@]} - k) / k)); echo "$k of ${#TODO[@]} done | eta $((eta / 60)) min"; done

@@ -20,7 +20,7 @@ from data import DrawnCaptions, Questions, ShapesConfig, Tokenizer, read_rows, t
 
 @pytest.fixture(scope='module')
 def many_rows():
-    return data.shapes_rows(ShapesConfig(max_hops=4, nearest=True, max_objects=8), 'train', 0, 250)
+    return data.shapes_rows(ShapesConfig(), 'train', 0, 250)
 
 
 def scene_of(i, config=ShapesConfig()):
@@ -65,19 +65,26 @@ def answer_by_looking(question, scene):
         return [o for o in scene if o is not anchor and test(o)]
 
     def find(phrase):  # "the object left of the object above the red circle" or "the red circle"
-        if m := re.fullmatch(r'the (closest )?object (left of|right of|above|below) (the .*)', phrase):
-            anchor = find(m[3])
-            found = beside(m[2], anchor)
-            if m[1]:
-                found = sorted(found, key=lambda o: math.hypot(o['x'] - anchor['x'], o['y'] - anchor['y']))[:1]
+        if m := re.fullmatch(r'the object (left of|right of|above|below) (the .*)', phrase):
+            found = beside(m[1], find(m[2]))
+        elif m := re.fullmatch(r'(\w+) of (.*)', phrase):  # "east of north of the red circle": goes round
+            axis, sign = {'east': ('x', 1), 'west': ('x', -1), 'south': ('y', 1), 'north': ('y', -1)}[m[1]]
+            anchor = find(m[2])
+            far = lambda o: sign * (o[axis] - anchor[axis])
+            found = [min((o for o in scene if o is not anchor), key=lambda o: far(o) + (far(o) < 0) * 1000)]
+        elif m := re.fullmatch(r'in (column|row) (\d)', phrase):
+            axis = {'column': 'x', 'row': 'y'}[m[1]]
+            found = [o for o in scene if sum(b[axis] < o[axis] for b in scene) == int(m[2]) - 1]
         else:
             found = [o for o in scene if is_(o, phrase.removeprefix('the '))]
         assert len(found) == 1, (phrase, found)
         return found[0]
 
     count = lambda words: sum(is_(o, words) for o in scene)
-    if m := re.fullmatch(r'what (color|shape) is (the .*)\?', question):
+    if m := re.fullmatch(r'what (color|shape) is (.*)\?', question):
         return find(m[2])[m[1]]
+    if m := re.fullmatch(r'which (column|row) is (the .*) in\?', question):
+        return str(1 + sum(o['xy'[m[1] == 'row']] < find(m[2])['xy'[m[1] == 'row']] for o in scene))
     if m := re.fullmatch(r'is there a (.*)\?', question):
         return 'yes' if count(m[1]) else 'no'
     if m := re.fullmatch(r'how many (.*) are there\?', question):
@@ -100,10 +107,29 @@ def test_answers_are_true(n):
                 assert answer_by_looking(question, scene) == answer, (question, scene)
                 asked[type] += 1
         for hops in (1, 2, 3, 4):
-            for question, answer in data.ask_hops(scene, hops)[:6] + data.ask_hops(scene, hops, nearest=True)[:3]:
+            for question, answer in data.ask_hops(scene, hops)[:6] + data.ask_hops(scene, hops, 'next')[:3]:
                 assert answer_by_looking(question, scene) == answer, (question, scene)
                 asked[data.hop_type(hops)] += 1
     assert set(asked) == {*data.ASK, '1 hop', '2 hops', '3 hops', '4 hops'}
+
+
+def test_chains_have_no_shortcut():
+    """With chains='next' every object has a row and a column of its own, every chain of words leads from different starts to different objects, and a
+    chain without its last word leads elsewhere; train_hops keeps longer chains for the test split."""
+    config = ShapesConfig(chains='next', types='place,at,hops', min_objects=4, max_objects=4, max_hops=4, train_hops=2, describe=0)
+    for i in range(30):
+        scene = scene_of(i, config)
+        edges = data.next_neighbours(scene)
+        assert all(sorted(e[side] for e in edges) == list(range(4)) for side in data.SIDES)          # permutations
+        assert all(edges[edges[k]['left of']]['right of'] == k and edges[edges[k]['above']]['below'] == k for k in range(4))
+        ends = [dict(data.ask_hops(scene, hops, 'next', most=10 ** 6)) for hops in (2, 3)]
+        asked = Counter(re.sub('the .*', '', question) for question in ends[0] if 'color' in question)
+        assert max(asked.values()) > 1 and min(asked.values()) >= 0
+    types = [Counter(r['type'] for r in data.shapes_rows(config, split, 0, 20)) for split in ('train', 'test')]
+    assert set(types[0]) == {'place', 'at', '1 hop', '2 hops'} and set(types[1]) == set(types[0]) | {'3 hops', '4 hops'}
+    for bad in (dict(chains='last'), dict(types='color,hop'), dict(train_hops=3)):
+        with pytest.raises(ValueError, match='|'.join(bad)):
+            ShapesConfig(**bad)
 
 
 def test_answers_are_balanced(many_rows):
@@ -118,7 +144,7 @@ def test_answers_are_balanced(many_rows):
 def test_types_and_captions(many_rows):
     """The number of hops is the row's type; about a tenth of the pictures ask for their caption."""
     types = Counter(r['type'] for r in many_rows)
-    assert min(types[data.hop_type(h)] for h in (1, 2, 3, 4)) > 100
+    assert min(types[data.hop_type(h)] for h in (1, 2)) > 100
     captions = [r for r in many_rows if r['type'] == 'describe']
     assert 12 < len(captions) < 45 and all(r['question'] is None for r in captions)
     assert re.match(r'a (small|big) \w+ \w+(, a|  and a| and a)', captions[0]['caption'])
