@@ -243,7 +243,9 @@ class AlignTask:
     figure = 'R@1'
 
     def __init__(self, settings, device, saved, splits=('train', 'val')):
-        self.settings, self.device, self.frozen, self.look = settings, device, None, {}
+        self.settings, self.device, self.frozen, self.look, world = settings, device, None, {}, evaluation.place()[1]
+        if settings.batch_size % world:
+            raise ValueError(f'batch_size={settings.batch_size}: {world} processes contrast as many captions each: expected a multiple of {world}')
         if settings.captions == 'drawn':
             shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
             texts = caption_sample(shapes)
@@ -546,11 +548,11 @@ def processes(settings):
 
 def my_share(batch):
     """Of a batch, the rows of this process: every so-many-th one. A loss that is a mean over the rows' `counted` targets gets a `weight`, with
-    which the mean over the processes is the mean over the whole batch. Raises: ValueError where there are fewer rows than processes."""
+    which the mean over the processes is the mean over the whole batch; a process for which no row is left takes the first one, with weight 0."""
     (rank, world), counted = evaluation.place(), batch.pop('counted')
     if world > 1:
-        weight = world * counted[rank::world].sum() / counted.sum()
-        batch = {key: value[rank::world] if torch.is_tensor(value) else value for key, value in batch.items()} | dict(weight=weight)
+        weight, rows = world * counted[rank::world].sum() / counted.sum(), slice(rank, None, world) if rank < len(counted) else slice(1)
+        batch = {key: value[rows] if torch.is_tensor(value) else value for key, value in batch.items()} | dict(weight=weight)
     return batch
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import sys
 import types
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import eval as evaluation
+from configurator import printable, write_whole
 from eval import exact_match, normalize_answer, token_f1
 
 
@@ -90,9 +92,35 @@ def test_tables(tmp_path):
         (tmp_path / run).mkdir()
         (tmp_path / run / 'metrics.json').write_text(json.dumps(metrics(em)))
     table = evaluation.compare([tmp_path / 'a', tmp_path / 'b'])
-    assert '0.250' in table and '0.750' in table and '1,234,567' in table and table.count('\n') == 4
+    assert '0.250' in table and '0.750' in table and '1,234,567' in table and table.count(' | ') > 40
     with pytest.raises(FileNotFoundError, match='folders of finished runs'):
         evaluation.compare([tmp_path / 'c'])
+
+
+def test_comparison(tmp_path, monkeypatch):
+    """--compare puts the seeds of a configuration together: mean and Student's 95 % interval; the difference to the first one is question by question; patterns
+    and copies of metrics.json are read too; the pictures are drawn, or a line says how to get them."""
+    kinds = dict(plain=dict(kind='plain', n_layer=4), trm=dict(kind='trm', n_layer=2))
+    for kind, ems in dict(plain=(.5, .5, .5), trm=(.5, .75, 1.)).items():
+        for seed, em in enumerate(ems):
+            settings = kinds[kind] | dict(inner_steps=3, outer_steps=2, recursion='add', batch_size=2, grad_accum=1, seed=seed, out_dir=f'{kind}_{seed}')
+            m = metrics(em) | dict(settings=settings, mflop_per_example=3., curve=[(1, .5, .1), (2, 1., em)], commit='abc', device='a cpu', threads=2,
+                                   correct='1' * round(4 * em) + '0' * round(4 - 4 * em) + '-')
+            (tmp_path / f'{kind}_{seed}.json').write_text(json.dumps(m))
+    text = evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'])
+    plain, trm = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()[2:4]]
+    half = 4.303 * .25 / 3 ** .5                                       # t at 2 degrees of freedom, standard deviation .25, 3 seeds
+    assert plain[0].endswith('/plain') and plain[1] == '3' and plain[4] == '4' and trm[4] == str(2 * 2 * (3 + 1))
+    assert plain[8] == '0.500 ± 0.000' and trm[8].startswith('0.750 ± ') and abs(float(trm[8].split()[-1]) - half) < 2e-3
+    d = [0, 0, 2 / 3, 1 / 3]                                           # question by question: how much oftener the three seeds of trm are right
+    sd = (sum((x - .25) ** 2 for x in d) / 4) ** .5
+    assert trm[9] == f'+0.250 ± {1.96 * sd / 2:.3f}' and plain[9] == '-' and 'commit abc on a cpu' in text
+    for name in ('comparison.png', 'curves.png'):
+        assert Image.open(tmp_path / name).width > 600
+    other = json.loads((tmp_path / 'trm_0.json').read_text()) | dict(correct='101-')
+    assert evaluation.paired([other], [json.loads((tmp_path / 'trm_1.json').read_text())]) is None  # other questions
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert evaluation.compare([tmp_path / 'plain_0.json']).count('plain') == 1
 
 
 def test_write_whole(tmp_path):
