@@ -467,7 +467,7 @@ def stream(path, columns, at_once=100):
         k, batches = 0, file.iter_batches(at_once, [group], columns)
         while True:
             try:
-                rows = next(batches).to_pylist()
+                rows = plain_rows(next(batches))
             except StopIteration:
                 break
             except (pa.ArrowException, OSError, ValueError) as e:
@@ -475,6 +475,16 @@ def stream(path, columns, at_once=100):
             for row in rows:
                 yield (group, k), row
                 k += 1
+
+
+def plain_rows(batch):
+    """The rows of a record batch as dicts; texts that are not in UTF-8 come with half characters in them, see `is_unicode`."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        loose = lambda column: [text and text.decode(errors='surrogateescape') for text in column.cast(pa.binary()).to_pylist()]
+        columns = [loose(column) if pa.types.is_string(column.type) else column.to_pylist() for column in batch.columns]
+        return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
 
 
 class OnDisk(Sequence):

@@ -436,16 +436,15 @@ def train(settings, sources, device, stop):
             scaler.update()
             run.since += 1
         else:
-            run.bad_steps += 1
             problem = f'step {run.step}: loss {loss.item()}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(sum((n() for n in names), []))}, ...'
-            if run.bad_steps > settings.skip_bad_steps:
-                run.bad_steps, run.total, run.since = run.bad_steps - 1, {}, 0
+            run.total, run.since = {}, 0
+            if run.bad_steps == settings.skip_bad_steps:
                 save()
                 raise FloatingPointError(f'{problem}; the state before this step is saved; a lower --learning_rate with --fresh=true is the usual remedy, '
                                          f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
+            run.bad_steps += 1
             print(f'{problem}; left out')
             log.write(dict(event='bad step', step=run.step, problem=problem))
-            run.total, run.since = {}, 0
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         if settings.ema:  # early on a shorter average, so that it never lags behind

@@ -51,6 +51,14 @@ done
 # published: Sort-of-CLEVR
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 
+# gpu: the seed's experiments at its own scale, bash config/experiments_gpu.sh; left out unless asked for
+for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
+for t in 2 3; do add gpu pixmo_T$t config/trm_pixmo.py --outer_steps=$t --deep_supervision=true; done
+for l in 2 4 8; do add gpu pixmo_plain$l config/plain_pixmo.py --n_layer=$l; done
+for c in 256 1024; do add gpu pixmo_n4_c$c config/trm_pixmo.py --n_embd=$c; add gpu pixmo_plain4_c$c config/plain_pixmo.py --n_embd=$c; done
+for d in 512 1024 2048; do add gpu pixmo_dim$d config/trm_pixmo.py --vision_dim=$d; done
+for f in recursion=add recursion=loop norm=post ema=0.998 use_vision=false; do add gpu pixmo_${f/=/_} config/trm_pixmo.py --$f; done
+
 draw() { [ -e "$1" ] || python data.py shapes --out="$1" "${@:2}"; }
 chains="--chains=next --types=color,shape,place,at,hops --min_objects=4 --max_objects=4 --max_hops=4 --n_train=12000 --n_val=300 --n_test=600 --describe=0"
 
@@ -66,7 +74,7 @@ one() {  # NAME SEED
 
 TODO=()
 for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
-    if [ "$WANTED" = "  " ] || [[ $WANTED == *" ${GROUP[$name]} "* ]]; then
+    if [ "$WANTED" = "  " ] && [ ${GROUP[$name]} != gpu ] || [[ $WANTED == *" ${GROUP[$name]} "* ]]; then
         [ -e results/runs/${name}_$seed.json ] || TODO+=("$name $seed")
     fi
 done; done

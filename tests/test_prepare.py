@@ -317,6 +317,19 @@ def test_bad_texts(tmp_path, capsys):
         'more fields than the header has: line 3', 'the question or answer is not in UTF-8', 'the answer is empty or no text']
 
 
+def test_parquet_in_another_encoding(tmp_path):
+    """A text column of a parquet file that holds another encoding than UTF-8 costs the rows that do, not the file; training names the row."""
+    words = pa.array([b'caf\xe9?', b'what?', None, 'café?'.encode()]).cast(pa.binary()).view(pa.string())
+    put(tmp_path / 'src/a.parquet', b'')
+    pq.write_table(pa.table(dict(image=[picture(i) for i in range(4)], question=words, answer=['x'] * 4)), tmp_path / 'src/a.parquet')
+    rows = imported('parquet', tmp_path, '--max_bad=0.5')
+    assert sorted(q for split in rows.values() for q in split.question) == ['café?', 'what?']
+    assert sorted(r['reason'] for r in rejects(tmp_path)) == ['the question is no text', 'the question or answer is not in UTF-8']
+    (tmp_path / 'src/a.parquet').rename(tmp_path / 'src/train.parquet')
+    with pytest.raises(ValueError, match='2 of 4 rows cannot be used: row 0: the question or answer is not in UTF-8; row 2: the question is no text'):
+        read_rows(tmp_path / 'src', 'train')
+
+
 def test_memory(tmp_path):
     """Importing three times the rows, pictures and bad rows takes no more memory, reading them a few numbers a row."""
     peaks = []
