@@ -572,7 +572,7 @@ def grouped(paths):
     """Reads finished runs, folders or copies of a metrics.json -> {name: [metrics of every seed]}: runs that differ in nothing but their seed
     belong together. Raises: FileNotFoundError."""
     groups = {}
-    for path in sorted(chain.from_iterable(glob(p) or [p] for p in map(str, paths))):
+    for path in dict.fromkeys(chain.from_iterable(sorted(glob(p)) or [p] for p in map(str, paths))):
         file = Path(path) / 'metrics.json' if not path.endswith('.json') else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f'{file}: no such file; --compare takes the folders of finished runs')

@@ -81,8 +81,11 @@ def test_eval_options(flags, tmp_path, capsys, monkeypatch):
     assert 'after 64 steps: RMS of y 1.00, RMS of z 1.00' in capsys.readouterr().out
     assert (out / 'attention.png').stat().st_size > 1000
     assert (out / 'metrics.json').read_bytes() == before
-    evaluation.main([f'--compare={out},{out}'])
-    assert capsys.readouterr().out.count(str(out)) == 2
+    train.main([*flags, f'--out_dir={tmp_path / "b"}', '--kind=plain'])
+    capsys.readouterr()
+    evaluation.main([f'--compare={out},{tmp_path / "b"},{out}'])
+    text = capsys.readouterr().out
+    assert text.count(str(tmp_path)) == 2 and ' ± ' in text.splitlines()[3] and (tmp_path / 'comparison.png').is_file()
 
 
 def test_align_stage(tmp_path, capsys, monkeypatch):
