@@ -625,7 +625,7 @@ def compare(paths):
 
 
 def draw_comparison(groups, folder):
-    """Draws Exact Match and F1 against depth, parameters and FLOPs to comparison.png and the validation curves to curves.png."""
+    """Draws Exact Match and F1 against depth, parameters and FLOPs to comparison.png, the validation curves and the question types to curves.png."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -634,7 +634,8 @@ def draw_comparison(groups, folder):
     groups = {printable(name).replace('$', ''): runs for name, runs in groups.items() if passes(runs[0]) and 'mflop_per_example' in runs[0]}
     if not groups:
         return
-    short = {name: name.removeprefix(os.path.commonprefix(list(groups)) if len(groups) > 1 else os.path.dirname(name) + '/') or name for name in groups}
+    short = {name: os.path.basename(name) for name in groups}
+    words = lambda x: f'{x:g}' if x < 1e3 else f'{x / 1e3:.3g}k' if x < 1e6 else f'{x / 1e6:.3g}M'
     figure = Figure(figsize=(13, 7.5), layout='constrained')
     colors = {name: f'C{k % 10}' for k, name in enumerate(groups)}
     axes = figure.subplots(2, 3, sharey='row')
@@ -642,10 +643,15 @@ def draw_comparison(groups, folder):
               'GFLOP of the whole training': lambda m: m['mflop_per_example'] * m['step'] * m['settings']['batch_size'] * m['settings']['grad_accum'] / 1e3}
     for row, key in zip(axes, ('em', 'f1')):
         for axis, (label, place) in zip(row, places.items()):
-            for name, runs in groups.items():
+            at = sorted({place(runs[0]) for runs in groups.values()})
+            for k, (name, runs) in enumerate(groups.items()):
                 mean, half = spread([m[key] for m in runs])
-                axis.errorbar(place(runs[0]), mean, half or 0, fmt='o', capsize=3, color=colors[name], label=short[name])
-            axis.set(xlabel=label, xscale='log')
+                beside = 1.01 ** (k - len(groups) / 2)  # so that equals do not hide each other
+                axis.errorbar(place(runs[0]) * beside, mean, half or 0, fmt='o', capsize=3, color=colors[name], label=short[name])
+            axis.set(xlabel=label, xscale='log', xlim=(at[0] / 1.3, at[-1] * 1.3))
+            axis.set_xticks([x for i, x in enumerate(at) if i == 0 or x > 1.1 * at[i - 1]])
+            axis.xaxis.set_major_formatter(lambda x, _: words(x))
+            axis.minorticks_off()
             axis.grid(alpha=.3)
         row[0].set_ylabel({'em': 'Exact Match', 'f1': 'token F1'}[key])
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -654,19 +660,18 @@ def draw_comparison(groups, folder):
 
     figure = Figure(figsize=(13, 4), layout='constrained')
     left, middle, right = figure.subplots(1, 3)
-    hops = sorted({t for runs in groups.values() for t in runs[0]['by_type'] if 'hop' in t}, key=type_order)
+    types = sorted({t for runs in groups.values() for t in runs[0]['by_type'] if t != 'describe'}, key=type_order)
     for name, runs in groups.items():
         for axis, column in ((left, 0), (middle, 1)):  # the mean over the seeds, at the steps of the first
             curves = [m['curve'] for m in runs]
             axis.plot([sum(points) / len(points) for points in zip(*[[p[column] for p in c] for c in curves])],
                       [sum(points) / len(points) for points in zip(*[[p[2] for p in c] for c in curves])], '-', color=colors[name], label=short[name], linewidth=1.2)
-        if hops:
-            values = [spread([m['by_type'][t]['em'] for m in runs if t in m['by_type']] or [math.nan]) for t in hops]
-            right.errorbar(range(len(hops)), [v for v, _ in values], [h or 0 for _, h in values], fmt='o-', capsize=3, markersize=3, color=colors[name], linewidth=1.2)
+        values = [spread([m['by_type'][t]['em'] for m in runs if t in m['by_type']] or [math.nan]) for t in types]
+        right.errorbar(range(len(types)), [v for v, _ in values], [h or 0 for _, h in values], fmt='o-', capsize=3, markersize=3, color=colors[name], linewidth=1.2)
     left.set(xlabel='step', ylabel='validation Exact Match')
     middle.set(xlabel='seconds of training')
     right.set(ylabel='test Exact Match')
-    right.set_xticks(range(len(hops)), hops)
+    right.set_xticks(range(len(types)), types, rotation=40, ha='right')
     for axis in (left, middle, right):
         axis.grid(alpha=.3)
     handles, labels = left.get_legend_handles_labels()
