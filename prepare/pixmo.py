@@ -15,7 +15,8 @@ import ssl
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -96,12 +97,15 @@ def fetch(urls, folder, config):
         if manifest.stat().st_size and manifest.read_bytes()[-1:] != b'\n':
             out.write('\n')
         try:
-            for future in as_completed([pool.submit(one, url) for url in left]):
-                entry = future.result()
-                fate[entry['url']] = entry['reason']
-                out.write(json.dumps(entry) + '\n')
+            under_way, ahead = set(), iter(left)
+            while under_way := under_way | {pool.submit(one, url) for url in islice(ahead, 4 * config.workers - len(under_way))}:
+                finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    entry = future.result()
+                    fate[entry['url']] = entry['reason']
+                    out.write(json.dumps(entry) + '\n')
                 out.flush()
-                done += 1
+                done += len(finished)
                 eta = (time.time() - start) / done * (len(left) - done)
                 print(f'\rfetching | {done}/{len(left)} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
         except BaseException:
