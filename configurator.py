@@ -12,6 +12,7 @@ setting's type, is an error that says what was expected.
 """
 
 import difflib
+import errno
 import inspect
 import math
 import os
@@ -158,7 +159,12 @@ def run_script(main):
         main(argv)
     except KeyboardInterrupt as e:
         end(str(e) or 'stopped; what is finished is kept, and the same command goes on from there', code=130)
+    except BrokenPipeError:  # | head
+        raise SystemExit(1)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
+        if isinstance(e, OSError) and e.strerror and '--debug' not in sys.argv:
+            room = '; make room: what was finished is kept, and the same command goes on from there' * (e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            end(f'error: {f"{e.filename}: " if e.filename else ""}{e.strerror}{room}', code=1)
         full = isinstance(e, MemoryError) or 'out of memory' in str(e).lower() or 'allocate memory' in str(e).lower()
         if '--debug' in sys.argv or isinstance(e, RuntimeError) and not full:  # the latter is a fault of this code
             raise
@@ -192,28 +198,29 @@ def write_whole(path, write):
         full = e if isinstance(e, OSError) else e.__context__  # torch.save, which cannot end its file then, hides it behind a RuntimeError
         if not isinstance(full, OSError):
             raise
-        raise OSError(full.errno, f'{full.strerror}: what was there before is untouched; make room and give the same command again', str(path)) from None
+        raise OSError(full.errno, full.strerror or str(full), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(folder, wait=False):
-    """Keeps other processes that ask for the same folder out, until the block or the process ends, however it ends. On Windows it does not.
-
-    Raises: ValueError where another process is in it, unless `wait`, which waits for that one to finish.
+def locked(file, wait=False):
+    """Keeps other processes that ask for the same lock file out, until the block or the process ends, however it ends. On Windows, and on a disk that
+    knows no locks, it does not. Raises: ValueError where another process is in it, unless `wait`, which waits for that one to finish.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f'.{folder.name}.lock'), 'w') as f:
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'w') as f:
         if fcntl:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait:
-                    raise ValueError(f'{folder}: another process is writing there; wait for it, or choose another folder') from None
-                print(f'{folder}: another process is writing there, waiting for it')
+                    raise ValueError(f'{file.parent}: another process is writing there; wait for it, or choose another folder') from None
+                print(f'{file.parent}: another process is writing there, waiting for it', flush=True)
                 fcntl.flock(f, fcntl.LOCK_EX)
+            except OSError as e:
+                print(f'{file}: no lock is to be had here ({e.strerror}); see to it that no other process writes to {file.parent}')
         yield
 
 

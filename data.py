@@ -336,7 +336,7 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
     # a row group is quickly read; a picture that is asked several times is stored once in it
     options = dict(use_dictionary=True, dictionary_pagesize_limit=2 ** 26)
     with ExitStack() as stack:
-        stack.enter_context(locked(out, wait=True))
+        stack.enter_context(locked(out.with_name(f'.{out.name}.lock'), wait=True))
         if out.exists():
             raise FileExistsError(f'{out}: already there; delete it or choose another --out')
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -363,7 +363,7 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
         print()
         finish(partial)
         for path in partial.iterdir():
-            with open(path, 'rb') as f:
+            with open(path, 'r+b') as f:
                 os.fsync(f.fileno())
         os.replace(partial, out)
 

@@ -621,15 +621,18 @@ def read_torch_file(path):
 
 def safe_load(path):
     """torch.load of tensors and plain types only: nothing in the file is run. The settings that the seed pickled into its checkpoints,
-    classes of its module `config`, become empty objects. Files up to 1 GB are held against their checksums. Raises: ValueError for everything else."""
+    classes of its module `config`, become empty objects. Files up to 1 GB are held against their checksums, larger ones
+    are memory-mapped. Raises: ValueError for everything else."""
     try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped and os.path.getsize(path) < 2 ** 30 and (part := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f'damaged: {part} has another checksum than when it was written')
+        zipped, large = zipfile.is_zipfile(path), os.path.getsize(path) >= 2 ** 30
+        if zipped and not large:
+            with zipfile.ZipFile(path) as archive:
+                if part := archive.testzip():
+                    raise ValueError(f'damaged: {part} has another checksum than when it was written')
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         inert = [(type('Settings', (), {}), name) for name in foreign if re.fullmatch(r'config\.\w+Config', name)]
         with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped and large)
     except (RuntimeError, EOFError, LookupError, ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         telling = next((line.strip() for line in lines if 'GLOBAL' in line), lines[0])
@@ -804,16 +807,16 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=
     sizes = [min(per_part, len(pictures) - i) for i in starts]
     whole = lambda p: is_whole(files[p], (sizes[p], *shape))
     if not all(map(whole, range(len(files)))):
-        with locked(cache_dir, wait=True):  # what another process writes meanwhile is found there afterwards
+        with locked(Path(cache_dir) / '.lock', wait=True):  # what another process writes meanwhile is found there afterwards
             missing = [p for p in range(len(files)) if not whole(p)]
-            encode_parts(encoder, pictures, {p: Part(files[p], (sizes[p], *shape)) for p in missing}, per_part, cache_dir, device, dim, dtype)
+            if missing:
+                encode_parts(encoder, pictures, {p: Part(files[p], (sizes[p], *shape)) for p in missing}, per_part, cache_dir, device, dim, dtype)
     return Features(files, per_part, len(pictures))
 
 
 def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dtype):
     """Encodes the pictures of some parts of a cache, {number of the part: Part}, and writes them. Raises: as `cached_features`."""
     n, done, start = sum(map(len, parts.values())), 0, time.time()
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
     for leftover in Path(cache_dir).glob('.*.npy.partial'):  # of a process that was killed: nobody else writes here now
         leftover.unlink()
     need, free = sum(2 * math.prod(part.shape) for part in parts.values()), shutil.disk_usage(cache_dir).free

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import configure, printable, run_script, write_whole
+from configurator import configure, locked, printable, run_script, write_whole
 from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
@@ -468,16 +468,18 @@ def draw_curves(out_dir):
 # ----------------------------------------------------------------------------
 # runs on disk
 
-def read_checkpoint(out_dir):
+def read_checkpoint(out_dir, unfinished=False):
     """Reads out_dir/ckpt.pt, tensors and plain types only; nothing in it is run.
 
-    Raises: FileNotFoundError without one; ValueError when it is of another kind or format.
+    Raises: FileNotFoundError without one; ValueError when it is of another kind or format or, unless `unfinished`, before the first validation.
     """
     path = Path(out_dir) / 'ckpt.pt'
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file; a run writes it: python train.py config/trm.py --out_dir={out_dir}')
     checkpoint = safe_load(path)
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if found == FORMAT and checkpoint['run']['best'] is None and not unfinished:
+        raise ValueError(f'{path}: the run was stopped before its first validation: there are no weights to evaluate yet; the command that began it goes on')
     if found != FORMAT:
         raise ValueError(f'{path}: checkpoint format {found}, this code reads format {FORMAT}; train again, or use the code that '
                          f'wrote it')
@@ -491,8 +493,6 @@ def load_run(checkpoint, device):
                          f"--encoder=FILE gives to train.py")
     decoder = build_model(ModelConfig(**checkpoint['model_config']))
     best = checkpoint['run']['best']
-    if best is None:
-        raise ValueError('the run was stopped before its first validation: there are no weights to evaluate yet; the same command that began it goes on')
     decoder.load_state_dict(best['decoder'])
     settings = checkpoint['settings']
     encoder = None
@@ -608,7 +608,7 @@ def compare(paths):
     groups = grouped(paths)
     types = sorted({t for runs in groups.values() for m in runs for t in m['by_type']}, key=type_order)
     first = next(iter(groups.values()))
-    heads = ['run', 'seeds', 'core', 'total', 'passes', 'steps', 'MFLOP', 'train s', 'em', 'against the first', 'f1', 'mean of types', *types]
+    heads = ['run', 'seeds', 'core', 'total', 'passes', 'steps', 'MFLOP', 'train s', 'em', 'against the first', 'f1', 'mean of types', *map(printable, types)]
     rows = []
     for name, runs in groups.items():
         m, column = runs[0], lambda key: [r[key] for r in runs]
@@ -746,7 +746,8 @@ def main(argv=None):
     if settings == usual:  # the run's own test result
         before = Path(settings.out_dir) / 'metrics.json'
         metrics = (json.loads(before.read_text()) if before.is_file() else checkpoint['facts']) | metrics
-        write_results(settings.out_dir, metrics, rows, predictions)
+        with locked(Path(settings.out_dir) / '.lock'):
+            write_results(settings.out_dir, metrics, rows, predictions)
         print(f'written: {settings.out_dir}/metrics.json, predictions.jsonl, samples.png')
     else:
         print('nothing written: these are not the settings of the run itself')

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from configurator import configure, echo, locked, run_script, write_whole
+from configurator import configure, echo, locked, printable, run_script, write_whole
 from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
 from model import ModelConfig, build_model, flops_of, most_memory
@@ -362,13 +362,16 @@ class AlignTask:
 
 def main(argv=None):
     settings, sources = configure(TrainConfig, sys.argv[1:] if argv is None else argv)
-    with processes(settings) as device, locked(settings.out_dir) if evaluation.place()[0] == 0 else nullcontext(), Stop() as stop:
-        train(settings, sources, device, stop)
+    with processes(settings) as device, Stop() as stop:
+        with locked(Path(settings.out_dir) / '.lock') if evaluation.place()[0] == 0 else nullcontext():
+            train(settings, sources, device, stop)
 
 
 def train(settings, sources, device, stop):
     # ---- the run
     run, out_dir, saved = Run(started=time.time()), Path(settings.out_dir), saved_run(settings)
+    if len(set(evaluation.from_all(saved and saved['run']['step']))) > 1:
+        raise ValueError(f'out_dir={out_dir}: the processes do not all see the same run there; it must lie on a disk that they share')
     keep_freed_memory()
     torch.manual_seed(settings.seed)
     torch.use_deterministic_algorithms(settings.deterministic)
@@ -398,15 +401,14 @@ def train(settings, sources, device, stop):
         for name, part in stateful.items():
             part.load_state_dict(saved['state'][name])
         run = Run(**saved['run'] | dict(started=run.started - saved['run']['wall_s']))
-        print(f'going on at step {run.step}')
+        print(f'going on at step {run.step}', flush=True)
 
     def save():
         run.wall_s = time.time() - run.started
         checkpoint = dict(format=evaluation.FORMAT, stage=settings.stage, state={name: part.state_dict() for name, part in stateful.items()},
                           run=vars(run), settings=asdict(settings), environment=about, facts=facts(settings, task, run, about), **task.state())
-        write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint))
+        evaluation.in_turn(lambda: write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint)))  # nobody goes on, or ends, before it is there
 
-    out_dir.mkdir(parents=True, exist_ok=True)
     log = Log(out_dir / 'log.jsonl', run.step, settings)
     log.write(dict(event='start', step=run.step, **about, parameters=task.parameters(), settings=asdict(settings)))
 
@@ -416,47 +418,47 @@ def train(settings, sources, device, stop):
         lr = learning_rate(run.step, settings)
         for group in sum((optimizer.param_groups for optimizer in optimizers), []):
             group['lr'] = lr
-        names = []
+        names, losses = [], {}
         for k in range(settings.grad_accum):
             batch = my_share(task.batch(run.step * settings.grad_accum + k))
-            names.append(batch.pop('names'))
+            names += batch.pop('names')()
             with autocast:
-                losses = losses_of(model, on_device(batch, device))
-            loss = sum(losses.values()) / settings.grad_accum
-            scaler.scale(loss).backward()
-            for key, value in losses.items():
-                run.total[key] = run.total.get(key, 0) + value.detach() / settings.grad_accum
-        stop_all = average_gradients(parameters, stop.asked)
+                parts = losses_of(model, on_device(batch, device))
+            scaler.scale(sum(parts.values()) / settings.grad_accum).backward()
+            for key, value in parts.items():
+                losses[key] = losses.get(key, 0) + value.detach() / settings.grad_accum
+        losses, stopping = averaged(parameters, losses, stop.asked)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         gnorm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
-        if math.isfinite(gnorm) or scaler.is_enabled() and math.isfinite(loss):  # float16 overflows now and then: the scaler leaves that step out
+        loss = sum(losses.values())
+        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1  # of float16, now and then: the scaler leaves that step out
+        if math.isfinite(loss + gnorm) or overflow:
             for optimizer in optimizers:
                 scaler.step(optimizer)
-            scaler.update()
-            run.since += 1
+            run.total, run.since = {key: run.total.get(key, 0) + value for key, value in losses.items()}, run.since + 1
         else:
-            problem = f'step {run.step}: loss {loss.item()}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(sum((n() for n in names), []))}, ...'
-            run.total, run.since = {}, 0
+            problem = printable(f'step {run.step}: loss {loss}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(names)}, ...')
             if run.bad_steps == settings.skip_bad_steps:
                 save()
                 raise FloatingPointError(f'{problem}; the state before this step is saved; a lower --learning_rate with --fresh=true is the usual remedy, '
                                          f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
             run.bad_steps += 1
             print(f'{problem}; left out')
-            log.write(dict(event='bad step', step=run.step, problem=problem))
+            log.write(dict(event='bad step', step=run.step + 1, problem=problem))
+        scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         if settings.ema:  # early on a shorter average, so that it never lags behind
             decay = min(settings.ema, (1 + run.step) / (10 + run.step))
-            torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
         run.step += 1
 
         if run.since and (run.step % settings.log_interval == 0 or run.step == settings.max_steps):
             seconds = time.time() - mark
             run.train_s += seconds
-            shares = evaluation.from_all({key: value.item() / run.since for key, value in run.total.items()})
-            parts = {key: sum(share[key] for share in shares) / len(shares) for key in shares[0]}
+            parts = {key: value / run.since for key, value in run.total.items()}
             log.line(run.step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm, ms=1e3 * seconds / run.since,
                                     examples_per_s=settings.batch_size * settings.grad_accum * run.since / seconds, train_s=run.train_s))
             for key, chance in task.chance().items():
@@ -474,11 +476,14 @@ def train(settings, sources, device, stop):
                 run.best = dict(step=run.step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
             save()
             mark += time.time() - paused  # the clock of the log lines stands still while evaluating
-        elif stop_all:
+        elif stopping:
             save()
-        if stop_all:
-            raise KeyboardInterrupt(f'stopped at step {run.step} of {settings.max_steps}, which is saved; the same command goes on from there')
+        if stopping:
+            raise KeyboardInterrupt(f'stopped at step {run.step} of {settings.max_steps}, which is saved; the same command'
+                                    f'{" without --fresh" * settings.fresh} goes on from there')
     stop.waits = False
+    if stop.asked:
+        raise KeyboardInterrupt('stopped before the evaluation, training is saved; the same command goes on from there')
 
     # ---- the result, with the weights that were best in validation
     for name, weights in task.weights(ema_model).items():
@@ -502,8 +507,8 @@ class Run:
     best: dict | None = None   # step, scores and weights of the best validation
     train_s: float = 0.0       # seconds of training
     wall_s: float = 0.0        # seconds of everything
-    total: dict = field(default_factory=dict)  # losses, summed up since the last log line
-    since: int = 0             # steps since then
+    total: dict = field(default_factory=dict)  # losses, summed up over the good steps since the last log line
+    since: int = 0             # how many these are
     bad_steps: int = 0         # steps that were left out
 
 
@@ -516,7 +521,7 @@ class Stop:
         return self
 
     def note(self, number, frame):
-        if not self.waits or self.asked:
+        if not self.waits or self.asked and number == signal.SIGINT:  # whoever is impatient presses Ctrl-C again; SIGTERM may come from several sides
             raise KeyboardInterrupt
         self.asked = True
 
@@ -529,14 +534,16 @@ class Stop:
 def processes(settings):
     """Joins the processes that torchrun started, where it did -> the device of this one. Only the first one prints to the console.
     Raises: ValueError where the device is not there."""
-    device = evaluation.pick_device(settings.device)
+    several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, settings.device
+    if several and device in ('auto', 'cuda') and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = evaluation.pick_device(device)
     if settings.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+    if not several:
         yield device
         return
-    if device == 'cuda':
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith('cuda'):
         torch.cuda.set_device(device)
     # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all the same
     torch.distributed.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=1))
@@ -555,17 +562,17 @@ def my_share(batch):
     return batch
 
 
-def average_gradients(parameters, stop):
-    """Makes every gradient the mean over the processes -> whether any of them was asked to stop."""
-    world = evaluation.place()[1]
+def averaged(parameters, losses, stop):
+    """Makes every gradient the mean over the processes -> the mean losses, a dict of floats, and whether any process was asked to stop: the same in all."""
+    world, values = evaluation.place()[1], torch.stack([*losses.values()]).float()
     if world > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads] + [grads[0].new_tensor([float(stop)])])
+        flat = torch.cat([g.flatten() for g in grads] + [values, values.new_tensor([float(stop)])])
         torch.distributed.all_reduce(flat)
-        for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads] + [1])):
+        *means, values, stop = (flat / world).split([g.numel() for g in grads] + [len(values), 1])
+        for g, mean in zip(grads, means):
             g.copy_(mean.view_as(g))
-        stop = flat[-1].item() > 0
-    return stop
+    return dict(zip(losses, values.tolist())), bool(stop)
 
 
 def draw_if_missing():
@@ -628,14 +635,17 @@ def learning_rate(step, settings):
 
 def saved_run(settings):
     """The checkpoint to go on from, or None. Raises: ValueError when out_dir holds a run with other settings."""
+    if settings.fresh and evaluation.place()[0] == 0:
+        for name in ('ckpt.pt', 'metrics.json'):
+            (Path(settings.out_dir) / name).unlink(missing_ok=True)
     if settings.fresh or not (Path(settings.out_dir) / 'ckpt.pt').is_file():
         return None
-    saved = evaluation.read_checkpoint(settings.out_dir)
+    saved = evaluation.read_checkpoint(settings.out_dir, unfinished=True)
     ours, theirs = asdict(settings), saved['settings']
     free = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
     other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in free and theirs.get(key) != value]
     if other:
-        raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other[:4])}): choose another --out_dir, '
+        raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other)}): choose another --out_dir, '
                          f'or start over with --fresh=true')
     return saved
 
