@@ -16,6 +16,7 @@ import re
 import string
 import sys
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from configurator import configure, locked, printable, run_script, write_whole
-from data import COLORS, SHAPES, Questions, Tokenizer, read_rows
+from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
 
@@ -186,12 +187,12 @@ def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_si
 
 
 def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
-    """Answers a whole split -> metrics, a dict, and predictions, a list of dicts in the order of the split. Processes share the work.
+    """Answers a whole split -> metrics, a dict, and predictions, a sequence of dicts in the order of the split, on disk. Processes share the work.
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as Exact Match means
     little for them; 'em_types' is the mean over the question types.
     """
-    rows, tokenizer, done, start, tokens, predictions = questions.rows, questions.tokenizer, 0, time.time(), 0, {}
+    rows, tokenizer, done, start, tokens, order, mine = questions.rows, questions.tokenizer, 0, time.time(), 0, array('q'), OnDisk()
     rank, world = place()
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         loss, hit, real = teacher_forced(decoder, questions, vision_of, indices, device)
@@ -200,16 +201,20 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
         for k, i in enumerate(indices):
             text = tokenizer.decode(answers[k].tolist())
             tokens += (answers[k] != tokenizer.pad_id).sum().item()
-            predictions[int(i)] = scored(rows, i, text) | dict(loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item())
+            order.append(i)
+            mine.append(scored(rows, i, text) | dict(loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item()))
         done += world * len(indices)
         seconds = time.time() - start
         print(f'\revaluating | {min(done, len(rows))}/{len(rows)} | eta {clock(seconds / done * max(0, len(rows) - done))} ', end='', flush=True)
     print()
-    parts = from_all((tokens, predictions))
-    everything = {i: p for _, part in parts for i, p in part.items()}
-    predictions = [everything[i] for i in range(len(rows))]
-    seconds = time.time() - start
-    return summaries(predictions) | dict(tokens_per_s=sum(tokens for tokens, _ in parts) / seconds, eval_s=seconds), predictions
+    everything, at, written = OnDisk(), array('q', [-1]) * len(rows), 0
+    for n, order, part in from_all((tokens, order, list(mine) if world > 1 else mine)):
+        written += n
+        for i, prediction in zip(order, part):
+            at[i] = len(everything)
+            everything.append(prediction)
+    predictions, seconds = View(at.__len__, lambda i: everything[at[i]]), time.time() - start
+    return summaries(predictions) | dict(tokens_per_s=written / seconds, eval_s=seconds), predictions
 
 
 def scored(rows, i, text):
@@ -222,18 +227,19 @@ def scored(rows, i, text):
 
 def summaries(predictions):
     """Means over all questions and by type. Captions ('describe') stand apart under their type; 'em_types' is the mean over the others."""
-    types = sorted({p['type'] for p in predictions}, key=type_order)
-    by_type = {type: summary([p for p in predictions if p['type'] == type]) for type in types}
-    asked = [p for p in predictions if p['type'] != 'describe'] or predictions
+    sums = {}
+    for p in predictions:
+        for group in (p['type'], None) if p['type'] != 'describe' else (p['type'],):
+            sums.setdefault(group, Counter()).update({key: p[key] for key in ('em', 'f1', 'equal', 'vqa', 'tokens', 'hits', 'loss') if key in p} | dict(n=1, ten='vqa' in p))
+    by_type = {type: summary(sums[type]) for type in sorted(filter(None, sums), key=type_order)}
     question_types = [t for t in by_type if t != 'describe'] or list(by_type)
-    return summary(asked) | dict(em_types=sum(by_type[t]['em'] for t in question_types) / len(question_types), by_type=by_type)
+    return summary(sums.get(None) or sums['describe']) | dict(em_types=sum(by_type[t]['em'] for t in question_types) / len(question_types), by_type=by_type)
 
 
-def summary(predictions):
-    n, tokens = len(predictions), sum(p.get('tokens', 0) for p in predictions)
-    mean = lambda key, of: sum(p[key] for p in predictions) / of
-    result = dict(n=n, **{key: mean(key, n) for key in ('em', 'f1', 'equal', 'vqa') if all(key in p for p in predictions)})
-    return result | (dict(token_accuracy=mean('hits', tokens), loss=mean('loss', tokens)) if tokens else {})
+def summary(sums):
+    n, tokens = sums['n'], sums['tokens']
+    result = dict(n=n, **{key: sums[key] / n for key in ('em', 'f1', 'equal')}, **({'vqa': sums['vqa'] / n} if sums['ten'] == n else {}))
+    return result | (dict(token_accuracy=sums['hits'] / tokens, loss=sums['loss'] / tokens) if tokens else {})
 
 
 def baseline(train, rows, question_only):
