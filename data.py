@@ -755,7 +755,7 @@ class Questions:
             progress(f'{rows.path}: tokens', i, len(rows), start)
         report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
         bucket = np.array([max(2, 1 << (n - 1).bit_length()) for n in range(max(lengths, default=0) + 1)], np.int32)[np.array(lengths)]
-        self.buckets = {int(length): np.flatnonzero(bucket == length) for length in np.unique(bucket)}
+        self.buckets = {int(length): np.flatnonzero(bucket == length).astype(np.int32) for length in np.unique(bucket)}
         self.plan = None, None, []  # the epoch drawn last: (batch_size, seed), its number, its batches
 
     def epoch(self, batch_size, seed, epoch):

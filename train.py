@@ -492,7 +492,7 @@ def train(settings, sources, device, stop):
     print(f"best validation {task.figure} {run.best['scores'][task.figure]:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
     task.finish(ema_model, facts(settings, task, run, about))
-    print(f'{out_dir}: done after {evaluation.clock(run.wall_s)}, at most {most_memory(device) / 1e9:.1f} GB of memory')
+    print(f'{out_dir}: done after {evaluation.clock(run.wall_s)}, at most {most_memory(device) / 1e9:.2f} GB of memory')
 
 
 # ----------------------------------------------------------------------------
