@@ -21,6 +21,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -545,11 +546,19 @@ def processes(settings):
         return
     if device.startswith('cuda'):
         torch.cuda.set_device(device)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all the same
     torch.distributed.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=1))
     with redirect_stdout(open(os.devnull, 'w')) if evaluation.place()[0] else nullcontext():
         yield device
     torch.distributed.destroy_process_group()
+
+
+def end_with(parent):
+    """Ends this process soon after its parent: a torchrun that was killed would else leave it behind, in the middle of the run and holding its lock."""
+    while os.getppid() == parent:
+        time.sleep(.5)
+    os._exit(1)
 
 
 def my_share(batch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,11 +202,11 @@ train.draw_if_missing()
 # ----------------------------------------------------------------------------
 # several processes
 
-def torchrun(n, code, *argv, cwd):
+def torchrun(n, code, *argv, cwd, start=partial(subprocess.run, capture_output=True, timeout=300)):
     script = cwd / 'script.py'
     script.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r})\n' + code)
-    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', str(script), *map(str, argv)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    return start([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', str(script), *map(str, argv)], cwd=cwd,
+                 text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
 
 
 GRADIENTS = '''
@@ -256,6 +257,19 @@ def test_two_processes_train(flags, whole, tmp_path):
     assert len(losses[0]) == 8 and all(abs(x - y) < 2e-3 for x, y in zip(*losses))
     validations = [[(e['loss'], e['em']) for e in events if e['event'] == 'eval'] for events in (a[1][0], b[1][0])]  # a row counted twice would show
     assert all(abs(x[0] - y[0]) < 2e-3 and abs(x[1] - y[1]) < .02 for x, y in zip(*validations))
+
+    for step in (10, 20):  # torchrun is killed behind the first and the second checkpoint: its processes end too, and the run goes on to the same bits
+        killed = torchrun(2, script, *flags, '--out_dir=killed', cwd=tmp_path, start=partial(subprocess.Popen, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        while killed.poll() is None and not ((tmp_path / 'killed/ckpt.pt').is_file()
+                                             and evaluation.read_checkpoint(tmp_path / 'killed', unfinished=True)['run']['step'] >= step):
+            time.sleep(.05)
+        killed.kill()
+        killed.wait()
+        with locked(tmp_path / 'killed/.lock', wait=True):
+            pass
+    again = torchrun(2, script, *flags, '--out_dir=killed', cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert_same(outcome(tmp_path / 'two'), outcome(tmp_path / 'killed'))
 
     stop = script.replace('run_script(train', 'import os, signal\nrate = train.learning_rate\ntrain.learning_rate = lambda step, s: (step == 12 and '
                           'int(os.environ["RANK"]) == 1 and os.kill(os.getpid(), signal.SIGTERM), rate(step, s))[1]\nrun_script(train')
