@@ -676,7 +676,7 @@ def draw_comparison(groups, folder):
         right.errorbar(range(len(types)), [v for v, _ in values], [h or 0 for _, h in values], fmt='o-', capsize=3, markersize=3, color=colors[name], linewidth=1.2)
     left.set(xlabel='step', ylabel='validation Exact Match')
     middle.set(xlabel='seconds of training')
-    right.set(ylabel='test Exact Match')
+    right.set(ylabel='test Exact Match', ylim=(0, 1.03))
     right.set_xticks(range(len(types)), types, rotation=40, ha='right')
     for axis in (left, middle, right):
         axis.grid(alpha=.3)
