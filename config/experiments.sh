@@ -2,7 +2,7 @@
 # The experiments of results/README.md, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
 #     bash config/experiments.sh                  # everything, three seeds
-#     bash config/experiments.sh depth plain      # some groups
+#     bash config/experiments.sh depth width      # some groups
 #     SEEDS="1 2 3 4 5" JOBS=2 bash config/experiments.sh depth
 #     LIST=1 bash config/experiments.sh           # only say what there is to do
 #
