@@ -42,7 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, permutations, repeat
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +76,11 @@ class ShapesConfig:
     image_px: int = 64        # side of the square picture, in pixels
     min_objects: int = 2      # objects in a picture, at least
     max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
-    types: str = 'color,shape,exist,count,compare,relation,hops'  # types of questions, separated by commas; with chains=next place and at too
+    types: str = 'color,shape,exist,count,compare,relation,hops'  # types of questions, separated by commas; or swaps alone
     min_hops: int = 1         # shortest chain of relations asked for
     max_hops: int = 2         # longest chain of relations asked for, up to 8
-    train_hops: int | None = None  # longest chain in train and val, where longer ones are held out for test; None: max_hops
-    chains: str = 'only'      # a step of a chain goes to the only object on a side; or to the next one, where every object has a row and a
-                              # column of its own and the first follows on the last: chains of any length, which only their start decides
+    max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places before one is asked for, up to 8
+    train_swaps: int | None = None  # the same in train and val, where more are held out for test; None: max_swaps
     describe: float = 0.1     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
 
@@ -89,37 +88,37 @@ class ShapesConfig:
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
             raise ValueError(f'min_objects={self.min_objects}, max_objects={self.max_objects}: expected '
                              f'1 <= min_objects <= max_objects <= {len(COLORS) * len(SHAPES)}')
-        if not 1 <= self.min_hops <= (self.train_hops or self.max_hops) <= self.max_hops <= 8:
-            raise ValueError(f'min_hops={self.min_hops}, train_hops={self.train_hops}, max_hops={self.max_hops}: expected '
-                             f'1 <= min_hops <= train_hops <= max_hops <= 8')
-        if self.chains not in ('only', 'next'):
-            raise ValueError(f'chains={self.chains}: expected only or next')
-        for type in self.types.split(','):
+        if not 1 <= self.min_hops <= self.max_hops <= 8:
+            raise ValueError(f'min_hops={self.min_hops}, max_hops={self.max_hops}: expected 1 <= min_hops <= max_hops <= 8')
+        if not 0 <= (self.max_swaps if self.train_swaps is None else self.train_swaps) <= self.max_swaps <= 8:
+            raise ValueError(f'train_swaps={self.train_swaps}, max_swaps={self.max_swaps}: expected 0 <= train_swaps <= max_swaps <= 8')
+        for type in self.types.split(',') if self.types != 'swaps' else ():
             if type not in (*ASK, 'hops'):
-                raise ValueError(f'types={self.types}: {type!r} is none of {", ".join(ASK)}, hops')
+                raise ValueError(f'types={self.types}: {type!r} is none of {", ".join(ASK)}, hops; or swaps alone')
+        if self.types == 'swaps' and not 3 <= self.min_objects <= self.max_objects <= len(COLORS):
+            raise ValueError(f'min_objects={self.min_objects}, max_objects={self.max_objects}: with types=swaps expected 3 <= min_objects <= max_objects <= {len(COLORS)}')
         if self.image_px < 32:
             raise ValueError(f'image_px={self.image_px}: expected at least 32, the objects are up to 15 pixels wide')
 
 
 def draw_scene(rng, config):
-    """A random scene: objects with unique (colour, shape) pairs, at free positions, two pixels apart at least; with chains='next' in rows and
-    columns of their own.
+    """A random scene: objects with unique (colour, shape) pairs, at free positions, two pixels apart at least; with types='swaps' of different
+    colours and in columns of their own.
 
     Units: x, y (centre) and r (half width) in pixels.
     Raises: ValueError when `max_objects` do not fit into `image_px`.
     """
     n = rng.randint(config.min_objects, config.max_objects)
-    pairs = rng.sample([(c, s) for c in COLORS for s in SHAPES], n)
-    for _ in range(100 if config.chains == 'only' else 1000):  # a crowded draw starts over
-        scene, lines = [], [rng.sample(range(n), n) for _ in 'xy'] if config.chains == 'next' else None
+    pairs = rng.sample([(c, s) for c in COLORS for s in SHAPES], n) if config.types != 'swaps' else [(c, rng.choice(SHAPES)) for c in rng.sample(tuple(COLORS), n)]
+    for _ in range(100):  # a crowded draw starts over
+        scene = []
         for k, (color, shape) in enumerate(pairs):
             size = rng.choice(tuple(SIZES))
             r = SIZES[size]
             for _ in range(50):
-                if config.chains == 'next':  # in the middle half of its row and of its column
-                    x, y = (8.5 + (config.image_px - 17) * (line[k] + rng.uniform(.25, .75)) / n for line in lines)
-                else:
-                    x, y = (rng.uniform(r + 1, config.image_px - r - 1) for _ in 'xy')
+                x, y = (rng.uniform(r + 1, config.image_px - r - 1) for _ in 'xy')
+                if config.types == 'swaps':  # in the middle half of its column
+                    x = 8.5 + (config.image_px - 17) * (k + rng.uniform(.25, .75)) / n
                 if all(math.hypot(x - o['x'], y - o['y']) > r + o['r'] + 2 for o in scene):
                     scene.append(dict(color=color, shape=shape, size=size, x=x, y=y, r=r))
                     break
@@ -194,17 +193,6 @@ def only_neighbours(scene):
     return edges
 
 
-def next_neighbours(scene):
-    """For every object and side: the index of the next object on that side, by columns or by rows, the first one behind the last: four
-    permutations of the objects, so that chains from different starts never meet."""
-    edges = [{} for _ in scene]
-    for axis, (before, after) in (('x', SIDES[:2]), ('y', SIDES[2:])):
-        order = sorted(range(len(scene)), key=lambda i: scene[i][axis])
-        for i, j in zip(order, order[1:] + order[:1]):
-            edges[i][after], edges[j][before] = j, i
-    return edges
-
-
 def unique(scene, key):
     counts = Counter(o[key] for o in scene)
     return [o for o in scene if counts[o[key]] == 1]
@@ -250,52 +238,49 @@ def ask_relation(scene):
             for a in scene for b in scene if a is not b and side_of(b, a) for side in SIDES]
 
 
-def ranks(scene):
-    """For every object its column and its row, counted from 1, where each has one of its own."""
-    columns, rows = (sorted(o[axis] for o in scene) for axis in 'xy')
-    return [dict(column=columns.index(o['x']) + 1, row=rows.index(o['y']) + 1) for o in scene]
-
-
-def ask_place(scene):
-    return [(f'which {line} is the {name(o)} in?', str(k)) for o, places in zip(scene, ranks(scene)) for line, k in places.items()]
-
-
-def ask_at(scene):
-    return [(f'what {key} is in {line} {k}?', o[key]) for o, places in zip(scene, ranks(scene)) for line, k in places.items() for key in ('color', 'shape')]
-
-
-def ask_hops(scene, hops, chains='only', most=200):
-    """Follow `hops` sides from a named object to another. 'only': no object is visited twice. 'next', told as 'east of north of the red circle':
-    no step takes back the one before, and of the chains, which triple with every step, `most` are drawn."""
-    edges = only_neighbours(scene) if chains == 'only' else next_neighbours(scene)
-    told = {side: f'the object {side}' if chains == 'only' else f'{wind} of' for side, wind in zip(SIDES, ('west', 'east', 'north', 'south'))}
-    back, rng = dict(zip(SIDES, (SIDES[1], SIDES[0], SIDES[3], SIDES[2]))), random.Random(describe(scene))
-    paths = [([i], [], f'the {name(o)}') for i, o in enumerate(scene)]
+def ask_hops(scene, hops):
+    """Follow `hops` sides from a named object to another; no object is visited twice."""
+    edges = only_neighbours(scene)
+    paths = [([i], f'the {name(o)}') for i, o in enumerate(scene)]
     for _ in range(hops):
-        paths = [(visited + [j], sides + [side], f'{told[side]} {words}') for visited, sides, words in (paths if len(paths) <= most else rng.sample(paths, most))
-                 for side, j in edges[visited[-1]].items() if (j not in visited if chains == 'only' else sides[-1:] != [back[side]])]
-    return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, _, words in paths if visited[0] != visited[-1] for key in ('color', 'shape')]
+        paths = [(visited + [j], f'the object {side} {words}') for visited, words in paths
+                 for side, j in edges[visited[-1]].items() if j not in visited]
+    return [(f'what {key} is {words}?', scene[visited[-1]][key]) for visited, words in paths for key in ('color', 'shape')]
+
+
+def ask_swaps(scene, swaps, most=20):
+    """The objects, counted from the left, trade places in pairs, never the same two at once again. Which is then at a place? `most` of all such stories."""
+    rng, told = random.Random(f'{describe(scene)}, {swaps} swaps'), {}
+    for _ in range(most):
+        row, pairs, last, place = sorted(scene, key=lambda o: o['x']), [], (), rng.randrange(len(scene))
+        for _ in range(swaps):
+            i, j = rng.choice([p for p in permutations(range(len(row)), 2) if {*p} != {*last}])
+            row[i], row[j], last = row[j], row[i], (i, j)
+            pairs.append(f'{i + 1} {j + 1}')
+        told[f"{'swap ' if swaps else ''}{', '.join(pairs)}{': ' if swaps else ''}what color is number {place + 1}?"] = row[place]['color']
+    return list(told.items())
 
 
 ASK = {'color': ask_color, 'shape': ask_shape, 'exist': ask_exist, 'count': ask_count, 'compare': ask_compare,
-       'relation': ask_relation, 'place': ask_place, 'at': ask_at}
+       'relation': ask_relation}
 
 
-def hop_type(hops):
-    return f"{hops} hop{'s' * (hops > 1)}"
+def plural(n, word):
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def shapes_rows(config, split, start, n):
     """The rows of pictures `start` to `start + n` of a split: one question of every type that the scene allows, and the caption
     of some. Balance: of a type's questions, one is asked whose answer was given least so far, so a blind guess gains little.
-    Fewer scenes have long chains, so those that do are asked for two of them.
+    Fewer scenes have long chains, so those that do are asked for two of them; two stories of swaps are told of each length.
     """
-    most_hops, wanted = config.max_hops if split == 'test' else config.train_hops or config.max_hops, config.types.split(',')
+    wanted = config.types.split(',')
     ask = {type: questions for type, questions in ASK.items() if type in wanted}
     if 'hops' in wanted:
-        ask |= {hop_type(h): partial(ask_hops, hops=h, chains=config.chains) for h in range(config.min_hops, most_hops + 1)}
-    hops = lambda type: int(type.split()[0]) if 'hop' in type else 1
-    times = lambda type: max(2, 5 - hops(type)) if config.chains == 'next' else 2 if hops(type) > 1 else 1  # 'next': what chains begin with, oftener
+        ask |= {plural(h, 'hop'): partial(ask_hops, hops=h) for h in range(config.min_hops, config.max_hops + 1)}
+    if 'swaps' in wanted:
+        most = config.max_swaps if split == 'test' or config.train_swaps is None else config.train_swaps
+        ask |= {plural(k, 'swap'): partial(ask_swaps, swaps=k) for k in range(most + 1)}
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
@@ -305,7 +290,7 @@ def shapes_rows(config, split, start, n):
         picture = dict(image=buffer.getvalue(), caption=describe(scene))
         for type, questions in ask.items():
             candidates = questions(scene)
-            for k in range(times(type)):
+            for k in range(2 if re.match('[2-9] hops|. swap', type) else 1):
                 if candidates:
                     least = min(given[type][answer] for _, answer in candidates)
                     question, answer = rng.choice([qa for qa in candidates if given[type][qa[1]] == least])

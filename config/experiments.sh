@@ -44,9 +44,10 @@ add vision blind4 --inner_steps=4 --use_vision=false
 for d in 16 32 64; do add vision dim$d --inner_steps=4 --vision_dim=$d; done
 # rate: the learning rate of each kind of decoder, judged on val
 for r in 1e-3 4e-3; do for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "plain4 --kind=plain --n_layer=4"; do set -- $k; add rate $1_lr$r "${@:2}" --learning_rate=$r; done; done
-# chains: a bench without shortcuts, for all chains and for longer ones than in training (see results/README.md: nothing has learnt it in 2,500 steps)
-for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "n8 --inner_steps=8" "plain4 --kind=plain --n_layer=4" "plain8 --kind=plain --n_layer=8"; do
-    set -- $k; add chains chains_$1 config/chains.py "${@:2}"; add heldout heldout_$1 config/chains.py --dataset=data/chains_heldout "${@:2}"
+# swaps: state tracking, every decoder with the training FLOPs of n=4 in 3000 steps; trained on up to three swaps, tested on up to six
+for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop4 3889 --recursion=loop --inner_steps=4" \
+         "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4"; do
+    set -- $k; add swaps swaps_$1 config/swaps.py --max_steps=$2 --eval_interval=150 "${@:3}"
 done
 # published: Sort-of-CLEVR
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
@@ -60,7 +61,6 @@ for d in 512 1024 2048; do add gpu pixmo_dim$d config/trm_pixmo.py --vision_dim=
 for f in recursion=add recursion=loop norm=post ema=0.998 use_vision=false; do add gpu pixmo_${f/=/_} config/trm_pixmo.py --$f; done
 
 draw() { [ -e "$1" ] || python data.py shapes --out="$1" "${@:2}"; }
-chains="--chains=next --types=color,shape,place,at,hops --min_objects=4 --max_objects=4 --max_hops=4 --n_train=12000 --n_val=300 --n_test=600 --describe=0"
 
 one() {  # NAME SEED
     local out=out/exp/$1_$2 log=out/exp/$1_$2.console
@@ -81,8 +81,7 @@ done; done
 echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then printf '%s\n' "${TODO[@]}"; exit; fi
 need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
-if need chains; then draw data/chains $chains; fi
-if need heldout; then draw data/chains_heldout $chains --train_hops=2; fi
+if need swaps; then draw data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr; fi
 start=$SECONDS; k=0
 for job in "${TODO[@]}"; do
