@@ -637,13 +637,20 @@ def draw_comparison(groups, folder):
     except ImportError:
         print('comparison.png not drawn: pip install matplotlib')
         return
-    groups = {printable(name).replace('$', ''): runs for name, runs in groups.items() if passes(runs[0]) and 'mflop_per_example' in runs[0]}
-    if not groups:
-        return
-    short = {name: os.path.basename(name) for name in groups}
+    groups = {name: runs for name, runs in groups.items() if passes(runs[0]) and 'mflop_per_example' in runs[0]}
+    styles = {name: dict(color=f'C{k % 10}', label=printable(os.path.basename(name)).replace('$', '')) for k, name in enumerate(groups)}
+    for file, size, draw in (('comparison.png', (13, 7.5), draw_results), ('curves.png', (13, 4), draw_courses)) if groups else ():
+        figure = Figure(figsize=size, layout='constrained')
+        axes = draw(figure, groups, styles)
+        for axis in axes:
+            axis.grid(alpha=.3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
+        write_whole(folder / file, partial(figure.savefig, format='png', dpi=100))
+
+
+def draw_results(figure, groups, styles):
+    """Exact Match and F1 against depth, parameters and FLOPs. -> axes"""
     words = lambda x: f'{x:g}' if x < 1e3 else f'{x / 1e3:.3g}k' if x < 1e6 else f'{x / 1e6:.3g}M'
-    figure = Figure(figsize=(13, 7.5), layout='constrained')
-    colors = {name: f'C{k % 10}' for k, name in enumerate(groups)}
     axes = figure.subplots(2, 3, sharey='row')
     places = {'blocks in a row for an answer token': passes, 'core parameters': lambda m: m['parameters']['core'],
               'GFLOP of the whole training': lambda m: m['mflop_per_example'] * m['step'] * m['settings']['batch_size'] * m['settings']['grad_accum'] / 1e3}
@@ -653,36 +660,30 @@ def draw_comparison(groups, folder):
             for k, (name, runs) in enumerate(groups.items()):
                 mean, half = spread([m[key] for m in runs])
                 beside = 1.01 ** (k - len(groups) / 2)  # so that equals do not hide each other
-                axis.errorbar(place(runs[0]) * beside, mean, half or 0, fmt='o', capsize=3, color=colors[name], label=short[name])
+                axis.errorbar(place(runs[0]) * beside, mean, half or 0, fmt='o', capsize=3, **styles[name])
             axis.set(xlabel=label, xscale='log', xlim=(at[0] / 1.3, at[-1] * 1.3))
             axis.set_xticks([x for i, x in enumerate(at) if i == 0 or x > 1.1 * at[i - 1]])
             axis.xaxis.set_major_formatter(lambda x, _: words(x))
             axis.minorticks_off()
-            axis.grid(alpha=.3)
         row[0].set_ylabel({'em': 'Exact Match', 'f1': 'token F1'}[key])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside right upper', fontsize=8)
-    write_whole(folder / 'comparison.png', lambda f: figure.savefig(f, format='png', dpi=100))
+    return axes.flatten()
 
-    figure = Figure(figsize=(13, 4), layout='constrained')
-    left, middle, right = figure.subplots(1, 3)
+
+def draw_courses(figure, groups, styles):
+    """Validation curves by step and by second, the mean over the seeds at the times of their means, and the test split by question type. -> axes"""
+    left, middle, right = axes = figure.subplots(1, 3)
     types = sorted({t for runs in groups.values() for t in runs[0]['by_type'] if t != 'describe'}, key=type_order)
     for name, runs in groups.items():
-        for axis, column in ((left, 0), (middle, 1)):  # the mean over the seeds, at the steps of the first
-            curves = [m['curve'] for m in runs]
-            axis.plot([sum(points) / len(points) for points in zip(*[[p[column] for p in c] for c in curves])],
-                      [sum(points) / len(points) for points in zip(*[[p[2] for p in c] for c in curves])], '-', color=colors[name], label=short[name], linewidth=1.2)
+        steps, seconds, em = torch.tensor([m['curve'] for m in runs]).mean(0).T.tolist()
+        for axis, times in ((left, steps), (middle, seconds)):
+            axis.plot(times, em, '-', linewidth=1.2, **styles[name])
         values = [spread([m['by_type'][t]['em'] for m in runs if t in m['by_type']] or [math.nan]) for t in types]
-        right.errorbar(range(len(types)), [v for v, _ in values], [h or 0 for _, h in values], fmt='o-', capsize=3, markersize=3, color=colors[name], linewidth=1.2)
+        right.errorbar(range(len(types)), [v for v, _ in values], [h or 0 for _, h in values], fmt='o-', capsize=3, markersize=3, linewidth=1.2, **styles[name])
     left.set(xlabel='step', ylabel='validation Exact Match')
     middle.set(xlabel='seconds of training')
     right.set(ylabel='test Exact Match', ylim=(0, 1.03))
     right.set_xticks(range(len(types)), types, rotation=40, ha='right')
-    for axis in (left, middle, right):
-        axis.grid(alpha=.3)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside right upper', fontsize=8)
-    write_whole(folder / 'curves.png', lambda f: figure.savefig(f, format='png', dpi=100))
+    return axes
 
 
 def main(argv=None):
