@@ -2,7 +2,7 @@
 # The experiments of results/README.md, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
 #     bash config/experiments.sh                  # everything, three seeds
-#     bash config/experiments.sh depth width      # some groups
+#     bash config/experiments.sh depth width T2   # some groups, some runs
 #     SEEDS="1 2 3 4 5" JOBS=2 bash config/experiments.sh depth
 #     LIST=1 bash config/experiments.sh           # only say what there is to do
 #
@@ -74,7 +74,7 @@ one() {  # NAME SEED
 
 TODO=()
 for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
-    if [ "$WANTED" = "  " ] && [ ${GROUP[$name]} != gpu ] || [[ $WANTED == *" ${GROUP[$name]} "* ]]; then
+    if [ "$WANTED" = "  " ] && [ ${GROUP[$name]} != gpu ] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
         [ -e results/runs/${name}_$seed.json ] || TODO+=("$name $seed")
     fi
 done; done
@@ -82,7 +82,7 @@ echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then printf '%s\n' "${TODO[@]}"; exit; fi
 need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
 if need swaps; then draw data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
-if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr; fi
+if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
 start=$SECONDS; k=0
 for job in "${TODO[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; k=$((k + 1)); eta=$(((SECONDS - start) * (${#TODO[@]} - k) / k)); echo "$k of ${#TODO[@]} done | eta $((eta / 60)) min"; done

@@ -2,3 +2,6 @@
 # orange is none of its colours. Alone it trains a TRM; after config/plain.py or config/blind.py it trains those: give --out_dir then.
 out_dir = 'out/sortofclevr'
 dataset = 'data/sortofclevr'
+inner_steps = 2
+max_steps = 6000
+eval_interval = 500
