@@ -17,7 +17,7 @@ declare -A FLAGS GROUP
 NAMES=()
 add() { NAMES+=("$2"); GROUP[$2]=$1; FLAGS[$2]="${*:3}"; }   # add GROUP NAME FLAGS
 
-# flops: every decoder with the training FLOPs of config/trm.py (n=2, 1800 steps of 128 rows), whatever they cost it in steps; two blocks but for plain4 and plain8
+# flops: every decoder with the training FLOPs of n=2 in 1800 steps of 128 rows; two blocks but for plain4 and plain8
 for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_steps=4" "loop2 2128 --recursion=loop --inner_steps=2" "loop4 1801 --recursion=loop --inner_steps=4" \
          "plain2 2341 --kind=plain --n_layer=2" "plain4 903 --kind=plain --n_layer=4" "plain8 405 --kind=plain --n_layer=8"; do
     set -- $k; add flops flops_$1 --max_steps=$2 --eval_interval=150 "${@:3}"
