@@ -4,7 +4,7 @@
 #     bash config/experiments.sh                  # everything, three seeds
 #     bash config/experiments.sh depth width T2   # some groups, some runs
 #     SEEDS="1 2 3 4 5" JOBS=2 bash config/experiments.sh depth
-#     LIST=1 bash config/experiments.sh           # only say what there is to do
+#     LIST=1 bash config/experiments.sh           # only print the commands that there are to run
 #
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
 # results/runs/NAME_SEED.json, and a run that is there counts as finished.
@@ -62,10 +62,12 @@ for f in recursion=add recursion=loop norm=post ema=0.998 use_vision=false; do a
 
 draw() { [ -e "$1" ] || python data.py shapes --out="$1" "${@:2}"; }
 
+run_of() { echo python train.py ${FLAGS[$1]} --seed=$2 --out_dir=out/exp/$1_$2; }  # of NAME SEED
+
 one() {  # NAME SEED
     local out=out/exp/$1_$2 log=out/exp/$1_$2.console
     mkdir -p out/exp results/runs
-    if python train.py ${FLAGS[$1]} --seed=$2 --out_dir=$out > $log 2>&1; then
+    if $(run_of $1 $2) > $log 2>&1; then
         cp $out/metrics.json results/runs/$1_$2.json
     else
         echo "$1, seed $2: failed, see $log"; tail -n 1 $log
@@ -79,7 +81,7 @@ for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
     fi
 done; done
 echo "${#TODO[@]} runs to do"
-if [ -n "${LIST:-}" ]; then printf '%s\n' "${TODO[@]}"; exit; fi
+if [ -n "${LIST:-}" ]; then for job in "${TODO[@]}"; do run_of $job; done; exit; fi
 need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
 if need swaps; then draw data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi

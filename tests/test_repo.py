@@ -1,7 +1,9 @@
 """The repository: what the README says exists, every config loads, the files are the ones they should be."""
 
+import os
 import re
 import shlex
+import subprocess
 
 import pytest
 
@@ -50,6 +52,17 @@ def test_readme_commands(command):
             assert (ROOT / words[3]).is_file()
         else:
             assert words[0] in ('cp', 'git', 'cd') or words == ['python', '-m', 'pytest'] or words[:2] == ['bash', '.ci/run'], command
+
+
+@pytest.mark.parametrize('groups, least', [([], 40), (['gpu'], 10), (['T2', 'width'], 5)])
+def test_experiments(groups, least):
+    """Every run of config/experiments.sh, whether it is done or not, has settings that are accepted."""
+    listed = subprocess.run(['bash', 'config/experiments.sh', *groups], cwd=ROOT, env=os.environ | dict(LIST='1', SEEDS='99'), capture_output=True, text=True, check=True)
+    names, commands = set(), [line.split() for line in listed.stdout.splitlines()[1:]]
+    for python, script, *argv in commands:
+        settings, _ = configure(TrainConfig, [str(ROOT / a) if a.startswith('config/') else a for a in argv])
+        names.add(settings.out_dir)
+    assert len(names) == len(commands) >= least
 
 
 def test_readme_paths():
