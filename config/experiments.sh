@@ -39,8 +39,9 @@ add form causal4 --prefix_lm=false --inner_steps=4
 add form raw4 --ema=0 --inner_steps=4
 # width: of the recursive and of the plain decoder
 for c in 64 192; do add width n4_c$c --inner_steps=4 --n_embd=$c; add width plain4_c$c --kind=plain --n_layer=4 --n_embd=$c; done
-# vision: none, and Matryoshka prefixes of the encoder's tokens
+# vision: none, an encoder of random weights (after one step of alignment), and Matryoshka prefixes of the encoder's tokens
 add vision blind4 --inner_steps=4 --use_vision=false
+add vision random4 --inner_steps=4 --encoder=out/encoder_random/encoder.pt
 for d in 16 32 64; do add vision dim$d --inner_steps=4 --vision_dim=$d; done
 # rate: the learning rate of each kind of decoder, judged on val
 for r in 1e-3 4e-3; do for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "plain4 --kind=plain --n_layer=4"; do set -- $k; add rate $1_lr$r "${@:2}" --learning_rate=$r; done; done
@@ -83,6 +84,7 @@ done; done
 echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then for job in "${TODO[@]}"; do run_of $job; done; exit; fi
 need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
+if need random4 && [ ! -e out/encoder_random/encoder.pt ]; then python train.py config/align.py --max_steps=1 --out_dir=out/encoder_random; fi
 if need swaps; then draw data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
 start=$SECONDS; k=0
