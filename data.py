@@ -90,7 +90,9 @@ class ShapesConfig:
                              f'1 <= min_objects <= max_objects <= {len(COLORS) * len(SHAPES)}')
         if not 1 <= self.min_hops <= self.max_hops <= 8:
             raise ValueError(f'min_hops={self.min_hops}, max_hops={self.max_hops}: expected 1 <= min_hops <= max_hops <= 8')
-        if not 0 <= (self.max_swaps if self.train_swaps is None else self.train_swaps) <= self.max_swaps <= 8:
+        if self.train_swaps is None:
+            self.train_swaps = self.max_swaps
+        if not 0 <= self.train_swaps <= self.max_swaps <= 8:
             raise ValueError(f'train_swaps={self.train_swaps}, max_swaps={self.max_swaps}: expected 0 <= train_swaps <= max_swaps <= 8')
         for type in self.types.split(',') if self.types != 'swaps' else ():
             if type not in (*ASK, 'hops'):
@@ -279,7 +281,7 @@ def shapes_rows(config, split, start, n):
     if 'hops' in wanted:
         ask |= {plural(h, 'hop'): partial(ask_hops, hops=h) for h in range(config.min_hops, config.max_hops + 1)}
     if 'swaps' in wanted:
-        most = config.max_swaps if split == 'test' or config.train_swaps is None else config.train_swaps
+        most = config.max_swaps if split == 'test' else config.train_swaps
         ask |= {plural(k, 'swap'): partial(ask_swaps, swaps=k) for k in range(most + 1)}
     given, rows = {type: Counter() for type in ask}, []
     for i in range(start, start + n):

@@ -61,8 +61,6 @@ for c in 256 1024; do add gpu pixmo_n4_c$c config/trm_pixmo.py --n_embd=$c; add 
 for d in 512 1024 2048; do add gpu pixmo_dim$d config/trm_pixmo.py --vision_dim=$d; done
 for f in recursion=add recursion=loop norm=post ema=0.998 use_vision=false; do add gpu pixmo_${f/=/_} config/trm_pixmo.py --$f; done
 
-draw() { [ -e "$1" ] || python data.py shapes --out="$1" "${@:2}"; }
-
 run_of() { echo python train.py ${FLAGS[$1]} --seed=$2 --out_dir=out/exp/$1_$2; }  # of NAME SEED
 
 one() {  # NAME SEED
@@ -85,7 +83,7 @@ echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then for job in "${TODO[@]}"; do run_of $job; done; exit; fi
 need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
 if need random4 && [ ! -e out/encoder_random/encoder.pt ]; then python train.py config/align.py --max_steps=1 --out_dir=out/encoder_random; fi
-if need swaps; then draw data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
+if need swaps && [ ! -e data/swaps ]; then python data.py shapes --out=data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
 start=$SECONDS; k=0
 for job in "${TODO[@]}"; do
