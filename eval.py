@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from configurator import configure, locked, printable, run_script, write_whole
 from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
-from model import ModelConfig, build_model, state_sizes, table
+from model import ModelConfig, build_model, norm, state_sizes, table
 
 FORMAT = 3  # of checkpoints; raised when their content changes
 
@@ -47,9 +47,12 @@ class EvalConfig:
     question_only: bool = False     # print what the commonest answer to the same question gets instead
     attention: bool = False         # draw where every step of the recursion looks, for a few questions, to out_dir/attention.png instead
     states: bool = False            # print how large the states are over 64 steps instead
-    compare: str | None = None      # run folders, or patterns such as out/*, separated by commas: one table of their results instead, and pictures
+    compare: str | None = None      # run folders, or patterns such as out/*, separated by commas: their results side by side instead, and pictures
+    types: str | None = None        # with compare: the question types whose mean is judged, separated by commas; None: all
+    reach: float | None = None      # with compare: say when validation Exact Match first had this value
     inner_steps: int | None = None  # test-time depth: another number of inner steps than in training
     outer_steps: int | None = None  # the same for the outer steps
+    forget_z: bool = False          # set z back to its start before every step: what does it carry from step to step?
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
     top_k: int | None = None        # with a temperature: draw from the k likeliest only
     seed: int = 1337                # of the drawing
@@ -61,6 +64,8 @@ class EvalConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
         if (self.image is None) != (self.question is None):
             raise ValueError('--image and --question belong together: both or neither')
+        if (self.types or self.reach) and not self.compare:
+            raise ValueError('--types and --reach go with --compare')
 
 
 # ----------------------------------------------------------------------------
@@ -554,6 +559,14 @@ def write_results(out_dir, metrics, rows, predictions):
     write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics | dict(correct=correct), indent=1).encode()))
 
 
+def forget_z(decoder, block, args):
+    """Before the first block of a step sees [y ; z] (B, 2A, C): z is its start again. The pass over the context is left alone."""
+    h, rope, mask, *context = args
+    if context:
+        y, z = h.chunk(2, dim=1)
+        return torch.cat([y, norm(decoder.z_start).expand_as(z)], dim=1), rope, mask, *context
+
+
 # ----------------------------------------------------------------------------
 # finished runs, side by side
 
@@ -569,9 +582,9 @@ def spread(values):
     return mean, (STUDENT[n - 2] if n < 11 else 2.2) * sd / n ** .5
 
 
-def plus_minus(values, digits=3):
+def plus_minus(values, sign=''):
     mean, half = spread(values)
-    return f'{mean:.{digits}f}' + (f' ± {half:.{digits}f}' if half is not None else '')
+    return f'{mean:{sign}.3f}' + (f' ± {half:.3f}' if half is not None else '')
 
 
 def grouped(paths):
@@ -595,6 +608,11 @@ def passes(m):
     return s and s['n_layer'] * (1 if s['kind'] == 'plain' else s['outer_steps'] * (s['inner_steps'] + (s['recursion'] == 'add')))
 
 
+def training_flops(m):
+    """FLOPs of the whole training; None where the run does not say."""
+    return m['mflop_per_example'] * 1e6 * m['step'] * m['settings']['batch_size'] * m['settings']['grad_accum'] if 'mflop_per_example' in m else None
+
+
 def paired(runs, base):
     """The difference in Exact Match, question by question, of the means over the seeds -> mean, and half the width of its 95 % interval over the
     questions; None where the runs did not answer the same questions."""
@@ -608,26 +626,45 @@ def paired(runs, base):
     return mean, 1.96 * (sum((x - mean) ** 2 for x in d) / len(d)) ** .5 / len(d) ** .5
 
 
-def compare(paths):
-    """One table of finished runs, mean and 95 % interval over the seeds, each also against the first one question by question; and, with
-    matplotlib, comparison.png and curves.png beside the first. -> text"""
+def by_seed(runs, base, score):
+    """The differences in `score` between runs of the same seed, a list."""
+    ours, theirs = ({m.get('seed'): score(m) for m in group} for group in (runs, base))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def reached(m, em):
+    """The first step at which validation had this Exact Match, with the seconds of training until then, as text."""
+    return next((f'{step} ({seconds:.0f} s)' for step, seconds, there in m['curve'] if there >= em), 'never')
+
+
+def compare(paths, judged=None, reach=None):
+    """Two tables of finished runs, mean and 95 % interval over the seeds: what they are and what they have in the mean over the question types `judged`
+    (all), each also against the first one; and every type. With matplotlib comparison.png and curves.png beside the first. -> text"""
     groups = grouped(paths)
     types = sorted({t for runs in groups.values() for m in runs for t in m['by_type']}, key=type_order)
-    first = next(iter(groups.values()))
-    heads = ['run', 'seeds', 'core', 'total', 'passes', 'steps', 'MFLOP', 'train s', 'em', 'against the first', 'f1', 'mean of types', *map(printable, types)]
-    rows = []
     for name, runs in groups.items():
-        m, column = runs[0], lambda key: [r[key] for r in runs]
-        difference = paired(runs, first) if runs is not first else None
+        if missing := [t for t in judged or () if any(t not in m['by_type'] for m in runs)]:
+            raise ValueError(f"--types={','.join(missing)}: {name} has no such type; expected some of {', '.join(types)}")
+    score = lambda m: sum(m['by_type'][t]['em'] for t in judged) / len(judged) if judged else m['em_types']
+    first = next(iter(groups.values()))
+    about, scores = [], []
+    for name, runs in groups.items():
+        m, other, flops = runs[0], runs is not first, training_flops(runs[0])
+        seeds, questions = other and by_seed(runs, first, score), other and paired(runs, first)
+        about.append({
+            'run': printable(name), 'seeds': len(runs), 'core': f"{m['parameters']['core']:,}", 'total': f"{m['parameters']['total']:,}", 'passes': passes(m) or '-',
+            'steps': m['step'], 'TFLOP': f'{flops / 1e12:.1f}' if flops else '-', 'min': f"{spread([r['train_s'] for r in runs])[0] / 60:.1f}",
+            'mean of types': plus_minus([score(r) for r in runs]), 'by seed': ' '.join(f'{score(r):.3f}' for r in runs),
+            'less the first': plus_minus(seeds, sign='+') if seeds else '-', 'em less the first': f'{questions[0]:+.3f} ± {questions[1]:.3f}' if questions else '-'}
+            | ({f'validation {reach:g} at step': ', '.join(reached(r, reach) for r in runs)} if reach else {}))
         of_type = lambda t: [r['by_type'][t]['f1' if t == 'describe' else 'em'] for r in runs if t in r['by_type']]
-        rows.append([printable(name), len(runs), f"{m['parameters']['core']:,}", f"{m['parameters']['total']:,}", passes(m) or '-', m['step'],
-                     f"{m['mflop_per_example']:.0f}" if 'mflop_per_example' in m else '-', f"{spread(column('train_s'))[0]:.0f}", plus_minus(column('em')),
-                     f'{difference[0]:+.3f} ± {difference[1]:.3f}' if difference else '-', plus_minus(column('f1')), plus_minus(column('em_types')),
-                     *(plus_minus(of_type(t)) if of_type(t) else '-' for t in types)])
+        scores.append({'run': printable(name)} | {key: plus_minus([r[key] for r in runs]) for key in ('em', 'f1')}
+                      | {printable(t): plus_minus(of_type(t)) if of_type(t) else '-' for t in types})
     draw_comparison(groups, Path(paths[0]).parent)
     made = sorted({f"{m.get('commit', '?')} on {m.get('device', '?')}, {m.get('threads', '?')} threads" for runs in groups.values() for m in runs})
-    return (table(heads, rows) + '\n±: 95 % interval over the seeds; against the first: mean difference and 95 % interval over the questions'
-            + '; describe: f1' * ('describe' in types) + f"\nMFLOP: of an example in training; passes: blocks in a row for an answer token; commit {'; '.join(made)}")
+    return ('\n'.join(table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (about, scores)) +
+            f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `less the first` over the differences between runs of one seed, of `em less the"
+            f" first` over the questions; describe: f1\nTFLOP, min: of the whole training; passes: blocks in a row for an answer token; commit {'; '.join(made)}")
 
 
 def draw_comparison(groups, folder):
@@ -653,7 +690,7 @@ def draw_results(figure, groups, styles):
     words = lambda x: f'{x:g}' if x < 1e3 else f'{x / 1e3:.3g}k' if x < 1e6 else f'{x / 1e6:.3g}M'
     axes = figure.subplots(2, 3, sharey='row')
     places = {'blocks in a row for an answer token': passes, 'core parameters': lambda m: m['parameters']['core'],
-              'GFLOP of the whole training': lambda m: m['mflop_per_example'] * m['step'] * m['settings']['batch_size'] * m['settings']['grad_accum'] / 1e3}
+              'GFLOP of the whole training': lambda m: training_flops(m) / 1e9}
     for row, key in zip(axes, ('em', 'f1')):
         for axis, (label, place) in zip(row, places.items()):
             at = sorted({place(runs[0]) for runs in groups.values()})
@@ -689,7 +726,7 @@ def draw_courses(figure, groups, styles):
 def main(argv=None):
     settings, sources = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
     if settings.compare:
-        print(compare(settings.compare.split(',')))
+        print(compare(settings.compare.split(','), settings.types and settings.types.split(','), settings.reach))
         return
     if settings.majority or settings.question_only:
         dataset = settings.dataset or read_checkpoint(settings.out_dir)['settings']['dataset']
@@ -712,6 +749,10 @@ def main(argv=None):
                 raise ValueError(f'--{key}: {settings.out_dir} holds a plain decoder, which takes no steps')
             checkpoint['model_config'][key] = getattr(settings, key)
     decoder, encoder, tokenizer = load_run(checkpoint, device)
+    if settings.forget_z:
+        if decoder.config.streams < 2:
+            raise ValueError(f"--forget_z: {settings.out_dir} holds a decoder whose steps have no y and z side by side; expected recursion='concat'")
+        decoder.blocks[0].register_forward_pre_hook(partial(forget_z, decoder))
     generator = torch.Generator(device).manual_seed(settings.seed)
     sampling = dict(temperature=settings.temperature, top_k=settings.top_k, generator=generator)
 

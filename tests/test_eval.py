@@ -98,29 +98,38 @@ def test_tables(tmp_path):
 
 
 def test_comparison(tmp_path, monkeypatch):
-    """--compare puts the seeds of a configuration together: mean and Student's 95 % interval; the difference to the first one is question by question; patterns
-    and copies of metrics.json are read too; the pictures are drawn, or a line says how to get them."""
+    """--compare puts the seeds of a configuration together: mean and Student's 95 % interval; the difference to the first one is seed by seed and question by
+    question; --types and --reach say what is judged and when validation had it; patterns and copies of metrics.json are read too; the pictures are drawn, or a
+    line says how to get them."""
     kinds = dict(plain=dict(kind='plain', n_layer=4), trm=dict(kind='trm', n_layer=2))
     for kind, ems in dict(plain=(.5, .5, .5), trm=(.5, .75, 1.)).items():
         for seed, em in enumerate(ems):
             settings = kinds[kind] | dict(inner_steps=3, outer_steps=2, recursion='add', batch_size=2, grad_accum=1, seed=seed, out_dir=f'{kind}_{seed}')
-            m = metrics(em) | dict(settings=settings, mflop_per_example=3., curve=[(1, .5, .1), (2, 1., em)], commit='abc', device='a cpu', threads=2,
+            m = metrics(em) | dict(settings=settings, seed=seed, mflop_per_example=3e6, curve=[(1, .5, .1), (2, 1., em)], commit='abc', device='a cpu', threads=2,
                                    correct='1' * round(4 * em) + '0' * round(4 - 4 * em) + '-')
+            m['by_type']['2 hops'] = m['by_type']['2 hops'] | dict(em=em ** 2)
             (tmp_path / f'{kind}_{seed}.json').write_text(json.dumps(m))
-    text = evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'])
-    plain, trm = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()[2:4]]
+    cells = lambda text: [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if '/plain' in line or '/trm' in line]
+    text = evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], reach=.75)
+    plain, trm, plain_scores, trm_scores = cells(text)
     half = 4.303 * .25 / 3 ** .5                                       # t at 2 degrees of freedom, standard deviation .25, 3 seeds
+    near = lambda cell, mean, half: cell.startswith(f'{mean} ± ') and abs(float(cell.split()[-1]) - half) < 2e-3
     assert plain[0].endswith('/plain') and plain[1] == '3' and plain[4] == '4' and trm[4] == str(2 * 2 * (3 + 1))
-    assert plain[8] == '0.500 ± 0.000' and trm[8].startswith('0.750 ± ') and abs(float(trm[8].split()[-1]) - half) < 2e-3
+    assert plain[6] == '30.0' and plain[8] == '0.500 ± 0.000' and near(trm[8], '0.750', half) and trm[9] == '0.500 0.750 1.000' and near(trm[10], '+0.250', half)
     d = [0, 0, 2 / 3, 1 / 3]                                           # question by question: how much oftener the three seeds of trm are right
     sd = (sum((x - .25) ** 2 for x in d) / 4) ** .5
-    assert trm[9] == f'+0.250 ± {1.96 * sd / 2:.3f}' and plain[9] == '-' and 'commit abc on a cpu' in text
+    assert trm[11] == f'+0.250 ± {1.96 * sd / 2:.3f}' and plain[10:] == ['-', '-', 'never, never, never'] and trm[12] == 'never, 2 (1 s), 2 (1 s)'
+    assert trm_scores[1] == trm[8] == trm_scores[3] and trm_scores[4].startswith('0.604 ± ') and 'commit abc on a cpu' in text
+    trm = cells(evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], judged=['2 hops']))[1]
+    assert trm[9] == '0.250 0.562 1.000' and trm[10].startswith('+0.354 ± ')                     # the squares of trm less plain's .25
+    with pytest.raises(ValueError, match='--types=size: .* has no such type; expected some of color, 2 hops'):
+        evaluation.compare([tmp_path / 'plain_*'], judged=['size'])
     for name in ('comparison.png', 'curves.png'):
         assert Image.open(tmp_path / name).width > 600
     other = json.loads((tmp_path / 'trm_0.json').read_text()) | dict(correct='101-')
     assert evaluation.paired([other], [json.loads((tmp_path / 'trm_1.json').read_text())]) is None  # other questions
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    assert evaluation.compare([tmp_path / 'plain_0.json']).count('plain') == 1
+    assert evaluation.compare([tmp_path / 'plain_0.json']).count('plain') == 2
 
 
 def test_write_whole(tmp_path):
@@ -140,7 +149,7 @@ def test_picture_sheet():
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--image=x.png'], 'belong together'), (['--split=tset'], 'split=tset'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
+    (['--image=x.png'], 'belong together'), (['--split=tset'], 'split=tset'), (['--reach=.5'], '--types and --reach go with --compare'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
 def test_bad_arguments(argv, message):
     """A wrong combination or a folder without a run is one message."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
