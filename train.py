@@ -82,6 +82,7 @@ class TrainConfig:
     use_vision: bool = True                   # false: the blind control
     prefix_lm: bool = True                    # the context sees itself both ways; false: causally
     # the encoder, in stage align; see encoder.EncoderConfig
+    objective: str = 'both'                   # what it is trained on: contrast, cloze or both
     captions: str = 'drawn'                   # drawn: pictures of shapes with captions, as they are needed; dataset: those of the dataset
     max_objects: int = 6                      # objects in a drawn picture, at most
     trunk: str | None = None                  # the encoder (CLIP) whose trunk is taken over and frozen; None: a small one, trained too
@@ -116,7 +117,7 @@ class TrainConfig:
 
     def __post_init__(self):
         choices = dict(stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16', 'float16'), tokenizer=('bpe', 'gpt2'),
-                       captions=('drawn', 'dataset'))
+                       captions=('drawn', 'dataset'), objective=('contrast', 'cloze', 'both'))
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
@@ -290,7 +291,10 @@ class AlignTask:
         self.data[split], self.pictures[split] = captions.batch, len(rows.pictures)
 
     def chance(self):
-        return {'contrast': math.log(self.settings.batch_size), 'cloze': math.log(self.tokenizer.vocab_size)}
+        return self.chosen({'contrast': math.log(self.settings.batch_size), 'cloze': math.log(self.tokenizer.vocab_size)})
+
+    def chosen(self, losses):
+        return {name: loss for name, loss in losses.items() if self.settings.objective in (name, 'both')}
 
     def batch(self, step):
         batch = self.data['train'](step, self.settings.batch_size, self.settings.seed)
@@ -305,7 +309,7 @@ class AlignTask:
 
     def losses(self, model, batch, split='train'):
         losses = model(self.tokens(model, batch, split), batch['caption'], batch['left_out'])
-        return losses | {'cloze': losses['cloze'] * batch.get('weight', 1)}
+        return self.chosen(losses | {'cloze': losses['cloze'] * batch.get('weight', 1)})
 
     @torch.no_grad()
     def validate(self, model, split='val', most=1000):
@@ -604,7 +608,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group['params']:
+            for p in (p for p in group['params'] if p.grad is not None):
                 average = self.state[p].setdefault('average', torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group['momentum'])
                 update = orthogonal(p.grad.lerp(average, group['momentum']))  # Nesterov: the gradient looks one step ahead

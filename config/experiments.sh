@@ -2,8 +2,8 @@
 # The experiments of results/README.md, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
 #     bash config/experiments.sh                  # everything, three seeds
-#     bash config/experiments.sh depth width T2   # some groups, some runs
-#     SEEDS="1 2 3 4 5" JOBS=2 bash config/experiments.sh depth
+#     bash config/experiments.sh steps width T2   # some groups, some runs
+#     SEEDS="1 2 3 4 5" JOBS=2 bash config/experiments.sh swaps
 #     LIST=1 bash config/experiments.sh           # only print the commands that there are to run
 #
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
@@ -22,34 +22,30 @@ for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_st
          "plain2 2341 --kind=plain --n_layer=2" "plain4 903 --kind=plain --n_layer=4" "plain8 405 --kind=plain --n_layer=8"; do
     set -- $k; add flops flops_$1 --max_steps=$2 --eval_interval=150 "${@:3}"
 done
-# steps: the same decoders with 1800 steps each, whatever they cost
-for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "loop2 --recursion=loop --inner_steps=2" "loop4 --recursion=loop --inner_steps=4" "plain2 --kind=plain --n_layer=2" \
-         "plain4 --kind=plain --n_layer=4" "plain8 --kind=plain --n_layer=8"; do
-    set -- $k; add steps steps_$1 --max_steps=1800 --eval_interval=150 "${@:2}"
-done
-# depth: how many steps of recursion; from here on all have 1800 steps of training
-for n in 6 8; do add depth steps_n$n --inner_steps=$n; done
-# cycles: T, with every cycle supervised and with the last one only
-for t in 2 3; do add cycles T$t --inner_steps=2 --outer_steps=$t; add cycles T${t}_deep --inner_steps=2 --outer_steps=$t --deep_supervision=true; done
+# base: the main job's TRM, n=4 and norm=post; each of the following runs, up to the encoders, changes one thing of it and has 1800 steps too
+add base trm config/trm.py
+# steps: depth, and the other decoders with as many steps, whatever they cost
+for n in 1 2 6 8; do add steps n$n config/trm.py --inner_steps=$n; done
+for n in 2 4; do add steps loop$n config/trm.py --recursion=loop --inner_steps=$n; done
+for l in 2 4 8; do add steps plain$l config/trm.py --kind=plain --n_layer=$l; done
+# cycles: T, with every cycle supervised and with the last one only; two steps each
+for t in 2 3; do add cycles T$t config/trm.py --inner_steps=2 --outer_steps=$t; add cycles T${t}_deep config/trm.py --inner_steps=2 --outer_steps=$t --deep_supervision=true; done
 # form: the other recursion, norm placements, the context mask, no averaging of weights
-add form add4 --recursion=add --inner_steps=4
-add form post4 --norm=post --inner_steps=4
-add form unbounded4 --norm=unbounded --inner_steps=4
-add form causal4 --prefix_lm=false --inner_steps=4
-add form raw4 --ema=0 --inner_steps=4
+for k in "add --recursion=add" "pre --norm=pre" "unbounded --norm=unbounded" "causal --prefix_lm=false" "raw --ema=0"; do set -- $k; add form $1 config/trm.py "${@:2}"; done
 # width: of the recursive and of the plain decoder
-for c in 64 192; do add width n4_c$c --inner_steps=4 --n_embd=$c; add width plain4_c$c --kind=plain --n_layer=4 --n_embd=$c; done
-# vision: none, an encoder of random weights (after one step of alignment), and Matryoshka prefixes of the encoder's tokens
-add vision blind4 --inner_steps=4 --use_vision=false
-add vision random4 --inner_steps=4 --encoder=out/encoder_random/encoder.pt
-for d in 16 32 64; do add vision dim$d --inner_steps=4 --vision_dim=$d; done
-# rate: the learning rate of each kind of decoder, judged on val
-for r in 1e-3 4e-3; do for k in "n1 --inner_steps=1" "n4 --inner_steps=4" "plain4 --kind=plain --n_layer=4"; do set -- $k; add rate $1_lr$r "${@:2}" --learning_rate=$r; done; done
+for c in 64 192; do add width c$c config/trm.py --n_embd=$c; add width plain4_c$c config/trm.py --kind=plain --n_layer=4 --n_embd=$c; done
+# vision: none, and Matryoshka prefixes of the encoder's tokens
+add vision blind config/trm.py --use_vision=false
+for d in 16 32 64; do add vision dim$d config/trm.py --vision_dim=$d; done
+# encoder: random weights (one step of alignment), and aligned for 2000 steps with one of the losses or with both
+for e in random contrast cloze both; do add encoder encoder_$e config/trm.py --encoder=out/encoder_$e/encoder.pt; done
 # swaps: state tracking, every decoder with the training FLOPs of n=4 in 3000 steps; trained on up to three swaps, tested on up to six
 for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop4 3889 --recursion=loop --inner_steps=4" \
          "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4"; do
     set -- $k; add swaps swaps_$1 config/swaps.py --max_steps=$2 --eval_interval=150 "${@:3}"
 done
+# rate: other learning rates on the swaps, judged on val
+for r in 1e-3 4e-3; do for k in plain2 plain4 n4 loop4; do add rate swaps_${k}_lr$r ${FLAGS[swaps_$k]} --learning_rate=$r; done; done
 # published: Sort-of-CLEVR
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 
@@ -82,7 +78,9 @@ done; done
 echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then for job in "${TODO[@]}"; do run_of $job; done; exit; fi
 need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
-if need random4 && [ ! -e out/encoder_random/encoder.pt ]; then python train.py config/align.py --max_steps=1 --out_dir=out/encoder_random; fi
+for e in "random --max_steps=1" "contrast --max_steps=2000 --objective=contrast" "cloze --max_steps=2000 --objective=cloze" "both --max_steps=2000"; do
+    set -- $e; if need encoder_$1 && [ ! -e out/encoder_$1/encoder.pt ]; then python train.py config/align.py "${@:2}" --out_dir=out/encoder_$1; fi
+done
 if need swaps && [ ! -e data/swaps ]; then python data.py shapes --out=data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
 start=$SECONDS; k=0

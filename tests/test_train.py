@@ -112,6 +112,21 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
         evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?'])
 
 
+@pytest.mark.parametrize('objective, left', [('contrast', 'reader'), ('cloze', 'text_projection')])
+def test_align_objective(objective, left, tmp_path, monkeypatch):
+    """Stage 1 learns from one of its losses alone: what only the other one reads stays as it was, whatever the optimizer, and the encoder moves."""
+    tasks = []
+    monkeypatch.setattr(train.AlignTask, 'finish', lambda task, *args: tasks.append(task))
+    monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
+    for steps in (1, 3):
+        train.main([str(ROOT / 'config/align.py'), f'--max_steps={steps}', '--batch_size=4', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4',
+                    '--optimizer=muon', '--warmup_ratio=0', '--min_lr_ratio=0.5', f'--objective={objective}', f'--out_dir={tmp_path}/{steps}'])
+    one, three = (dict(task.model.named_parameters()) for task in tasks)
+    moved = {key for key in one if not torch.equal(one[key], three[key])}
+    assert any(key.startswith('encoder.trunk') for key in moved) and not any(key.startswith(left) for key in moved)
+    assert list(tasks[0].chance()) == [objective]
+
+
 @pytest.mark.parametrize('rate, warned', [(1e-9, True), (3e-3, False)])
 def test_a_loss_at_chance_is_said(rate, warned, tmp_path, capsys, monkeypatch):
     """A run whose contrast has not fallen below that of a guess after a hundred steps says so, once; one that learns does not."""
