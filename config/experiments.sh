@@ -41,9 +41,11 @@ for d in 16 32 64; do add vision dim$d config/trm.py --vision_dim=$d; done
 for e in random contrast cloze both; do add encoder encoder_$e config/trm.py --encoder=out/encoder_$e/encoder.pt; done
 # swaps: state tracking, every decoder with the training FLOPs of n=4 in 3000 steps; trained on up to three swaps, tested on up to six
 for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop4 3889 --recursion=loop --inner_steps=4" \
-         "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4"; do
+         "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4" "plain8 859 --kind=plain --n_layer=8"; do
     set -- $k; add swaps swaps_$1 config/swaps.py --max_steps=$2 --eval_interval=150 "${@:3}"
 done
+# swapsteps: plain decoders with 3000 steps of training there, whatever they cost: what n=4 has
+for l in 4 8; do add swapsteps swaps_plain${l}_3000 config/swaps.py --kind=plain --n_layer=$l --eval_interval=150; done
 # rate: other learning rates on the swaps, judged on val
 for r in 1e-3 4e-3; do for k in plain2 plain4 n4 loop4; do add rate swaps_${k}_lr$r ${FLAGS[swaps_$k]} --learning_rate=$r; done; done
 # published: Sort-of-CLEVR
