@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from configurator import configure, locked, printable, run_script, write_whole
 from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
-from model import ModelConfig, build_model, norm, state_sizes, table
+from model import ModelConfig, build_model, state_sizes, table
 
 FORMAT = 3  # of checkpoints; raised when their content changes
 
@@ -52,7 +52,7 @@ class EvalConfig:
     reach: float | None = None      # with compare: say when validation Exact Match first had this value
     inner_steps: int | None = None  # test-time depth: another number of inner steps than in training
     outer_steps: int | None = None  # the same for the outer steps
-    forget_z: bool = False          # set z back to its start before every step: what does it carry from step to step?
+    forget: str | None = None       # y or z: set it back to its start before every step; what does it carry from one to the next?
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
     top_k: int | None = None        # with a temperature: draw from the k likeliest only
     seed: int = 1337                # of the drawing
@@ -62,6 +62,8 @@ class EvalConfig:
     def __post_init__(self):
         if self.split not in ('train', 'val', 'test'):
             raise ValueError(f'split={self.split}: expected train, val or test')
+        if self.forget not in (None, 'y', 'z'):
+            raise ValueError(f'forget={self.forget}: expected y or z')
         if (self.image is None) != (self.question is None):
             raise ValueError('--image and --question belong together: both or neither')
         if (self.types or self.reach) and not self.compare:
@@ -559,12 +561,19 @@ def write_results(out_dir, metrics, rows, predictions):
     write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics | dict(correct=correct), indent=1).encode()))
 
 
-def forget_z(decoder, block, args):
-    """Before the first block of a step sees [y ; z] (B, 2A, C): z is its start again. The pass over the context is left alone."""
-    h, rope, mask, *context = args
-    if context:
-        y, z = h.chunk(2, dim=1)
-        return torch.cat([y, norm(decoder.z_start).expand_as(z)], dim=1), rope, mask, *context
+def forgetful(decoder, which):
+    """Makes every step of [y ; z] begin with the y, or the z, that the first one had: what the other state carries must then do."""
+    first, start = cycle([True] + [False] * (decoder.config.inner_steps * decoder.config.outer_steps - 1)), []
+
+    def forget(block, args):
+        h, rope, mask, *context = args
+        if context:  # a step, not the pass over the context
+            if next(first):
+                start[:] = h.chunk(2, dim=1)
+            y, z = h.chunk(2, dim=1)
+            return torch.cat([start[0], z] if which == 'y' else [y, start[1]], dim=1), rope, mask, *context
+
+    decoder.blocks[0].register_forward_pre_hook(forget)
 
 
 # ----------------------------------------------------------------------------
@@ -749,10 +758,10 @@ def main(argv=None):
                 raise ValueError(f'--{key}: {settings.out_dir} holds a plain decoder, which takes no steps')
             checkpoint['model_config'][key] = getattr(settings, key)
     decoder, encoder, tokenizer = load_run(checkpoint, device)
-    if settings.forget_z:
+    if settings.forget:
         if decoder.config.streams < 2:
-            raise ValueError(f"--forget_z: {settings.out_dir} holds a decoder whose steps have no y and z side by side; expected recursion='concat'")
-        decoder.blocks[0].register_forward_pre_hook(partial(forget_z, decoder))
+            raise ValueError(f"--forget: {settings.out_dir} holds a decoder whose steps have no y and z side by side; expected recursion='concat'")
+        forgetful(decoder, settings.forget)
     generator = torch.Generator(device).manual_seed(settings.seed)
     sampling = dict(temperature=settings.temperature, top_k=settings.top_k, generator=generator)
 

@@ -149,7 +149,7 @@ def test_picture_sheet():
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--image=x.png'], 'belong together'), (['--split=tset'], 'split=tset'), (['--reach=.5'], '--types and --reach go with --compare'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
+    (['--image=x.png'], 'belong together'), (['--split=tset'], 'split=tset'), (['--forget=x'], 'expected y or z'), (['--reach=.5'], '--types and --reach go with --compare'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
 def test_bad_arguments(argv, message):
     """A wrong combination or a folder without a run is one message."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -35,7 +35,7 @@ def test_answer_stage(config, flags, tmp_path, capsys):
     """Every ready config trains, evaluates and writes all its files; eval.py repeats the result and answers about a picture."""
     out = tmp_path / config
     train.main([str(ROOT / f'config/{config}.py'), *flags, f'--out_dir={out}'])
-    for flag in ['--inner_steps=3', '--states=true', '--forget_z=true'] if config == 'plain' else []:
+    for flag in ['--inner_steps=3', '--states=true', '--forget=z'] if config == 'plain' else []:
         with pytest.raises(ValueError, match='plain decoder|no y and z side by side'):
             evaluation.main([f'--out_dir={out}', '--device=cpu', flag])
     text = capsys.readouterr().out
@@ -70,14 +70,14 @@ def test_eval_options(flags, tmp_path, capsys, monkeypatch):
         losses.append((metrics['loss'], [p['prediction'] for p in predictions]))
         return metrics, predictions
     monkeypatch.setattr(evaluation, 'evaluate', remembered)
-    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--forget_z=true'], ['--temperature=1', '--top_k=5', '--seed=3']):
+    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--forget=y'], ['--forget=z'], ['--temperature=1', '--top_k=5', '--seed=3']):
         capsys.readouterr()
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', *option])
         assert 'nothing written' in capsys.readouterr().out
-    assert len({loss for loss, _ in losses[:4]}) == 4 and losses[4][1] != losses[0][1]  # every option had an effect
-    for option in ([], ['--forget_z=true']):
+    assert len({loss for loss, _ in losses}) == 6 and losses[5][1] != losses[0][1]  # every option had an effect; the temperature has none on the loss
+    for option in ([], ['--forget=y'], ['--forget=z']):
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', '--inner_steps=1', *option])
-    assert losses[5] == losses[6]  # before the first step there is nothing to forget
+    assert losses[6] == losses[7] == losses[8]  # before the first step there is nothing to forget
     evaluation.main([f'--out_dir={out}', '--device=cpu', '--attention=true'])
     capsys.readouterr()
     evaluation.main([f'--out_dir={out}', '--device=cpu', '--states=true'])
