@@ -61,15 +61,15 @@ for c in 256 1024; do add gpu pixmo_n4_c$c config/trm_pixmo.py --n_embd=$c; add 
 for d in 512 1024 2048; do add gpu pixmo_dim$d config/trm_pixmo.py --vision_dim=$d; done
 for f in recursion=add recursion=loop norm=post ema=0.998 use_vision=false; do add gpu pixmo_${f/=/_} config/trm_pixmo.py --$f; done
 
-run_of() { echo python train.py ${FLAGS[$1]} --seed=$2 --out_dir=out/exp/$1_$2; }  # of NAME SEED
+run_of() { echo python train.py ${FLAGS[$1]} --seed=$2 --out_dir=out/exp/$1_$2; }  # NAME SEED
 
 one() {  # NAME SEED
-    local out=out/exp/$1_$2 log=out/exp/$1_$2.console
+    local out=out/exp/$1_$2
     mkdir -p out/exp results/runs
-    if $(run_of $1 $2) > $log 2>&1; then
+    if $(run_of $1 $2) > $out.console 2>&1; then
         cp $out/metrics.json results/runs/$1_$2.json
     else
-        echo "$1, seed $2: failed, see $log"; tail -n 1 $log
+        echo "$1, seed $2: failed, see $out.console"; tail -n 1 $out.console
     fi
 }
 

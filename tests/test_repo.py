@@ -65,10 +65,21 @@ def test_experiments(groups, least):
     assert len(names) == len(commands) >= least
 
 
-def test_readme_paths():
-    """Every path in back quotes that looks like one of the repository's files is there."""
-    for path in re.findall(r'`((?:config|assets|tests|prepare|\.ci|results)/[\w./*-]+)`', README):
+@pytest.mark.parametrize('page', ['README.md', 'results/README.md', 'results/speed.md'])
+def test_paths(page):
+    """Every path in back quotes that looks like one of the repository's files is there, and every picture."""
+    text = (ROOT / page).read_text()
+    for path in re.findall(r'`((?:config|assets|tests|prepare|\.ci|results)/[\w./*-]+)`', text):
         assert list(ROOT.glob(path)), path
+    for path in re.findall(r'!\[[^]]*\]\(([^)]*)\)', text):
+        assert (ROOT / page).parent.joinpath(path).is_file(), path
+
+
+@pytest.mark.parametrize('command', re.findall(r'`(python (?:train|eval)\.py [^`]*)`', (ROOT / 'results/README.md').read_text()))
+def test_results_commands(command):
+    """The commands behind the results name configs that exist and settings that are accepted."""
+    script, *words = shlex.split(command)[1:]
+    configure(TrainConfig if script == 'train.py' else EvalConfig, [str(ROOT / w) if w.startswith('config/') else w for w in words])
 
 
 def test_requirements():
