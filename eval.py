@@ -18,7 +18,7 @@ import sys
 import time
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from glob import glob
 from itertools import chain, cycle, islice
@@ -39,7 +39,7 @@ FORMAT = 3  # of checkpoints; raised when their content changes
 @dataclass
 class EvalConfig:
     out_dir: str = 'out/trm'        # the run to evaluate
-    split: str = 'test'             # val or test
+    split: str = 'test'             # train, val or test
     dataset: str | None = None      # another dataset folder than the one of the run
     image: str | None = None        # a picture file: answer `question` about it instead
     question: str | None = None     # the question about `image`
@@ -64,6 +64,8 @@ class EvalConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
         if self.forget not in (None, 'y', 'z'):
             raise ValueError(f'forget={self.forget}: expected y or z')
+        if self.forget and (self.compare or self.majority or self.question_only or self.states):
+            raise ValueError('--forget goes with an evaluation, a picture or --attention')
         if (self.image is None) != (self.question is None):
             raise ValueError('--image and --question belong together: both or neither')
         if (self.types or self.reach) and not self.compare:
@@ -598,35 +600,45 @@ def plus_minus(values, sign=''):
 
 def grouped(paths):
     """Reads finished runs, folders or copies of a metrics.json -> {name: [metrics of every seed]}: runs that differ in nothing but their seed
-    belong together. Raises: FileNotFoundError."""
-    groups = {}
-    for path in dict.fromkeys(chain.from_iterable(sorted(glob(p)) or [p] for p in map(str, paths))):
+    belong together; a setting that is newer than a run has its default there. What a pattern matches and is no finished run is left out, and said.
+    Raises: FileNotFoundError, ValueError."""
+    from train import TrainConfig
+    groups, named = {}, {}
+    for path, pattern in {path: p for p in map(str, paths) for path in sorted(glob(p)) or [p]}.items():
         file = Path(path) / 'metrics.json' if not path.endswith('.json') else Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f'{file}: no such file; --compare takes the folders of finished runs')
-        m = json.loads(file.read_text())
-        same = {key: value for key, value in m.get('settings', {'run': path}).items() if key not in ('seed', 'out_dir', 'fresh', 'cache_dir', 'log_interval')}
+        m = json.loads(file.read_text()) if file.is_file() else {}
+        if missing := [key for key in ('by_type', 'correct', 'curve', 'mflop_per_example') if key not in m]:
+            problem = f'{file}: no {missing[0]}; --compare takes runs that answer questions and that train.py finished' if m else f'{file}: no such file; --compare takes the folders of finished runs'
+            if path == pattern:
+                raise ValueError(problem) if m else FileNotFoundError(problem)
+            print(f'left out: {problem}')
+            continue
+        same = asdict(TrainConfig()) | m['settings']
+        same = {key: value for key, value in same.items() if key not in ('seed', 'out_dir', 'fresh', 'cache_dir', 'log_interval')}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append((path.removesuffix('.json'), m))
-    return {re.sub('[-_]+$', '', os.path.commonprefix([path for path, _ in runs])) if len(runs) > 1 else runs[0][0]: [m for _, m in runs]
-            for runs in groups.values()}
+    if not groups:
+        raise ValueError(f'--compare: no finished run among {", ".join(map(str, paths))}')
+    for runs in groups.values():
+        name = re.sub('[-_]+$', '', os.path.commonprefix([path for path, _ in runs])) if len(runs) > 1 else runs[0][0]
+        named[name if name not in named else f'{name} ({len(named) + 1})'] = [m for _, m in runs]
+    return named
 
 
 def passes(m):
     """How many blocks an answer position goes through, one after the other."""
-    s = m.get('settings')
-    return s and s['n_layer'] * (1 if s['kind'] == 'plain' else s['outer_steps'] * (s['inner_steps'] + (s['recursion'] == 'add')))
+    s = m['settings']
+    return s['n_layer'] * (1 if s['kind'] == 'plain' else s['outer_steps'] * (s['inner_steps'] + (s['recursion'] == 'add')))
 
 
 def training_flops(m):
-    """FLOPs of the whole training; None where the run does not say."""
-    return m['mflop_per_example'] * 1e6 * m['step'] * m['settings']['batch_size'] * m['settings']['grad_accum'] if 'mflop_per_example' in m else None
+    return m['mflop_per_example'] * 1e6 * m['step'] * m['settings']['batch_size'] * m['settings']['grad_accum']
 
 
 def paired(runs, base):
     """The difference in Exact Match, question by question, of the means over the seeds -> mean, and half the width of its 95 % interval over the
     questions; None where the runs did not answer the same questions."""
-    rows = [[m.get('correct', '') for m in group] for group in (runs, base)]
-    if len({len(row) for group in rows for row in group}) > 1 or not rows[0][0]:
+    rows = [[m['correct'] for m in group] for group in (runs, base)]
+    if len({(m['settings']['dataset'], re.sub(r'\d', 'x', m['correct'])) for m in (*runs, *base)}) > 1:
         return None
     asked = [i for i, c in enumerate(rows[0][0]) if c != '-']
     ours, theirs = ([sum(row[i] == '1' for row in group) / len(group) for i in asked] for group in rows)
@@ -637,7 +649,7 @@ def paired(runs, base):
 
 def by_seed(runs, base, score):
     """The differences in `score` between runs of the same seed, a list."""
-    ours, theirs = ({m.get('seed'): score(m) for m in group} for group in (runs, base))
+    ours, theirs = ({m['seed']: score(m) for m in group} for group in (runs, base))
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
@@ -658,11 +670,11 @@ def compare(paths, judged=None, reach=None):
     first = next(iter(groups.values()))
     about, scores = [], []
     for name, runs in groups.items():
-        m, other, flops = runs[0], runs is not first, training_flops(runs[0])
+        m, other = runs[0], runs is not first
         seeds, questions = other and by_seed(runs, first, score), other and paired(runs, first)
         about.append({
-            'run': printable(name), 'seeds': len(runs), 'core': f"{m['parameters']['core']:,}", 'total': f"{m['parameters']['total']:,}", 'passes': passes(m) or '-',
-            'steps': m['step'], 'TFLOP': f'{flops / 1e12:.1f}' if flops else '-', 'min': f"{spread([r['train_s'] for r in runs])[0] / 60:.1f}",
+            'run': printable(name), 'seeds': len(runs), 'core': f"{m['parameters']['core']:,}", 'total': f"{m['parameters']['total']:,}", 'passes': passes(m),
+            'steps': m['step'], 'TFLOP': f'{spread([training_flops(r) for r in runs])[0] / 1e12:.1f}', 'min': f"{spread([r['train_s'] for r in runs])[0] / 60:.1f}",
             'mean of types': plus_minus([score(r) for r in runs]), 'by seed': ' '.join(f'{score(r):.3f}' for r in runs),
             'less the first': plus_minus(seeds, sign='+') if seeds else '-', 'em less the first': f'{questions[0]:+.3f} ± {questions[1]:.3f}' if questions else '-'}
             | ({f'validation {reach:g} at step': ', '.join(reached(r, reach) for r in runs)} if reach else {}))
@@ -670,7 +682,7 @@ def compare(paths, judged=None, reach=None):
         scores.append({'run': printable(name)} | {key: plus_minus([r[key] for r in runs]) for key in ('em', 'f1')}
                       | {printable(t): plus_minus(of_type(t)) if of_type(t) else '-' for t in types})
     draw_comparison(groups, Path(paths[0]).parent)
-    made = sorted({f"{m.get('commit', '?')} on {m.get('device', '?')}, {m.get('threads', '?')} threads" for runs in groups.values() for m in runs})
+    made = sorted({f"{m['commit']} on {m['device']}, {m['threads']} threads" for runs in groups.values() for m in runs})
     return ('\n'.join(table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (about, scores)) +
             f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `less the first` over the differences between runs of one seed, of `em less the"
             f" first` over the questions; describe: f1\nTFLOP, min: of the whole training; passes: blocks in a row for an answer token; commit {'; '.join(made)}")
@@ -683,9 +695,8 @@ def draw_comparison(groups, folder):
     except ImportError:
         print('comparison.png not drawn: pip install matplotlib')
         return
-    groups = {name: runs for name, runs in groups.items() if passes(runs[0]) and 'mflop_per_example' in runs[0]}
     styles = {name: dict(color=f'C{k % 10}', label=printable(os.path.basename(name)).replace('$', '')) for k, name in enumerate(groups)}
-    for file, size, draw in (('comparison.png', (13, 7.5), draw_results), ('curves.png', (13, 4), draw_courses)) if groups else ():
+    for file, size, draw in (('comparison.png', (13, 7.5), draw_results), ('curves.png', (13, 4), draw_courses)):
         figure = Figure(figsize=size, layout='constrained')
         axes = draw(figure, groups, styles)
         for axis in axes:
@@ -733,7 +744,7 @@ def draw_courses(figure, groups, styles):
 
 
 def main(argv=None):
-    settings, sources = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
+    settings, _ = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
     if settings.compare:
         print(compare(settings.compare.split(','), settings.types and settings.types.split(','), settings.reach))
         return
@@ -746,7 +757,7 @@ def main(argv=None):
     run = checkpoint['settings']
     if checkpoint['stage'] == 'align' and not settings.image:
         from train import AlignTask, TrainConfig
-        if settings.attention or settings.states or settings.inner_steps or settings.outer_steps:
+        if settings.attention or settings.states or settings.forget or settings.inner_steps or settings.outer_steps:
             raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
         task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'])), device, checkpoint, splits=())
         task.model.load_state_dict(checkpoint['run']['best']['model'])

@@ -221,11 +221,15 @@ class AnswerTask:
         frozen = sum(p.numel() for p in encoder.parameters()) if encoder else 0
         return counts | {'encoder': frozen}
 
-    def flops(self, n=8):
-        """FLOPs of a training example, forwards and backwards, of the decoder and of what else is trained; the mean over `n` batches."""
-        batches = [self.batch(step) for step in range(n)]
-        step = lambda batch: sum(self.losses(self.model, on_device(batch, self.device)).values()).backward()
-        return sum(flops_of(partial(step, batch)) for batch in batches) / sum(len(batch['question']) for batch in batches)
+    def flops(self, n=4):
+        """FLOPs of a training step, forwards and backwards, for each row of a full batch; of the decoder and of what else is trained. The mean over the
+        kinds of batches (captions come in smaller ones), weighted by how often they come, of `n` batches each."""
+        kinds = {}
+        for rows in self.questions['train'].epoch(self.settings.batch_size, self.settings.seed, 0):
+            kinds.setdefault(len(rows), []).append(rows)
+        step = lambda rows: sum(self.losses(self.model, on_device(self.questions['train'].batch(rows), self.device)).values()).backward()
+        mean = {kind: sum(flops_of(partial(step, rows)) for rows in batches[:n]) / len(batches[:n]) for kind, batches in kinds.items()}
+        return sum(len(kinds[kind]) * mean[kind] for kind in kinds) / sum(map(len, kinds.values())) / self.settings.batch_size
 
     def finish(self, model, facts):
         """Evaluates the test split, which nothing has looked at so far, and writes the results."""
@@ -654,7 +658,7 @@ def saved_run(settings):
     if settings.fresh or not (Path(settings.out_dir) / 'ckpt.pt').is_file():
         return None
     saved = evaluation.read_checkpoint(settings.out_dir, unfinished=True)
-    ours, theirs = asdict(settings), saved['settings']
+    ours, theirs = asdict(settings), asdict(TrainConfig()) | saved['settings']  # what the run did not know yet had its default's effect
     free = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
     other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in free and theirs.get(key) != value]
     if other:

@@ -66,7 +66,7 @@ run_of() { echo python train.py ${FLAGS[$1]} --seed=$2 --out_dir=out/exp/$1_$2; 
 one() {  # NAME SEED
     local out=out/exp/$1_$2
     mkdir -p out/exp results/runs
-    if $(run_of $1 $2) > $out.console 2>&1; then
+    if $(run_of $1 $2) > $out.console 2>&1; then  # runs what run_of says
         cp $out/metrics.json results/runs/$1_$2.json
     else
         echo "$1, seed $2: failed, see $out.console"; tail -n 1 $out.console
@@ -79,9 +79,12 @@ for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
         [ -e results/runs/${name}_$seed.json ] || TODO+=("$name $seed")
     fi
 done; done
+for word in $WANTED; do
+    [[ " ${NAMES[*]} ${GROUP[*]} " == *" $word "* ]] || { echo "$word: no such group or run; groups are $(printf '%s\n' "${GROUP[@]}" | sort -u | xargs)" >&2; exit 1; }
+done
 echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then for job in "${TODO[@]}"; do run_of $job; done; exit; fi
-need() { printf '%s\n' "${TODO[@]}" | grep -q "^$1"; }
+need() { [[ " ${TODO[*]}" == *" $1"* ]]; }  # the beginning of a run's name
 for e in "random --max_steps=1" "contrast --max_steps=2000 --objective=contrast" "cloze --max_steps=2000 --objective=cloze" "both --max_steps=2000"; do
     set -- $e; if need encoder_$1 && [ ! -e out/encoder_$1/encoder.pt ]; then python train.py config/align.py "${@:2}" --out_dir=out/encoder_$1; fi
 done

@@ -15,6 +15,7 @@ from PIL import Image
 import eval as evaluation
 from configurator import printable, write_whole
 from eval import exact_match, normalize_answer, token_f1
+from model import ModelConfig, build_model
 
 
 @pytest.mark.parametrize('text, normal', [
@@ -78,23 +79,35 @@ def test_probe_reads_perfect_tokens():
     assert results[1]['pair_f1'] < .5 and results[1]['place_error_px'] > 10
 
 
-def metrics(em):
+def metrics(em, seed=0, **settings):
+    """What a finished run has written. On '2 hops' it is right in em squared of the cases."""
     row = dict(n=10, em=em, f1=em, token_accuracy=.5, loss=1.)
-    return row | dict(em_types=em, by_type={'color': row, '2 hops': row, 'describe': row}, step=5, train_s=9.,
-                      parameters=dict(total=1234567, core=1000))
+    settings = dict(kind='plain', n_layer=4, inner_steps=3, outer_steps=2, recursion='add', batch_size=2, grad_accum=1, dataset='d', seed=seed) | settings
+    return row | dict(em_types=(em + em ** 2) / 2, by_type={'color': row, '2 hops': row | dict(em=em ** 2), 'describe': row}, step=5, train_s=9., seed=seed,
+                      parameters=dict(total=1234567, core=1000), settings=settings, mflop_per_example=3e6, curve=[(1, .5, .1), (2, 1., em)], commit='abc',
+                      device='a cpu', threads=2, correct='1' * round(4 * em) + '0' * round(4 - 4 * em) + '-')
 
 
-def test_tables(tmp_path):
+def test_tables(tmp_path, capsys):
     """The result table has a line per type, captions last; --compare sets runs side by side and names a folder without results."""
     lines = evaluation.result_table(metrics(.25)).splitlines()
     assert [line.split('|')[0].strip() for line in lines[2:]] == ['color', '2 hops', 'all', 'mean of types', 'describe']
     for run, em in (('a', .25), ('b', .75)):
         (tmp_path / run).mkdir()
-        (tmp_path / run / 'metrics.json').write_text(json.dumps(metrics(em)))
+        (tmp_path / run / 'metrics.json').write_text(json.dumps(metrics(em, n_layer=round(4 * em))))
     table = evaluation.compare([tmp_path / 'a', tmp_path / 'b'])
     assert '0.250' in table and '0.750' in table and '1,234,567' in table and table.count(' | ') > 40
     with pytest.raises(FileNotFoundError, match='folders of finished runs'):
         evaluation.compare([tmp_path / 'c'])
+    for name, text in dict(begun=None, align='{"probe": 1}').items():  # a pattern leaves out what is no finished run, and says so
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / 'metrics.json').write_text(text)
+    capsys.readouterr()
+    assert evaluation.compare([tmp_path / '*']).count('0.750') == table.count('0.750')
+    assert [line.split(': ')[0] for line in capsys.readouterr().out.splitlines()] == ['left out'] * 4  # the two pictures are no runs either
+    with pytest.raises(ValueError, match='align/metrics.json: no by_type'):
+        evaluation.compare([tmp_path / 'align'])
 
 
 def test_comparison(tmp_path, monkeypatch):
@@ -104,10 +117,8 @@ def test_comparison(tmp_path, monkeypatch):
     kinds = dict(plain=dict(kind='plain', n_layer=4), trm=dict(kind='trm', n_layer=2))
     for kind, ems in dict(plain=(.5, .5, .5), trm=(.5, .75, 1.)).items():
         for seed, em in enumerate(ems):
-            settings = kinds[kind] | dict(inner_steps=3, outer_steps=2, recursion='add', batch_size=2, grad_accum=1, seed=seed, out_dir=f'{kind}_{seed}')
-            m = metrics(em) | dict(settings=settings, seed=seed, mflop_per_example=3e6, curve=[(1, .5, .1), (2, 1., em)], commit='abc', device='a cpu', threads=2,
-                                   correct='1' * round(4 * em) + '0' * round(4 - 4 * em) + '-')
-            m['by_type']['2 hops'] = m['by_type']['2 hops'] | dict(em=em ** 2)
+            newer = dict(objective='both') if seed == 2 else {}            # a setting that the other runs do not know yet
+            m = metrics(em, seed, **kinds[kind], **newer, out_dir=f'{kind}_{seed}')
             (tmp_path / f'{kind}_{seed}.json').write_text(json.dumps(m))
     cells = lambda text: [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if '/plain' in line or '/trm' in line]
     text = evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], reach=.75)
@@ -115,21 +126,44 @@ def test_comparison(tmp_path, monkeypatch):
     half = 4.303 * .25 / 3 ** .5                                       # t at 2 degrees of freedom, standard deviation .25, 3 seeds
     near = lambda cell, mean, half: cell.startswith(f'{mean} ± ') and abs(float(cell.split()[-1]) - half) < 2e-3
     assert plain[0].endswith('/plain') and plain[1] == '3' and plain[4] == '4' and trm[4] == str(2 * 2 * (3 + 1))
-    assert plain[6] == '30.0' and plain[8] == '0.500 ± 0.000' and near(trm[8], '0.750', half) and trm[9] == '0.500 0.750 1.000' and near(trm[10], '+0.250', half)
+    assert plain[6] == '30.0' and plain[8] == '0.375 ± 0.000' and trm[9] == '0.375 0.656 1.000' and near(trm[10], '+0.302', .7777)
     d = [0, 0, 2 / 3, 1 / 3]                                           # question by question: how much oftener the three seeds of trm are right
     sd = (sum((x - .25) ** 2 for x in d) / 4) ** .5
     assert trm[11] == f'+0.250 ± {1.96 * sd / 2:.3f}' and plain[10:] == ['-', '-', 'never, never, never'] and trm[12] == 'never, 2 (1 s), 2 (1 s)'
-    assert trm_scores[1] == trm[8] == trm_scores[3] and trm_scores[4].startswith('0.604 ± ') and 'commit abc on a cpu' in text
+    assert near(trm_scores[1], '0.750', half) and trm_scores[3] == trm_scores[1] and trm_scores[4].startswith('0.604 ± ') and 'commit abc on a cpu' in text
     trm = cells(evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], judged=['2 hops']))[1]
     assert trm[9] == '0.250 0.562 1.000' and trm[10].startswith('+0.354 ± ')                     # the squares of trm less plain's .25
     with pytest.raises(ValueError, match='--types=size: .* has no such type; expected some of color, 2 hops'):
         evaluation.compare([tmp_path / 'plain_*'], judged=['size'])
     for name in ('comparison.png', 'curves.png'):
         assert Image.open(tmp_path / name).width > 600
-    other = json.loads((tmp_path / 'trm_0.json').read_text()) | dict(correct='101-')
-    assert evaluation.paired([other], [json.loads((tmp_path / 'trm_1.json').read_text())]) is None  # other questions
+    this, that = metrics(.5), metrics(.75)
+    assert evaluation.paired([this], [that]) and not evaluation.paired([this], [metrics(.75, dataset='e')])  # other questions
+    assert not evaluation.paired([this], [that | dict(correct='1-110')])
+    for k, kind in enumerate(('plain', 'trm') * 2):                        # two groups whose paths begin alike keep their runs and have two names
+        (tmp_path / f'x_{k}.json').write_text(json.dumps(metrics(.5, k, kind=kind)))
+    assert [len(runs) for runs in evaluation.grouped([tmp_path / 'x_*']).values()] == [2, 2]
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert evaluation.compare([tmp_path / 'plain_0.json']).count('plain') == 2
+
+
+@pytest.mark.parametrize('which', ['y', 'z'])
+def test_forgetful(which):
+    """With --forget what the first step makes of that state reaches nothing, what it makes of the other one does; writing token by token agrees with reading it all."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=11, n_embd=16, n_head=2, vision_dim=3, inner_steps=2, outer_steps=2))
+    evaluation.forgetful(decoder, which)
+    vision, question, watch = torch.randn(2, 4, 3), torch.randint(3, 11, (2, 5)), []
+    answer = torch.tensor([[1, 7, 5], [1, 4, 9]])
+    decoder.answer_states(decoder.read_context(vision, question), answer, watch=watch)  # the last cycle, steps three and four, has a gradient
+    (third, _), (fourth, _) = watch[2:]
+    y, z = torch.autograd.grad(fourth.pow(3).mean(), third)[0].chunk(2, dim=1)
+    forgotten, kept = (y, z) if which == 'y' else (z, y)
+    assert forgotten.abs().max() == 0 and kept.abs().max() > 0
+    written = decoder.generate(vision, question, 3)
+    read = decoder(vision, question, torch.cat([torch.ones(2, 1, dtype=torch.long), written[:, :-1]], dim=1))[0].argmax(-1)
+    ends = (written == 2).int().cumsum(1) - (written == 2).int()           # after the end nothing is compared
+    assert ((written == read) | (ends > 0)).all()
 
 
 def test_write_whole(tmp_path):

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+from functools import partial
 
 import pytest
 
@@ -11,6 +12,7 @@ from configurator import configure
 from conftest import ROOT
 from data import ShapesConfig
 from eval import EvalConfig
+from model import BenchConfig
 from train import TrainConfig
 
 README = (ROOT / 'README.md').read_text()
@@ -75,11 +77,22 @@ def test_paths(page):
         assert (ROOT / page).parent.joinpath(path).is_file(), path
 
 
-@pytest.mark.parametrize('command', re.findall(r'`(python (?:train|eval)\.py [^`]*)`', (ROOT / 'results/README.md').read_text()))
-def test_results_commands(command):
-    """The commands behind the results name configs that exist and settings that are accepted."""
+PAGES = ''.join((ROOT / page).read_text() for page in ('README.md', 'results/README.md', 'results/speed.md'))
+
+
+@pytest.mark.parametrize('command', sorted(set(re.findall(r'`(python (?:train|eval|model)\.py [^`]*)`', PAGES))))
+def test_commands_in_the_text(command):
+    """The commands behind the numbers name configs that exist and settings that are accepted."""
     script, *words = shlex.split(command)[1:]
-    configure(TrainConfig if script == 'train.py' else EvalConfig, [str(ROOT / w) if w.startswith('config/') else w for w in words])
+    configure({'train.py': TrainConfig, 'eval.py': EvalConfig, 'model.py': BenchConfig}[script], [str(ROOT / w) if w.startswith('config/') else w for w in words])
+
+
+@pytest.mark.parametrize('names', sorted(set(re.findall(r'bash config/experiments\.sh ([\w ]+)', PAGES))))
+def test_experiments_in_the_text(names):
+    """The groups and runs that the text names are there; a name that is not is an error that lists those that are."""
+    listed = partial(subprocess.run, cwd=ROOT, env=os.environ | dict(LIST='1', SEEDS='99'), capture_output=True, text=True)
+    assert listed(['bash', 'config/experiments.sh', *names.split()], check=True).stdout.count('python train.py') >= len(names.split())
+    assert 'typo: no such group or run; groups are ' in listed(['bash', 'config/experiments.sh', *names.split(), 'typo']).stderr
 
 
 def test_requirements():

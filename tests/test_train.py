@@ -10,6 +10,7 @@ import torch
 
 import eval as evaluation
 import train
+from configurator import configure
 from conftest import ROOT
 
 TINY = ['--max_steps=12', '--eval_interval=4', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu',
@@ -35,8 +36,8 @@ def test_answer_stage(config, flags, tmp_path, capsys):
     """Every ready config trains, evaluates and writes all its files; eval.py repeats the result and answers about a picture."""
     out = tmp_path / config
     train.main([str(ROOT / f'config/{config}.py'), *flags, f'--out_dir={out}'])
-    for flag in ['--inner_steps=3', '--states=true', '--forget=z'] if config == 'plain' else []:
-        with pytest.raises(ValueError, match='plain decoder|no y and z side by side'):
+    for flag, message in {'--inner_steps=3': 'plain decoder', '--states=true': 'plain decoder', '--forget=z': 'no y and z side by side'}.items() if config == 'plain' else ():
+        with pytest.raises(ValueError, match=message):
             evaluation.main([f'--out_dir={out}', '--device=cpu', flag])
     text = capsys.readouterr().out
     assert 'expected loss at the start' in text and 'mean of types' in text and '2 hops' in text
@@ -58,6 +59,15 @@ def test_answer_stage(config, flags, tmp_path, capsys):
     assert capsys.readouterr().out.count('\n') == 1
 
 
+def test_flops(flags, tmp_path):
+    """The FLOPs of a training step are the mean over the batches of an epoch, captions among them, though few of them are counted."""
+    settings, _ = configure(train.TrainConfig, [*flags, f'--out_dir={tmp_path}'])
+    task = train.AnswerTask(settings, 'cpu', None)
+    questions = task.questions['train']
+    assert len({len(rows) for rows in questions.epoch(settings.batch_size, settings.seed, 0)}) > 1
+    assert task.flops(n=8) == pytest.approx(task.flops(n=10 ** 6), rel=.03)
+
+
 def test_eval_options(flags, tmp_path, capsys, monkeypatch):
     """Another split, depth or temperature is evaluated without touching the run's own files; --compare reads them."""
     out = tmp_path / 'a'
@@ -70,14 +80,15 @@ def test_eval_options(flags, tmp_path, capsys, monkeypatch):
         losses.append((metrics['loss'], [p['prediction'] for p in predictions]))
         return metrics, predictions
     monkeypatch.setattr(evaluation, 'evaluate', remembered)
-    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--forget=y'], ['--forget=z'], ['--temperature=1', '--top_k=5', '--seed=3']):
+    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--forget=y'], ['--forget=z'], ['--seed=3'], ['--temperature=1', '--top_k=5', '--seed=3']):
         capsys.readouterr()
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', *option])
         assert 'nothing written' in capsys.readouterr().out
-    assert len({loss for loss, _ in losses}) == 6 and losses[5][1] != losses[0][1]  # every option had an effect; the temperature has none on the loss
+    assert len({loss for loss, _ in losses}) == 6                          # every option had an effect, but for the last two, which have none on a loss
+    assert losses[5][0] == losses[6][0] and losses[5][1] != losses[6][1]   # the greedy answers and drawn ones
     for option in ([], ['--forget=y'], ['--forget=z']):
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', '--inner_steps=1', *option])
-    assert losses[6] == losses[7] == losses[8]  # before the first step there is nothing to forget
+    assert losses[7] == losses[8] == losses[9]  # before the first step there is nothing to forget
     evaluation.main([f'--out_dir={out}', '--device=cpu', '--attention=true'])
     capsys.readouterr()
     evaluation.main([f'--out_dir={out}', '--device=cpu', '--states=true'])
@@ -112,18 +123,18 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
         evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?'])
 
 
-@pytest.mark.parametrize('objective, left', [('contrast', 'reader'), ('cloze', 'text_projection')])
-def test_align_objective(objective, left, tmp_path, monkeypatch):
+@pytest.mark.parametrize('objective, left, optimizer', [('contrast', 'reader', 'muon'), ('cloze', 'text_projection', 'adamw'), ('cloze', 'text_projection', 'muon')])
+def test_align_objective(objective, left, optimizer, tmp_path, monkeypatch):
     """Stage 1 learns from one of its losses alone: what only the other one reads stays as it was, whatever the optimizer, and the encoder moves."""
     tasks = []
     monkeypatch.setattr(train.AlignTask, 'finish', lambda task, *args: tasks.append(task))
     monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
     for steps in (1, 3):
         train.main([str(ROOT / 'config/align.py'), f'--max_steps={steps}', '--batch_size=4', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4',
-                    '--optimizer=muon', '--warmup_ratio=0', '--min_lr_ratio=0.5', f'--objective={objective}', f'--out_dir={tmp_path}/{steps}'])
+                    f'--optimizer={optimizer}', '--warmup_ratio=0', '--min_lr_ratio=0.5', f'--objective={objective}', f'--out_dir={tmp_path}/{steps}'])
     one, three = (dict(task.model.named_parameters()) for task in tasks)
     moved = {key for key in one if not torch.equal(one[key], three[key])}
-    assert any(key.startswith('encoder.trunk') for key in moved) and not any(key.startswith(left) for key in moved)
+    assert any(key.startswith('encoder.trunk') for key in moved) and {key for key in one if key.startswith(left)} and not any(key.startswith(left) for key in moved)
     assert list(tasks[0].chance()) == [objective]
 
 
