@@ -46,8 +46,9 @@ for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_st
 done
 # swapsteps: plain decoders with 3000 steps of training there, whatever they cost: what n=4 has
 for l in 4 8; do add swapsteps swaps_plain${l}_3000 config/swaps.py --kind=plain --n_layer=$l --eval_interval=150; done
-# swapsdeep: two cycles of two steps, both supervised: n=4 whose y has to be an answer half way
+# swapsdeep: two cycles of two steps there, the depth of n=4: with both supervised y has to be an answer half way
 add swapsdeep swaps_T2_deep config/swaps.py --inner_steps=2 --outer_steps=2 --deep_supervision=true --eval_interval=150
+add swapsdeep swaps_T2 config/swaps.py --inner_steps=2 --outer_steps=2 --eval_interval=150
 # rate: other learning rates on the swaps, judged on val
 for r in 1e-3 4e-3; do for k in plain2 plain4 n4 loop4; do add rate swaps_${k}_lr$r ${FLAGS[swaps_$k]} --learning_rate=$r; done; done
 # published: Sort-of-CLEVR
