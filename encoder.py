@@ -9,7 +9,7 @@ prefix of the D dimensions is trained to be an embedding of its own, so a decode
 `cached_features` keeps the result on disk (stage 2).
 
     python encoder.py FILE...    # encode pictures, print shapes and timing
-    python encoder.py --bench=16 # pictures per second and memory at the scale of the seed
+    python encoder.py --bench=16 # pictures per second and memory at the scale of Edge-Glass
 """
 
 import argparse
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
 
 class Reader(nn.Module):
-    """Lets some tokens read others: a layer of the Perceiver. Source: the form of the Edge-Glass seed (one norm for both)."""
+    """Lets some tokens read others: a layer of the Perceiver. Source: the form of Edge-Glass (one norm for both)."""
 
     def __init__(self, width, n_head):
         super().__init__()
@@ -177,7 +177,7 @@ class ViT(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """The resampler: N learned latents read the patches, layer by layer. Source: Jaegle 2021; form of the Edge-Glass seed:
+    """The resampler: N learned latents read the patches, layer by layer. Source: Jaegle 2021; form of Edge-Glass:
     latents read the patches only, one norm serves both, and no positions are added."""
 
     def __init__(self, config):
@@ -391,9 +391,9 @@ TRUNK_NAMES = {  # CLIP's tensors, as Hugging Face | as OpenAI and open_clip cal
 TRUNK_UNUSED = r'post_layernorm\..*|embeddings\.position_ids|ln_post\..*|proj'  # they make CLIP's embedding of the whole picture
 OTHER_TOWER = (r'(visual|text)_projection\.weight|text_model\..*|text\..*|transformer\..*|token_embedding\.weight|positional_embedding|'
                r'ln_final\..*|text_projection|attn_mask|logit_scale|logit_bias|input_resolution|context_length|vocab_size')
-SEED_UNUSED = r'attention_pool\..*'  # its embedding of the whole picture
-SEED_PREFIXES = (512, 768, 1024, 1536, 2048, 3072, 4096)
-SEED_NAMES = {  # what the seed has behind CLIP: here
+EDGE_GLASS_UNUSED = r'attention_pool\..*'  # its embedding of the whole picture
+EDGE_GLASS_PREFIXES = (512, 768, 1024, 1536, 2048, 3072, 4096)
+EDGE_GLASS_NAMES = {  # what Edge-Glass has behind CLIP: here
     r'perceiver\.layers\.(\d+)\.(attn\.)?': r'resampler.layers.\1.',
     r'perceiver': 'resampler',
     r'to_out': 'out',
@@ -404,9 +404,9 @@ SEED_NAMES = {  # what the seed has behind CLIP: here
     r'projector(\.net)?': 'adapter'}
 
 
-SEED_CONFIG = EncoderConfig(  # CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions
+EDGE_GLASS_CONFIG = EncoderConfig(  # CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions
     image_px=336, patch_px=14, stem='patch', width=1024, n_layer=24, n_head=16, activation='quick_gelu', class_token=True, adapter='linear',
-    n_latents=64, perceiver_layers=4, perceiver_heads=8, vision_dim=4096, prefixes=SEED_PREFIXES, mean=CLIP_MEAN, std=CLIP_STD)
+    n_latents=64, perceiver_layers=4, perceiver_heads=8, vision_dim=4096, prefixes=EDGE_GLASS_PREFIXES, mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def save_encoder(encoder, path):
@@ -417,7 +417,7 @@ def save_encoder(encoder, path):
 
 def load_encoder(path, **changes):
     """Reads an encoder: one that `save_encoder` wrote, or CLIP as Hugging Face (a folder, or its weights file), OpenAI or open_clip store
-    it, or an aligned checkpoint of the seed. Which one it is, its content says. A relative path is also looked up beside this file.
+    it, or an aligned checkpoint of Edge-Glass. Which one it is, its content says. A relative path is also looked up beside this file.
 
     CLIP alone has no resampler: its tokens are the last hidden states of the patches. `changes` are settings of `EncoderConfig` that
     shall differ from what is read: activation, fit, upright, n_head, perceiver_heads, image_px (the positions are interpolated).
@@ -432,7 +432,7 @@ def load_encoder(path, **changes):
             raise ValueError(f'{path}: an encoder file of format {about["format"]}, this code reads format {FORMAT}')
         config = about['config']
     else:
-        about['keep_class_token'] = any(key.startswith('vision_encoder.attention_pool.') for key in tensors)  # two of the seed's versions
+        about['keep_class_token'] = any(key.startswith('vision_encoder.attention_pool.') for key in tensors)  # two of Edge-Glass' versions
         tensors = renamed(path, tensors)
         config = config_of(path, tensors, about)
     config |= {key: value for key, value in changes.items() if value is not None}
@@ -463,23 +463,23 @@ def some(names, most=8):
 
 
 def renamed(path, tensors):
-    """The tensors of CLIP, or of a checkpoint of the seed, under the names of an `Encoder`'s; what is not known keeps its name."""
+    """The tensors of CLIP, or of a checkpoint of Edge-Glass, under the names of an `Encoder`'s; what is not known keeps its name."""
     tensors = {key.removeprefix('module.'): t for key, t in tensors.items()}
     seed = any(key.startswith('vision_encoder.') for key in tensors)
     if seed:  # its other towers are left alone
         tensors = {key.removeprefix('vision_encoder.'): t for key, t in tensors.items() if key.startswith('vision_encoder.')}
     root = next((found[1] for key in tensors if (found := re.fullmatch(r'(|.*\.)(embeddings\.patch_embedding|conv1)\.weight', key))), None)
     if root is None:
-        raise ValueError(f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of the seed: its tensors are '
+        raise ValueError(f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of Edge-Glass: its tensors are '
                          f'{some(tensors) or "none"}')
     names = {}
     for key in tensors:
         in_trunk, name = key.startswith(root), key.removeprefix(root)
-        unused = TRUNK_UNUSED if in_trunk else SEED_UNUSED if seed else OTHER_TOWER
+        unused = TRUNK_UNUSED if in_trunk else EDGE_GLASS_UNUSED if seed else OTHER_TOWER
         if not re.fullmatch(unused, name):
-            for theirs, ours in (TRUNK_NAMES if in_trunk else SEED_NAMES).items():
+            for theirs, ours in (TRUNK_NAMES if in_trunk else EDGE_GLASS_NAMES).items():
                 name = re.sub(theirs, ours, name)
-            if 'perceiver.latents' not in tensors:  # then the seed's one linear layer is the last one
+            if 'perceiver.latents' not in tensors:  # then Edge-Glass' one linear layer is the last one
                 name = re.sub('^adapter', 'projection', name)
             names['trunk.' * in_trunk + name] = key
     weights = {name: tensors[key] for name, key in names.items()}
@@ -509,8 +509,8 @@ def config_of(path, weights, about):
         n_latents=0, adapter=adapter, projection=projection, vision_dim=vision_dim, prefixes=(vision_dim,), fit='crop')
     if adapter == 'mlp':
         config |= dict(adapter_width=shape('adapter.1.weight')[0])
-    if projection != 'none':  # the seed's
-        config |= dict(fit='squash', prefixes=tuple(d for d in SEED_PREFIXES if d < vision_dim) + (vision_dim,))
+    if projection != 'none':  # Edge-Glass'
+        config |= dict(fit='squash', prefixes=tuple(d for d in EDGE_GLASS_PREFIXES if d < vision_dim) + (vision_dim,))
     if latents:
         config |= dict(n_latents=latents[0], perceiver_width=latents[1], perceiver_heads=8, perceiver_layers=count('resampler.layers.'))
     if not about.get('n_head'):
@@ -620,7 +620,7 @@ def read_torch_file(path):
 
 
 def safe_load(path):
-    """torch.load of tensors and plain types only: nothing in the file is run. The settings that the seed pickled into its checkpoints,
+    """torch.load of tensors and plain types only: nothing in the file is run. The settings that Edge-Glass pickled into its checkpoints,
     classes of its module `config`, become empty objects. Files up to 1 GB are held against their checksums, larger ones
     are memory-mapped. Raises: ValueError for everything else."""
     try:
@@ -909,15 +909,15 @@ def main(argv):
     """Encodes pictures and shows what comes out."""
     parser = argparse.ArgumentParser(description='Encode pictures with a frozen encoder and show the shapes and the time.')
     parser.add_argument('pictures', nargs='*', help='picture files')
-    parser.add_argument('--encoder', help='encoder file or folder: this project\'s, CLIP, or a checkpoint of the seed (default: assets/encoder_shapes.pt; '
-                                          'with --bench random weights of the seed\'s shapes: CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions)')
+    parser.add_argument('--encoder', help='encoder file or folder: this project\'s, CLIP, or a checkpoint of Edge-Glass (default: assets/encoder_shapes.pt; '
+                                          'with --bench random weights of Edge-Glass\' shapes: CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions)')
     parser.add_argument('--bench', type=int, metavar='N', help='time the decoding and encoding of N drawn photographs instead')
     parser.add_argument('--device', default='cpu', help='cpu, cuda, ... (default: %(default)s)')
     args = parser.parse_args(argv)
     if not args.pictures and not args.bench:
         parser.error('which pictures? FILE ..., or --bench=N')
     if args.bench and not args.encoder:
-        encoder = Encoder(SEED_CONFIG).eval().requires_grad_(False)
+        encoder = Encoder(EDGE_GLASS_CONFIG).eval().requires_grad_(False)
         print(f'random weights | {sum(p.numel() for p in encoder.parameters()):,} parameters')
     else:
         path = args.encoder or 'assets/encoder_shapes.pt'

@@ -43,7 +43,7 @@ class ModelConfig:
     norm: str = 'pre'           # 'pre': blocks norm what they read, F what it hands on; 'post': blocks norm what they hand on;
                                 # 'unbounded': as 'pre', but F hands on what it has, and the states grow
     use_vision: bool = True     # false: the blind control, which never sees the picture
-    prefix_lm: bool = True      # context tokens see each other both ways; false: causally, as in the seed
+    prefix_lm: bool = True      # context tokens see each other both ways; false: causally, as in Edge-Glass
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
@@ -333,7 +333,7 @@ def build_model(config):
 
 @dataclass
 class BenchConfig:
-    # the defaults are the scale of the seed: PixMo, GPT-2's vocabulary, 64 image tokens of 4096 dimensions
+    # the defaults are the scale of Edge-Glass: PixMo, GPT-2's vocabulary, 64 image tokens of 4096 dimensions
     n_layer: int = 2         # blocks in F
     n_head: int = 8          # attention heads
     n_embd: int = 512        # width
@@ -360,7 +360,7 @@ class BenchConfig:
 
 
 def naive_logits(decoder, vision, question, answer):
-    """The decoder as one would first write it, and as the seed did: every step of the recursion runs F over the whole sequence
+    """The decoder as one would first write it, and as Edge-Glass did: every step of the recursion runs F over the whole sequence
     [x | y | z], built anew. No padding. The same logits as `Decoder.forward`; the yardstick of the benchmark.
 
     Shapes: as `Decoder.forward`, without padding -> (B, A, V)

@@ -56,7 +56,7 @@ class TrainConfig:
     dataset: str = 'data/shapes'              # folder with train, val and test.parquet; data/shapes is drawn if it is missing
     cache_dir: str = 'data/cache'             # where encoded pictures are kept
     cache: bool = True                        # keep encoded pictures there; false: decode and encode them anew in every step
-    encoder: str = 'assets/encoder_shapes.pt' # the frozen encoder: this project's file, or CLIP, or a checkpoint of the seed
+    encoder: str = 'assets/encoder_shapes.pt' # the frozen encoder: this project's file, or CLIP, or a checkpoint of Edge-Glass
     encoder_px: int | None = None             # side of the pictures it gets, in pixels; None: as it was made for
     fit: str | None = None                    # how pictures become square: crop, squash or pad; None: as it was made for
     upright: bool | None = None               # turn photographs as their EXIF orientation says; None: as it was made for

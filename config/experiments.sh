@@ -54,7 +54,7 @@ for r in 1e-3 4e-3; do for k in plain2 plain4 n4 loop4; do add rate swaps_${k}_l
 # published: Sort-of-CLEVR
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 
-# gpu: the seed's experiments at its own scale, bash config/experiments_gpu.sh; left out unless asked for
+# gpu: Edge-Glass' experiments at its own scale, bash config/experiments_gpu.sh; left out unless asked for
 for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
 for t in 2 3; do add gpu pixmo_T$t config/trm_pixmo.py --outer_steps=$t --deep_supervision=true; done
 for l in 2 4 8; do add gpu pixmo_plain$l config/plain_pixmo.py --n_layer=$l; done

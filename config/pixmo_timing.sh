@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How long the seed's experiment takes on this machine: an encoder with random weights of the true shapes (CLIP ViT-L/14 at 336 pixels, 64 latents,
+# How long Edge-Glass' experiment takes on this machine: an encoder with random weights of the true shapes (CLIP ViT-L/14 at 336 pixels, 64 latents,
 # 4096 dimensions), N noise photographs of 640 x 480, encoded once, then config/trm_pixmo.py. A timing: nothing is learnt.
 #     bash config/pixmo_timing.sh 14000 4375 gpt2     # pictures; steps: ten times through them, 32 at a time; tokenizer
 set -euo pipefail

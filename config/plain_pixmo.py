@@ -16,6 +16,6 @@ min_lr_ratio = 0.0
 weight_decay = 0.01
 warmup_ratio = 0.05
 ema = 0.0
-batch_size = 128                      # 32 rows of 32 answer tokens, as in the seed; see data.Questions
+batch_size = 128                      # 32 rows of 32 answer tokens, as in Edge-Glass; see data.Questions
 max_steps = 2625                      # ten times through 8,400 rows, 32 at a time
 eval_interval = 262

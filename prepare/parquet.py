@@ -1,5 +1,5 @@
 """
-Any parquet file with pictures in it: an image column of Hugging Face, the output of img2dataset (--output_format parquet), the parquet files of the seed.
+Any parquet file with pictures in it: an image column of Hugging Face, the output of img2dataset (--output_format parquet), the parquet files of Edge-Glass.
 
 --source is a file or a folder (data/train-00000-of-00005.parquet, train/0000.parquet, ...). A file whose name, or folder's name below --source, says
 train, val or test is of that split; others are divided by the content of the pictures. Columns are known by their usual names; [USER] and [ASSISTANT] tags make turns.

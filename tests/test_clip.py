@@ -1,4 +1,4 @@
-"""encoder.py beside its peers: CLIP as transformers, open_clip, OpenAI and the seed store it gives the same tokens here."""
+"""encoder.py beside its peers: CLIP as transformers, open_clip, OpenAI and Edge-Glass store it gives the same tokens here."""
 
 import dataclasses
 import io
@@ -162,7 +162,7 @@ def test_openai(tmp_path, images):
 
 
 # ----------------------------------------------------------------------------
-# the seed's aligned checkpoints
+# Edge-Glass' aligned checkpoints
 
 @dataclasses.dataclass
 class ExperimentConfig:
@@ -188,7 +188,7 @@ class SeedReader(torch.nn.Module):
 
 
 class SeedEncoder(torch.nn.Module):
-    """The picture tower of the seed, from its description (three versions), to compare with."""
+    """The picture tower of Edge-Glass, from its description (three versions), to compare with."""
 
     def __init__(self, version, perceiver, D=40, out=24):
         super().__init__()
@@ -225,7 +225,7 @@ class SeedEncoder(torch.nn.Module):
 @pytest.mark.parametrize('perceiver', [True, False])
 @pytest.mark.parametrize('version', ['09db6be', 'a25b75c', '8f75c10'])
 def test_seed(version, perceiver, tmp_path, images, monkeypatch):
-    """The aligned checkpoints of the seed's three versions give its token sequence; its pickled settings are not run, its other towers
+    """The aligned checkpoints of Edge-Glass' three versions give its token sequence; its pickled settings are not run, its other towers
     are not read."""
     seed = shaken(SeedEncoder(version, perceiver))
     monkeypatch.setitem(sys.modules, 'config', types.SimpleNamespace(ExperimentConfig=ExperimentConfig))
@@ -284,7 +284,7 @@ class Evil:
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_no_loader_runs_code(tmp_path, monkeypatch):
-    """Code hidden in a .bin, in a checkpoint of the seed's form and in a TorchScript archive is refused and not run."""
+    """Code hidden in a .bin, in a checkpoint of Edge-Glass' form and in a TorchScript archive is refused and not run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'hf').mkdir()
     torch.save({'vision_model.embeddings.class_embedding': Evil()}, 'hf/pytorch_model.bin')
