@@ -710,7 +710,7 @@ def draw_results(figure, groups, styles):
     words = lambda x: f'{x:g}' if x < 1e3 else f'{x / 1e3:.3g}k' if x < 1e6 else f'{x / 1e6:.3g}M'
     axes = figure.subplots(2, 3, sharey='row')
     places = {'blocks in a row for an answer token': passes, 'core parameters': lambda m: m['parameters']['core'],
-              'GFLOP of the whole training': lambda m: training_flops(m) / 1e9}
+              'TFLOP of the whole training': lambda m: training_flops(m) / 1e12}
     for row, key in zip(axes, ('em', 'f1')):
         for axis, (label, place) in zip(row, places.items()):
             at = sorted({place(runs[0]) for runs in groups.values()})
