@@ -105,6 +105,7 @@ class TrainConfig:
     batch_size: int = 128                     # rows in a forward pass
     grad_accum: int = 1                       # forward passes in an optimizer step
     learning_rate: float = 2e-3               # at its peak
+    encoder_lr: float = 1.0                   # what an encoder that is trained along takes of it, as a fraction
     min_lr_ratio: float = 0.1                 # of the peak, at the end of the cosine
     warmup_ratio: float = 0.05                # of the steps
     weight_decay: float = 0.05                # on matrices only
@@ -426,7 +427,7 @@ def train(settings, sources, device, stop):
     while run.step < settings.max_steps:
         lr = learning_rate(run.step, settings)
         for group in sum((optimizer.param_groups for optimizer in optimizers), []):
-            group['lr'] = lr
+            group['lr'] = lr * group.get('share', 1.0)  # none in a checkpoint from before there were shares
         names, losses = [], {}
         for k in range(settings.grad_accum):
             batch = my_share(task.batch(run.step * settings.grad_accum + k))
@@ -631,14 +632,19 @@ def orthogonal(g):
 
 
 def make_optimizers(model, settings):
-    """-> [AdamW], or [AdamW, Muon], which then has the matrices of the linear layers. Weight decay is on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """-> [AdamW], or [AdamW, Muon], which then has the matrices of the linear layers. Weight decay is on matrices only; a group's learning rate is
+    its `share` of that of the step."""
     linear, embeddings = ({m.weight for m in model.modules() if isinstance(m, kind)} for kind in (torch.nn.Linear, torch.nn.Embedding))
-    muon = {p for p in linear - embeddings if p.requires_grad} if settings.optimizer == 'muon' else set()
-    groups = [dict(params=[p for p in trained if p not in muon and p.dim() >= 2], weight_decay=settings.weight_decay),
-              dict(params=[p for p in trained if p not in muon and p.dim() < 2], weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=trained[0].is_cuda)
-    return [adamw, Muon([p for p in trained if p in muon], settings.learning_rate, settings.momentum, settings.weight_decay)] if muon else [adamw]
+    muon = linear - embeddings if settings.optimizer == 'muon' else set()
+    parts = [(1.0, model['decoder']), (settings.encoder_lr, model['encoder'])] if settings.train_encoder else [(1.0, model)]
+    groups, matrices = [], []
+    for share, part in parts:
+        trained = [p for p in part.parameters() if p.requires_grad]
+        groups += [dict(params=[p for p in trained if p not in muon and p.dim() >= 2], weight_decay=settings.weight_decay, share=share),
+                   dict(params=[p for p in trained if p not in muon and p.dim() < 2], weight_decay=0.0, share=share)]
+        matrices.append(dict(params=[p for p in trained if p in muon], share=share))
+    adamw = torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=next(model.parameters()).is_cuda)
+    return [adamw, Muon(matrices, settings.learning_rate, settings.momentum, settings.weight_decay)] if muon else [adamw]
 
 
 def learning_rate(step, settings):
