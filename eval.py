@@ -412,7 +412,7 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
         tokens = encoder.resampler(patches, read) if encoder.config.n_latents else patches
         vision = encoder.projection(tokens)[..., :decoder.config.vision_dim]           # (1, N, D)
         N, side = tokens.size(1), math.isqrt(patches.size(1))
-        spread = torch.cat(read).mean((0, 1)) if read else torch.eye(N, device=device)       # (N, P)
+        shares = torch.cat(read).mean((0, 1)) if read else torch.eye(N, device=device)       # (N, P)
         question = torch.tensor([questions.questions[i]], device=device)
         decoder.answer_states(decoder.read_context(vision, question), torch.tensor([[tokenizer.bos_id]], device=device), watch=watch)
         said = tokenizer.decode(decoder.generate(vision, question, questions.max_answer_tokens)[0].tolist())
@@ -423,7 +423,7 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
         draw = ImageDraw.Draw(strip)
         for step, (_, seen) in enumerate(watch):
             att = torch.stack([a[0, :, 0].float().mean(0) for a in seen]).mean(0)      # (S + T,), of the first state
-            places, weights = (att[:N] @ spread.float())[-side * side:].view(side, side).cpu(), att[N:N + len(words)].cpu()
+            places, weights = (att[:N] @ shares.float())[-side * side:].view(side, side).cpu(), att[N:N + len(words)].cpu()
             heat = Image.fromarray((255 * places / places.max()).byte().numpy()).resize(small.size, Image.BICUBIC)
             x, y = 2 * image_px + 20, step * (image_px + 4)
             strip.paste(small, (0, y))
