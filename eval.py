@@ -608,7 +608,8 @@ def grouped(paths):
         file = Path(path) / 'metrics.json' if not path.endswith('.json') else Path(path)
         m = json.loads(file.read_text()) if file.is_file() else {}
         if missing := [key for key in ('by_type', 'correct', 'curve', 'mflop_per_example') if key not in m]:
-            problem = f'{file}: no {missing[0]}; --compare takes runs that answer questions and that train.py finished' if m else f'{file}: no such file; --compare takes the folders of finished runs'
+            problem = (f'{file}: no {missing[0]}; --compare takes runs that answer questions and that train.py finished' if m else
+                       f'{file}: no such file; --compare takes the folders of finished runs')
             if path == pattern:
                 raise ValueError(problem) if m else FileNotFoundError(problem)
             print(f'left out: {problem}')

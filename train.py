@@ -136,6 +136,8 @@ class TrainConfig:
             raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; give --captions=dataset')
         if self.stage == 'align' and self.encoder_px and not self.trunk:
             raise ValueError('encoder_px without a trunk: the side of the pictures is then --image_px')
+        if self.encoder_lr != 1 and not self.train_encoder:
+            raise ValueError(f'encoder_lr={self.encoder_lr}: the encoder is frozen; give --train_encoder=true')
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: there is no picture to train the encoder on')
 
@@ -636,7 +638,7 @@ def make_optimizers(model, settings):
     its `share` of that of the step."""
     linear, embeddings = ({m.weight for m in model.modules() if isinstance(m, kind)} for kind in (torch.nn.Linear, torch.nn.Embedding))
     muon = linear - embeddings if settings.optimizer == 'muon' else set()
-    parts = [(1.0, model['decoder']), (settings.encoder_lr, model['encoder'])] if settings.train_encoder else [(1.0, model)]
+    parts = [(1.0, model['decoder']), (settings.encoder_lr, model['encoder'])] if settings.train_encoder and settings.stage == 'answer' else [(1.0, model)]
     groups, matrices = [], []
     for share, part in parts:
         trained = [p for p in part.parameters() if p.requires_grad]

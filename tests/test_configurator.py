@@ -112,3 +112,5 @@ def test_no_blind_encoder_training():
     """Settings that contradict each other are refused."""
     with pytest.raises(ValueError, match='train_encoder'):
         configure(TrainConfig, ['--train_encoder=true', '--use_vision=false'])
+    with pytest.raises(ValueError, match='encoder_lr=0.1: the encoder is frozen'):
+        configure(TrainConfig, ['--encoder_lr=0.1'])
