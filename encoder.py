@@ -465,8 +465,8 @@ def some(names, most=8):
 def renamed(path, tensors):
     """The tensors of CLIP, or of a checkpoint of Edge-Glass, under the names of an `Encoder`'s; what is not known keeps its name."""
     tensors = {key.removeprefix('module.'): t for key, t in tensors.items()}
-    seed = any(key.startswith('vision_encoder.') for key in tensors)
-    if seed:  # its other towers are left alone
+    edge_glass = any(key.startswith('vision_encoder.') for key in tensors)
+    if edge_glass:  # its other towers are left alone
         tensors = {key.removeprefix('vision_encoder.'): t for key, t in tensors.items() if key.startswith('vision_encoder.')}
     root = next((found[1] for key in tensors if (found := re.fullmatch(r'(|.*\.)(embeddings\.patch_embedding|conv1)\.weight', key))), None)
     if root is None:
@@ -475,7 +475,7 @@ def renamed(path, tensors):
     names = {}
     for key in tensors:
         in_trunk, name = key.startswith(root), key.removeprefix(root)
-        unused = TRUNK_UNUSED if in_trunk else EDGE_GLASS_UNUSED if seed else OTHER_TOWER
+        unused = TRUNK_UNUSED if in_trunk else EDGE_GLASS_UNUSED if edge_glass else OTHER_TOWER
         if not re.fullmatch(unused, name):
             for theirs, ours in (TRUNK_NAMES if in_trunk else EDGE_GLASS_NAMES).items():
                 name = re.sub(theirs, ours, name)

@@ -224,7 +224,7 @@ class SeedEncoder(torch.nn.Module):
 
 @pytest.mark.parametrize('perceiver', [True, False])
 @pytest.mark.parametrize('version', ['09db6be', 'a25b75c', '8f75c10'])
-def test_seed(version, perceiver, tmp_path, images, monkeypatch):
+def test_edge_glass(version, perceiver, tmp_path, images, monkeypatch):
     """The aligned checkpoints of Edge-Glass' three versions give its token sequence; its pickled settings are not run, its other towers
     are not read."""
     seed = shaken(SeedEncoder(version, perceiver))
