@@ -704,7 +704,7 @@ def compiled(function, device):
     except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
         print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
         return function
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function)  # a size that changes becomes dynamic; dynamic=True from the start fails in torch 2.13's inductor on our views
 
 
 def keep_freed_memory():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import types
 
@@ -317,6 +318,19 @@ def test_compile_falls_back(monkeypatch, capsys):
     assert train.compiled(len, 'cpu') is len and 'no compiler found' in capsys.readouterr().out
     monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: lambda *a: f(*a))
     assert train.compiled(len, 'cpu') is not len
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on a CPU')
+def test_compiled_training(flags, tmp_path):
+    """A compiled run, whose questions and captions have different shapes, learns as one without torch.compile does."""
+    torch._dynamo.utils.counters.clear()
+    losses = {}
+    for compile in ('false', 'true'):
+        assert not torch._dynamo.utils.counters['stats']
+        train.main([*flags, f'--compile={compile}', '--inner_steps=1', '--n_layer=1', '--dtype=bfloat16', f'--out_dir={tmp_path / compile}'])
+        events = [json.loads(line) for line in (tmp_path / compile / 'log.jsonl').read_text().splitlines()]
+        losses[compile] = [e['loss'] for e in events if e['event'] == 'step']
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 1 and losses['true'] == pytest.approx(losses['false'], abs=.02)
 
 
 def test_wandb(flags, tmp_path, monkeypatch):
