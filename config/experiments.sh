@@ -50,7 +50,7 @@ for l in 4 8; do add swapsteps swaps_plain${l}_3000 config/swaps.py --kind=plain
 add swapsdeep swaps_T2_deep config/swaps.py --inner_steps=2 --outer_steps=2 --deep_supervision=true --eval_interval=150
 add swapsdeep swaps_T2 config/swaps.py --inner_steps=2 --outer_steps=2 --eval_interval=150
 # rate: other learning rates on the swaps, judged on val
-for r in 1e-3 4e-3; do for k in plain2 plain4 n4 loop4; do add rate swaps_${k}_lr$r ${FLAGS[swaps_$k]} --learning_rate=$r; done; done
+for r in 1e-3 4e-3; do for k in n1 n2 n4 n8 loop4 plain2 plain4 plain8; do add rate swaps_${k}_lr$r ${FLAGS[swaps_$k]} --learning_rate=$r; done; done
 # published: Sort-of-CLEVR
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 
