@@ -698,13 +698,14 @@ def compiles(settings, device):
 
 
 def compiled(function, device):
-    """torch.compile where a compiler works, else the function itself, with the reason printed."""
+    """torch.compile where a compiler works, else the function itself, with the reason printed. A size becomes dynamic when it first changes:
+    with dynamic=True from the start torch 2.13 fails in bfloat16."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
         print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
         return function
-    return torch.compile(function)  # a size that changes becomes dynamic; dynamic=True from the start fails in torch 2.13's inductor on our views
+    return torch.compile(function)
 
 
 def keep_freed_memory():
