@@ -17,10 +17,17 @@ declare -A FLAGS GROUP
 NAMES=()
 add() { NAMES+=("$2"); GROUP[$2]=$1; FLAGS[$2]="${*:3}"; }   # add GROUP NAME FLAGS
 
-# flops: every decoder with the training FLOPs of n=2 in 1800 steps of 128 rows; two blocks but for plain4 and plain8
+suffix() { [ $1 = 2e-3 ] || echo _lr$1; }  # of a run's name, by its learning rate
+
+# flops: every decoder with the training FLOPs of n=2 in 1800 steps of 128 rows; two blocks but for plain4 and plain8. The learning rate, 2e-3, was tuned for n=2
+# and n=4; shaperate has what else there was to choose from, on val
 for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_steps=4" "loop2 2128 --recursion=loop --inner_steps=2" "loop4 1801 --recursion=loop --inner_steps=4" \
          "plain2 2341 --kind=plain --n_layer=2" "plain4 903 --kind=plain --n_layer=4" "plain8 405 --kind=plain --n_layer=8"; do
-    set -- $k; add flops flops_$1 --max_steps=$2 --eval_interval=150 "${@:3}"
+    set -- $k
+    for r in "flops 2e-3" "shaperate 1e-3" "shaperate 4e-3"; do
+        read -r group rate <<< "$r"
+        add $group flops_$1$(suffix $rate) --max_steps=$2 --eval_interval=150 "${@:3}" --learning_rate=$rate
+    done
 done
 # base: the main job's TRM, n=4 and norm=post; each of the following runs, up to the encoders, changes one thing of it and has 1800 steps too
 add base trm config/trm.py
@@ -41,7 +48,6 @@ for d in 16 32 64; do add vision dim$d config/trm.py --vision_dim=$d; done
 for e in random contrast cloze both; do add encoder encoder_$e config/trm.py --encoder=out/encoder_$e/encoder.pt; done
 # swaps: state tracking, every decoder with the training FLOPs of n=4 in 3000 steps; trained on up to three swaps, tested on up to six. The learning rate is that
 # of the shapes, 2e-3; group tuned has 1e-3, which suits most of them better, and rate what else there was to choose from, on val
-suffix() { [ $1 = 2e-3 ] || echo _lr$1; }  # of a run's name, by its learning rate
 for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop4 3889 --recursion=loop --inner_steps=4" \
          "loop8 3003 --recursion=loop --inner_steps=8" "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4" "plain8 859 --kind=plain --n_layer=8"; do
     set -- $k
