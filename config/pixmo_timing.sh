@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from data import write_dataset
-from encoder import SEED_CONFIG, Encoder, save_encoder
+from encoder import EDGE_GLASS_CONFIG, Encoder, save_encoder
 
 def row(i):
     rng, file = np.random.default_rng(i), io.BytesIO()
@@ -25,10 +25,10 @@ def row(i):
 n, work = int(sys.argv[1]), Path(sys.argv[2])
 if not (work / 'data').exists():
     with ThreadPoolExecutor() as pool:
-        write_dataset(work / 'data', {split: pool.map(row, ids) for split, ids in
-                                      dict(train=range(n), val=range(n, n + 8), test=range(n + 8, n + 16)).items()})
+        splits = dict(train=range(n), val=range(n, n + 8), test=range(n + 8, n + 16))
+        write_dataset(work / 'data', ((split, made) for split, ids in splits.items() for made in pool.map(row, ids)))
 torch.manual_seed(0)
-save_encoder(Encoder(SEED_CONFIG), work / 'encoder.pt')
+save_encoder(Encoder(EDGE_GLASS_CONFIG), work / 'encoder.pt')
 DRAW
 start=$SECONDS
 python train.py config/trm_pixmo.py --fresh=true --dataset="$WORK/data" --encoder="$WORK/encoder.pt" --tokenizer="$TOKENIZER" \

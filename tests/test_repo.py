@@ -1,18 +1,24 @@
 """The repository: what the README says exists, every config loads, the files are the ones they should be."""
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
+import sys
+from dataclasses import fields
 from functools import partial
 
 import pytest
 
+import encoder
+import train
 from configurator import configure
 from conftest import ROOT
 from data import ShapesConfig
 from eval import EvalConfig
 from model import BenchConfig
+from prepare import ImportConfig
 from train import TrainConfig
 
 README = (ROOT / 'README.md').read_text()
@@ -45,7 +51,7 @@ def test_readme_commands(command):
         elif words[:3] == ['python', 'data.py', 'shapes']:
             configure(ShapesConfig, words[3:])
         elif words[:2] == ['python', 'data.py']:
-            assert (ROOT / 'prepare' / f'{words[2]}.py').is_file()
+            configure(getattr(importlib.import_module(f'prepare.{words[2]}'), 'Config', ImportConfig), words[3:])
         elif words[:1] == ['python'] and words[1].endswith('.py'):
             assert (ROOT / words[1]).is_file()
         elif words[:1] == ['torchrun']:
@@ -54,6 +60,24 @@ def test_readme_commands(command):
             assert (ROOT / words[3]).is_file()
         else:
             assert words[0] in ('cp', 'git', 'cd') or words == ['python', '-m', 'pytest'] or words[:2] == ['bash', '.ci/run'], command
+
+
+@pytest.mark.parametrize('config', [TrainConfig, EvalConfig, ShapesConfig, ImportConfig])
+def test_every_setting_is_tested(config):
+    """No setting that neither a test nor a config uses."""
+    used = ''.join(path.read_text() for path in (*ROOT.glob('tests/test_*.py'), *ROOT.glob('config/*.py')))
+    assert [f.name for f in fields(config) if not re.search(rf'\b{f.name} ?=', used)] == []
+
+
+def test_pixmo_timing(tmp_path, monkeypatch):
+    """config/pixmo_timing.sh makes pictures and an encoder that config/trm_pixmo.py takes; here of another size than the true one."""
+    made = re.search(r"<<'DRAW'\n(.*?)\nDRAW\n", (ROOT / 'config/pixmo_timing.sh').read_text(), re.S).group(1)
+    monkeypatch.setattr(encoder, 'EDGE_GLASS_CONFIG', encoder.EncoderConfig(width=32, n_layer=1, n_latents=4, vision_dim=512, prefixes=(512,)))
+    monkeypatch.setattr(sys, 'argv', ['-', '40', str(tmp_path)])
+    exec(compile(made, 'pixmo_timing.sh', 'exec'), {})
+    train.main([str(ROOT / 'config/trm_pixmo.py'), f'--dataset={tmp_path}/data', f'--encoder={tmp_path}/encoder.pt', '--tokenizer=bpe', f'--cache_dir={tmp_path}/cache',
+                f'--out_dir={tmp_path}/run', '--max_steps=1', '--eval_interval=1', '--batch_size=4', '--n_embd=32', '--n_head=2', '--device=cpu'])
+    assert (tmp_path / 'run/metrics.json').is_file()
 
 
 @pytest.mark.parametrize('groups, least', [([], 40), (['gpu'], 10), (['T2', 'width'], 5)])
