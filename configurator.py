@@ -181,6 +181,10 @@ def printable(text):
     return ''.join(ch if ch.isprintable() else ' ' for ch in text)
 
 
+def clock(seconds):
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02}'
+
+
 def write_whole(path, write):
     """Calls write(file) on a temporary file and puts it in place: `path` is the old or the new file, never a part of one. Of several
     processes that work together only the first one writes. Raises: OSError naming the path, where the disk is full, say."""

@@ -52,7 +52,7 @@ import tiktoken
 import torch
 from PIL import Image, ImageDraw
 
-from configurator import configure, locked, run_script
+from configurator import clock, configure, locked, run_script
 
 SPLITS = ('train', 'val', 'test')
 
@@ -77,7 +77,6 @@ class ShapesConfig:
     min_objects: int = 2      # objects in a picture, at least
     max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
     types: str = 'color,shape,exist,count,compare,relation,hops'  # types of questions, separated by commas; or swaps alone
-    min_hops: int = 1         # shortest chain of relations asked for
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places before one is asked for, up to 8
     train_swaps: int | None = None  # the same in train and val, where more are held out for test; None: max_swaps
@@ -88,8 +87,8 @@ class ShapesConfig:
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
             raise ValueError(f'min_objects={self.min_objects}, max_objects={self.max_objects}: expected '
                              f'1 <= min_objects <= max_objects <= {len(COLORS) * len(SHAPES)}')
-        if not 1 <= self.min_hops <= self.max_hops <= 8:
-            raise ValueError(f'min_hops={self.min_hops}, max_hops={self.max_hops}: expected 1 <= min_hops <= max_hops <= 8')
+        if not 1 <= self.max_hops <= 8:
+            raise ValueError(f'max_hops={self.max_hops}: expected 1 to 8')
         if self.train_swaps is None:
             self.train_swaps = self.max_swaps
         if not 0 <= self.train_swaps <= self.max_swaps <= 8:
@@ -279,7 +278,7 @@ def shapes_rows(config, split, start, n):
     wanted = config.types.split(',')
     ask = {type: questions for type, questions in ASK.items() if type in wanted}
     if 'hops' in wanted:
-        ask |= {plural(h, 'hop'): partial(ask_hops, hops=h) for h in range(config.min_hops, config.max_hops + 1)}
+        ask |= {plural(h, 'hop'): partial(ask_hops, hops=h) for h in range(1, config.max_hops + 1)}
     if 'swaps' in wanted:
         most = config.max_swaps if split == 'test' else config.train_swaps
         ask |= {plural(k, 'swap'): partial(ask_swaps, swaps=k) for k in range(most + 1)}
@@ -391,15 +390,7 @@ def read_rows(folder, split):
     Shapes: -> Rows, lists as long as the split has rows, but `pictures`, which `picture` points into.
     Raises: FileNotFoundError without the file; ValueError naming file, row and reason where a row cannot be used.
     """
-    path = Path(folder) / f'{split}.parquet'
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
-                                f'(python data.py --help says how to draw or import one)')
-    file = open_parquet(path)
-    for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
-        if not set(needed) & set(file.schema_arrow.names):
-            raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
-
+    path, file = open_split(folder, split)
     rows, bad, known, start = Rows(path), [], KnownPictures(), time.time()
     for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
         progress(f'{path}: rows', i, file.metadata.num_rows, start)
@@ -418,9 +409,30 @@ def read_rows(folder, split):
             if picture is None:
                 picture = known[digest] = len(rows.pictures)
                 rows.pictures.add(digest, *place, i)
-            rows.add(picture, caption, question, references, type or 'all', sample_id or f'row {i}')
+            rows.add(picture, caption, question, references, str(type or 'all'), f'row {i}' if sample_id in (None, '') else str(sample_id))
     report_bad(path, bad, file.metadata.num_rows, f'repair them, or leave them out: python data.py parquet --source={folder} --out=FOLDER lists and drops them')
     return rows
+
+
+def open_split(folder, split):
+    """-> the path of a split's file, and the file, opened. Raises: FileNotFoundError; ValueError where it lacks a column."""
+    path = Path(folder) / f'{split}.parquet'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
+                                f'(python data.py --help says how to draw or import one)')
+    file = open_parquet(path)
+    for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
+        if not set(needed) & set(file.schema_arrow.names):
+            raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
+    return path, file
+
+
+def check_splits(folder):
+    """Raises: FileNotFoundError or ValueError where a split is not there, lacks a column or has no rows; reads none of them."""
+    for split in SPLITS:
+        path, file = open_split(folder, split)
+        if not file.metadata.num_rows:
+            raise ValueError(f'{path}: has no rows; training, validation and test need some each (python data.py parquet --source=FILE --out=FOLDER divides one file)')
 
 
 def text_problem(question, references):
@@ -724,9 +736,12 @@ class Questions:
 
     def __init__(self, rows, tokenizer, max_question_tokens=32, max_answer_tokens=32, truncate=False, few_shapes=False):
         self.rows, self.tokenizer, self.max_answer_tokens, self.few_shapes, self.cut, bad = rows, tokenizer, max_answer_tokens, few_shapes, 0, []
-        self.tokens = OnDisk(lambda both: np.array([len(both[0]), *both[0], *both[1]], np.int32).tobytes(), lambda data: np.frombuffer(data, np.int32))
-        self.questions = View(self.tokens.__len__, lambda i: self.tokens[i][1:self.tokens[i][0] + 1].tolist())
-        self.answers = View(self.tokens.__len__, lambda i: self.tokens[i][self.tokens[i][0] + 1:].tolist())
+        def unpacked(data):
+            n, *tokens = np.frombuffer(data, np.int32).tolist()
+            return tokens[:n], tokens[n:]
+
+        self.tokens = OnDisk(lambda both: np.array([len(both[0]), *both[0], *both[1]], np.int32).tobytes(), unpacked)  # (question, answer) of a row
+        self.questions, self.answers = (View(self.tokens.__len__, lambda i, k=k: self.tokens[i][k]) for k in (0, 1))
         lengths, start = array('i'), time.time()
         for i, (question, references, *_) in enumerate(rows.texts):
             question, answer = tokenizer.encode(question), tokenizer.encode(references[0]) + [tokenizer.eos_id]
@@ -769,11 +784,10 @@ class Questions:
 
     def batch(self, rows):
         """Shapes: -> question (B, Q) padded on the right, answer (B, A) that starts with <bos>, targets (B, A) that end with
-        <eos> and have -100 as padding, picture (B,) to index pictures or features with. With `few_shapes` Q is a multiple of 8 and A a power of 2,
+        <eos>, but for answers that were cut, and have -100 as padding, picture (B,) to index pictures or features with. With `few_shapes` Q is a multiple of 8 and A a power of 2,
         which suits a compiler; else they are as short as they can be."""
         bos, pad = self.tokenizer.bos_id, self.tokenizer.pad_id
-        both = [self.tokens[i] for i in rows]
-        questions, answers = [t[1:t[0] + 1].tolist() for t in both], [t[t[0] + 1:].tolist() for t in both]
+        questions, answers = zip(*(self.tokens[i] for i in rows))
         Q, A = (max(map(len, lists)) for lists in (questions, answers))
         if self.few_shapes:
             Q, A = -(-Q // 8) * 8, 1 << (A - 1).bit_length()
@@ -785,7 +799,7 @@ def progress(what, i, n, start, every=20000):
     """Says on the console, every so many rows, how far a long loop is."""
     if (i + 1) % every == 0:
         eta = (time.time() - start) / (i + 1) * (n - i - 1)
-        print(f'\r{what} | {i + 1}/{n} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='\n' * (i + 1 + every > n), flush=True)
+        print(f'\r{what} | {i + 1}/{n} | eta {clock(eta)} ', end='\n' * (i + 1 + every > n), flush=True)
 
 
 def padded(lists, value, length=None):
@@ -800,7 +814,7 @@ class DrawnCaptions:
         self.config, self.tokenizer = config, tokenizer
 
     def scenes(self, split, step, batch_size, seed):
-        """Shapes: -> scenes, a list of B, and pixels (B, 3, S, S) uint8; a pure function of its arguments."""
+        """Shapes: -> scenes, a list of B, pixels (B, 3, S, S) uint8, and the random.Random that drew them; a pure function of its arguments."""
         rng = random.Random(f'align/{seed}/{split}/{step}')
         scenes = [draw_scene(rng, self.config) for _ in range(batch_size)]
         pictures = [np.array(draw_picture(scene, rng, self.config.image_px)) for scene in scenes]

@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from configurator import locked, run_script, write_whole
+from configurator import clock, locked, run_script, write_whole
 
 
 @dataclass
@@ -75,7 +75,11 @@ class EncoderConfig:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
             raise ValueError(f'prefixes={self.prefixes}: expected numbers up to vision_dim={self.vision_dim}, and that one among them')
-        inner = self.perceiver_width or self.width
+        inner, heads = self.perceiver_width or self.width, self.perceiver_heads or self.n_head
+        if self.width % 4 or self.width % self.n_head:
+            raise ValueError(f'width={self.width}: expected a multiple of 4 and of n_head={self.n_head}')
+        if self.n_latents and inner % heads:
+            raise ValueError(f'perceiver_width={inner}: expected a multiple of perceiver_heads={heads}')
         if self.adapter == 'none' and inner != self.width:
             raise ValueError(f'perceiver_width={inner}: another width than the trunk\'s, {self.width}, needs an adapter')
         if self.projection == 'none' and self.vision_dim != inner:
@@ -305,6 +309,8 @@ class AlignModel(nn.Module):
     def __init__(self, encoder, vocab_size, width=128, n_layer=1, max_tokens=64):
         super().__init__()
         D, n_head = encoder.config.vision_dim, max(4, width // 64)
+        if width % n_head:
+            raise ValueError(f'text_width={width}: expected a multiple of {n_head}, the number of its heads')
         self.encoder = encoder
         self.embed = nn.Embedding(vocab_size + 1, width)  # the last one stands for a word left out
         self.positions = nn.Parameter(torch.randn(max_tokens, width))
@@ -837,7 +843,7 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
                     parts[i // per_part].write(t)
             done += len(batch)
             eta = (time.time() - start) / max(1, done) * (n - done)
-            print(f'\rencoding pictures | {done}/{n} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
+            print(f'\rencoding pictures | {done}/{n} | eta {clock(eta)} ', end='', flush=True)
     finally:
         for part in parts.values():
             part.drop()

@@ -21,14 +21,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from glob import glob
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import configure, locked, printable, run_script, write_whole
+from configurator import clock, configure, locked, printable, run_script, write_whole
 from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
@@ -70,6 +70,9 @@ class EvalConfig:
             raise ValueError('--image and --question belong together: both or neither')
         if (self.types or self.reach) and not self.compare:
             raise ValueError('--types and --reach go with --compare')
+        for key, least in dict(batch_size=1, temperature=0, top_k=1).items():
+            if getattr(self, key) is not None and getattr(self, key) < least:
+                raise ValueError(f'{key}={getattr(self, key)}: expected at least {least}')
 
 
 # ----------------------------------------------------------------------------
@@ -179,7 +182,7 @@ def teacher_forced(decoder, questions, vision_of, rows, device):
 
 
 def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_size=250):
-    """Loss and Exact Match of a split without generating: greedy generation gives exactly the reference if and only if
+    """Loss and Exact Match of a split without generating: greedy generation gives exactly the (first) reference if and only if
     every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only. Processes share the work."""
     loss = count = right = n = 0
     rank, world = place()
@@ -199,7 +202,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     """Answers a whole split -> metrics, a dict, and predictions, a sequence of dicts in the order of the split, on disk. Processes share the work.
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as Exact Match means
-    little for them; 'em_types' is the mean over the question types.
+    little for them; 'em_types' is the mean over the question types; 'tokens_per_s' counts those written in the seconds of the whole evaluation.
     """
     rows, tokenizer, done, start, tokens, order, mine = questions.rows, questions.tokenizer, 0, time.time(), 0, array('q'), OnDisk()
     rank, world = place()
@@ -284,21 +287,17 @@ def result_table(metrics):
                       f"{'mean of types':{width + 9}} | {metrics['em_types']:.3f}", *(line(t, m) for t, m in captions.items())])
 
 
-def clock(seconds):
-    return f'{int(seconds) // 60}:{int(seconds) % 60:02}'
-
-
 # ----------------------------------------------------------------------------
 # the encoder: retrieval, and what its tokens tell
 
 @torch.no_grad()
 def retrieval(pooled, text, prefixes):
     """Finds each caption's picture among all, and each picture's caption. Shapes: pooled and text (n, D)
-    -> {prefix: {'R@1', 'R@5', 'R@10', 'median rank'}}, over both directions; the best rank is 1."""
+    -> {prefix: {'R@1', 'R@5', 'R@10', 'median rank'}}, over both directions; the best rank is 1, and what is as near as the right one counts as nearer."""
     results = {}
     for d in prefixes:
         sims = F.normalize(pooled[:, :d], dim=1) @ F.normalize(text[:, :d], dim=1).T
-        rank = torch.cat([(s > s.diagonal()[:, None]).sum(1) for s in (sims, sims.T)]) + 1  # 1: nothing is nearer than the right one
+        rank = torch.cat([(~(s < s.diagonal()[:, None])).sum(1) for s in (sims, sims.T)])  # the right one and all that are not farther away
         results[d] = {f'R@{k}': (rank <= k).float().mean().item() for k in (1, 5, 10)} | {'median rank': rank.float().median().item()}
     return results
 
@@ -637,11 +636,13 @@ def training_flops(m):
 
 def paired(runs, base):
     """The difference in Exact Match, question by question, of the means over the seeds -> mean, and half the width of its 95 % interval over the
-    questions; None where the runs did not answer the same questions."""
+    questions; None where the runs did not answer the same questions, or none but captions."""
     rows = [[m['correct'] for m in group] for group in (runs, base)]
     if len({(m['settings']['dataset'], re.sub(r'\d', 'x', m['correct'])) for m in (*runs, *base)}) > 1:
         return None
     asked = [i for i, c in enumerate(rows[0][0]) if c != '-']
+    if not asked:
+        return None
     ours, theirs = ([sum(row[i] == '1' for row in group) / len(group) for i in asked] for group in rows)
     d = [a - b for a, b in zip(ours, theirs)]
     mean = sum(d) / len(d)
@@ -661,7 +662,7 @@ def reached(m, em):
 
 def compare(paths, judged=None, reach=None):
     """Two tables of finished runs, mean and 95 % interval over the seeds: what they are and what they have in the mean over the question types `judged`
-    (all), each also against the first one; and every type. With matplotlib comparison.png and curves.png beside the first. -> text"""
+    (all), each also against the first one; and every type. With matplotlib comparison.png and comparison_curves.png beside the first. -> text"""
     groups = grouped(paths)
     types = sorted({t for runs in groups.values() for m in runs for t in m['by_type']}, key=type_order)
     for name, runs in groups.items():
@@ -690,14 +691,14 @@ def compare(paths, judged=None, reach=None):
 
 
 def draw_comparison(groups, folder):
-    """Draws Exact Match and F1 against depth, parameters and FLOPs to comparison.png, the validation curves and the question types to curves.png."""
+    """Draws Exact Match and F1 against depth, parameters and FLOPs to comparison.png, the validation curves and the question types to comparison_curves.png."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print('comparison.png not drawn: pip install matplotlib')
         return
     styles = {name: dict(color=f'C{k % 10}', label=printable(os.path.basename(name)).replace('$', '')) for k, name in enumerate(groups)}
-    for file, size, draw in (('comparison.png', (13, 7.5), draw_results), ('curves.png', (13, 4), draw_courses)):
+    for file, size, draw in (('comparison.png', (13, 7.5), draw_results), ('comparison_curves.png', (13, 4), draw_courses)):
         figure = Figure(figsize=size, layout='constrained')
         axes = draw(figure, groups, styles)
         for axis in axes:
@@ -744,6 +745,34 @@ def draw_courses(figure, groups, styles):
     return axes
 
 
+def report_alignment(settings, checkpoint, device):
+    """Prints retrieval, and of drawn pictures the probe, of a run of stage align."""
+    from train import AlignTask, TrainConfig
+    if settings.attention or settings.states or settings.forget or settings.inner_steps or settings.outer_steps:
+        raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
+    run = checkpoint['settings']
+    task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'])), device, checkpoint, splits=())
+    task.model.load_state_dict(checkpoint['run']['best']['model'])
+    task.report(task.model.to(device).eval(), settings.split)
+
+
+def answer_one(path, question, decoder, encoder, tokenizer, most_tokens, device, **sampling):
+    """The answer to a question about a picture file. Raises: FileNotFoundError, ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'--image={path}: no such file')
+    vision = None
+    if encoder:
+        try:
+            picture = open_picture(Path(path).read_bytes())
+        except ValueError as e:
+            raise ValueError(f'--image={path}: {e}') from None
+        vision = encoder.encode_images(encoder.preprocess(picture)[None].to(device))[..., :decoder.config.vision_dim]
+    ids = tokenizer.encode(question.lower() if tokenizer.lower_case else question)
+    if not ids:
+        raise ValueError('--question is empty')
+    return tokenizer.decode(decoder.generate(vision, torch.tensor([ids], device=device), most_tokens, **sampling)[0].tolist())
+
+
 def main(argv=None):
     settings, _ = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
     if settings.compare:
@@ -757,12 +786,7 @@ def main(argv=None):
     checkpoint = read_checkpoint(settings.out_dir)
     run = checkpoint['settings']
     if checkpoint['stage'] == 'align' and not settings.image:
-        from train import AlignTask, TrainConfig
-        if settings.attention or settings.states or settings.forget or settings.inner_steps or settings.outer_steps:
-            raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
-        task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'])), device, checkpoint, splits=())
-        task.model.load_state_dict(checkpoint['run']['best']['model'])
-        task.report(task.model.to(device).eval(), settings.split)
+        report_alignment(settings, checkpoint, device)
         return
     for key in ('inner_steps', 'outer_steps'):
         if getattr(settings, key) is not None:
@@ -778,23 +802,11 @@ def main(argv=None):
     sampling = dict(temperature=settings.temperature, top_k=settings.top_k, generator=generator)
 
     if settings.image:
-        if not Path(settings.image).is_file():
-            raise FileNotFoundError(f'--image={settings.image}: no such file')
-        vision = None
-        if encoder:
-            try:
-                picture = open_picture(Path(settings.image).read_bytes())
-            except ValueError as e:
-                raise ValueError(f'--image={settings.image}: {e}') from None
-            vision = encoder.encode_images(encoder.preprocess(picture)[None].to(device))[..., :decoder.config.vision_dim]
-        ids = tokenizer.encode(settings.question.lower() if tokenizer.lower_case else settings.question)
-        if not ids:
-            raise ValueError('--question is empty')
-        answer = decoder.generate(vision, torch.tensor([ids], device=device), run['max_answer_tokens'], **sampling)
-        print(printable(tokenizer.decode(answer[0].tolist())))
+        print(printable(answer_one(settings.image, settings.question, decoder, encoder, tokenizer, run['max_answer_tokens'], device, **sampling)))
         return
-
     rows = read_rows(settings.dataset or run['dataset'], settings.split)
+    if not len(rows):
+        raise ValueError(f'{rows.path}: has no rows, there is nothing to evaluate')
     questions = Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], run['truncate'])
     if settings.attention:
         if not encoder:

@@ -89,7 +89,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        total, count, grad = 0, (targets >= 0).sum().clamp(min=1), torch.empty_like(logits)
+        small = logits.dtype == torch.float16  # too small for it before the gradient is scaled
+        total, count, grad = 0, (targets >= 0).sum().clamp(min=1), torch.empty_like(logits, dtype=torch.float32 if small else None)
         for l, t, g in zip(logits.split(64), targets.split(64), grad.split(64)):
             real, t = (t >= 0)[:, None], t.clamp(min=0)[:, None]
             p = l.to(torch.promote_types(l.dtype, torch.float32)).log_softmax(-1)      # (64, V)

@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from configurator import configure, echo, locked, printable, run_script, write_whole
-from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, draw_shapes, read_rows, train_bpe
+from configurator import clock, configure, echo, locked, printable, run_script, write_whole
+from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, check_splits, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
 from model import ModelConfig, build_model, flops_of, most_memory
 
@@ -132,6 +132,8 @@ class TrainConfig:
         for key in ('ema', 'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'momentum', 'weight_decay'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
+        if self.tokenizer == 'bpe' and self.vocab_size < 259:
+            raise ValueError(f'vocab_size={self.vocab_size}: expected at least 259, the bytes and three marks')
         if self.trunk and self.captions == 'drawn':
             raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; give --captions=dataset')
         if self.stage == 'align' and self.encoder_px and not self.trunk:
@@ -140,16 +142,22 @@ class TrainConfig:
             raise ValueError(f'encoder_lr={self.encoder_lr}: the encoder is frozen; give --train_encoder=true')
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: there is no picture to train the encoder on')
+        if self.stage == 'answer':
+            self.model_config(vision_dim=1)  # bad sizes are said now, not after the pictures are encoded
+
+    def model_config(self, **more):
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig) if hasattr(self, f.name)} | more)
 
 
 class AnswerTask:
     """Stage 2: a decoder learns to answer. What the loop needs to know of it; the encoder is frozen unless `train_encoder`."""
-    figure = 'em'  # what validation is judged by
+    figure = 'em'  # what the curves show of validation
 
     def __init__(self, settings, device, saved):
         self.settings, self.device = settings, device
         if settings.dataset == 'data/shapes':
             evaluation.in_turn(draw_if_missing)
+        check_splits(settings.dataset)  # the test split is not read before the end
         rows = {split: read_rows(settings.dataset, split) for split in ('train', 'val')}
         if saved:
             self.tokenizer = Tokenizer(saved['tokenizer'])
@@ -161,7 +169,7 @@ class AnswerTask:
         self.questions = {split: self.tokenized(r) for split, r in rows.items()}
 
         encoder = evaluation.open_encoder(settings.encoder, asdict(settings)).to(device) if settings.use_vision else None
-        if settings.vision_dim and settings.vision_dim not in encoder.config.prefixes:
+        if encoder and settings.vision_dim and settings.vision_dim not in encoder.config.prefixes:
             raise ValueError(f'vision_dim={settings.vision_dim}: expected one of the prefixes of the encoder, {encoder.config.prefixes}')
         self.fingerprint = encoder.fingerprint() if encoder else None
         if saved and saved['encoder_fingerprint'] != self.fingerprint:
@@ -169,11 +177,8 @@ class AnswerTask:
         self.look = {split: evaluation.vision_source(asdict(settings), encoder, r, device) for split, r in rows.items()}
         self.frozen = None if settings.train_encoder else encoder
 
-        shared = {f.name for f in fields(ModelConfig)} & {f.name for f in fields(TrainConfig)}
-        t = self.tokenizer
-        derived = dict(vocab_size=t.vocab_size, pad_id=t.pad_id, bos_id=t.bos_id, eos_id=t.eos_id,
-                       vision_dim=settings.vision_dim or (encoder.config.vision_dim if encoder else 1))
-        self.config = ModelConfig(**{key: getattr(settings, key) for key in shared} | derived)
+        t, D = self.tokenizer, settings.vision_dim or encoder.config.vision_dim if encoder else 1
+        self.config = settings.model_config(vocab_size=t.vocab_size, pad_id=t.pad_id, bos_id=t.bos_id, eos_id=t.eos_id, vision_dim=D)
         self.model = torch.nn.ModuleDict(dict(decoder=build_model(self.config)))
         self.encoder_config = asdict(encoder.config) if encoder else None
         if settings.train_encoder:
@@ -198,17 +203,21 @@ class AnswerTask:
 
     def losses(self, model, batch):
         """-> a dict of losses whose sum is trained on."""
-        vision = self.look['train'](model['encoder'] if 'encoder' in model else self.frozen, batch['picture'])
+        vision = self.vision_of(model, 'train')(batch['picture'])
         return {'answer': model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1] * batch.get('weight', 1)}
 
+    def encoder_of(self, model):
+        return model['encoder'] if 'encoder' in model else self.frozen
+
     def vision_of(self, model, split):
-        return partial(self.look[split], model['encoder'] if 'encoder' in model else self.frozen)
+        return partial(self.look[split], self.encoder_of(model))
 
     def validate(self, model):
         return evaluation.quick_scores(model['decoder'], self.questions['val'], self.vision_of(model, 'val'), self.device)
 
     def better(self, new, old):
-        return new['em'] >= old['em']
+        captions = set(self.questions['val'].rows.type) == {'describe'}  # they count for the loss only
+        return new['loss'] <= old['loss'] if captions else new['em'] >= old['em']
 
     def weights(self, model):
         return {name: module.state_dict() for name, module in model.items()}
@@ -218,11 +227,9 @@ class AnswerTask:
         return dict(model_config=asdict(self.config), encoder_config=self.encoder_config, encoder_fingerprint=self.fingerprint,
                     tokenizer=self.tokenizer.state)
 
-    def parameters(self):
-        counts = self.model['decoder'].parameter_counts()
-        encoder = self.model['encoder'] if 'encoder' in self.model else self.frozen
-        frozen = sum(p.numel() for p in encoder.parameters()) if encoder else 0
-        return counts | {'encoder': frozen}
+    def parameter_counts(self):
+        encoder = self.encoder_of(self.model)
+        return self.model['decoder'].parameter_counts() | {'encoder': sum(p.numel() for p in encoder.parameters()) if encoder else 0}
 
     def flops(self, n=4):
         """FLOPs of a training step, forwards and backwards, for each row of a full batch; of the decoder and of what else is trained. The mean over the
@@ -239,8 +246,7 @@ class AnswerTask:
         rows = read_rows(self.settings.dataset, 'test')
         questions = self.tokenized(rows)
         facts |= dict(mflop_per_example=self.flops() / 1e6, curve=evaluation.validation_curve(self.settings.out_dir))
-        encoder = model['encoder'] if 'encoder' in model else self.frozen
-        self.look['test'] = evaluation.vision_source(asdict(self.settings), encoder, rows, self.device)
+        self.look['test'] = evaluation.vision_source(asdict(self.settings), self.encoder_of(model), rows, self.device)
         metrics, predictions = evaluation.evaluate(model['decoder'], questions, self.vision_of(model, 'test'), self.device)
         print(evaluation.result_table(metrics))
         evaluation.write_results(self.settings.out_dir, facts | metrics, rows, predictions)
@@ -259,6 +265,7 @@ class AlignTask:
             shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
             texts = caption_sample(shapes)
         else:
+            check_splits(settings.dataset)
             rows = {split: read_rows(settings.dataset, split) for split in splits}
             texts = (caption for caption in rows['train'].captions) if not saved else ()
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))
@@ -284,7 +291,7 @@ class AlignTask:
         if s.captions == 'drawn':
             drawn = DrawnCaptions(shapes, self.tokenizer)
             self.data = {split: partial(drawn.batch, split) for split in ('train', 'val', 'test')}
-            self.drawn, self.pictures = drawn, dict(val=1000, test=1000)
+            self.drawn, self.pictures = drawn, dict.fromkeys(self.data, 1000)
         else:
             self.data, self.drawn, self.pictures = {}, None, {}
             for split in splits:
@@ -341,7 +348,7 @@ class AlignTask:
         return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state,
                     trunk_fingerprint=self.frozen.fingerprint() if self.frozen else None)
 
-    def parameters(self):
+    def parameter_counts(self):
         encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
         return dict(encoder=encoder, text=total - encoder, total=total) | (
             {'frozen trunk': sum(p.numel() for p in self.frozen.parameters())} if self.frozen else {})
@@ -396,7 +403,7 @@ def train(settings, sources, device, stop):
     task = (AnswerTask if settings.stage == 'answer' else AlignTask)(settings, device, saved)
     model = task.model.to(device)
     ema_model = copy.deepcopy(model).requires_grad_(False).eval() if settings.ema else model
-    print('parameters | ' + ' | '.join(f'{k} {n:,}' for k, n in task.parameters().items()))
+    print('parameters | ' + ' | '.join(f'{k} {n:,}' for k, n in task.parameter_counts().items()))
     print(f'{settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {sum(task.chance().values()):.2f}')
 
     # ---- optimizers
@@ -421,15 +428,18 @@ def train(settings, sources, device, stop):
                           run=vars(run), settings=asdict(settings), environment=about, facts=facts(settings, task, run, about), **task.state())
         evaluation.in_turn(lambda: write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint)))  # nobody goes on, or ends, before it is there
 
+    if settings.fresh and evaluation.place()[0] == 0:  # only now: a bad setting costs nobody the old run
+        for name in ('ckpt.pt', 'metrics.json'):
+            (out_dir / name).unlink(missing_ok=True)
     log = Log(out_dir / 'log.jsonl', run.step, settings)
-    log.write(dict(event='start', step=run.step, **about, parameters=task.parameters(), settings=asdict(settings)))
+    log.write(dict(event='start', step=run.step, **about, parameters=task.parameter_counts(), settings=asdict(settings)))
 
     # ---- the loop
     mark, warned, stop.waits = time.time(), False, True
     while run.step < settings.max_steps:
         lr = learning_rate(run.step, settings)
         for group in sum((optimizer.param_groups for optimizer in optimizers), []):
-            group['lr'] = lr * group.get('share', 1.0)  # none in a checkpoint from before there were shares
+            group['lr'] = lr * group['share']
         names, losses = [], {}
         for k in range(settings.grad_accum):
             batch = my_share(task.batch(run.step * settings.grad_accum + k))
@@ -440,54 +450,45 @@ def train(settings, sources, device, stop):
             for key, value in parts.items():
                 losses[key] = losses.get(key, 0) + value.detach() / settings.grad_accum
         losses, stopping = averaged(parameters, losses, stop.asked)
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        gnorm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
         loss = sum(losses.values())
-        overflow = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1  # of float16, now and then: the scaler leaves that step out
-        if math.isfinite(loss + gnorm) or overflow:
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+        gnorm, good = update(parameters, optimizers, scaler, loss, settings.grad_clip)
+        if good:
             run.total, run.since = {key: run.total.get(key, 0) + value for key, value in losses.items()}, run.since + 1
         else:
             problem = printable(f'step {run.step}: loss {loss}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(names)}, ...')
-            if run.bad_steps == settings.skip_bad_steps:
+            if run.bad_steps >= settings.skip_bad_steps:
                 save()
                 raise FloatingPointError(f'{problem}; the state before this step is saved; a lower --learning_rate with --fresh=true is the usual remedy, '
                                          f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
             run.bad_steps += 1
             print(f'{problem}; left out')
             log.write(dict(event='bad step', step=run.step + 1, problem=problem))
-        scaler.update()
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
         if settings.ema:  # early on a shorter average, so that it never lags behind
             decay = min(settings.ema, (1 + run.step) / (10 + run.step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
         run.step += 1
+        run.since_s, mark = run.since_s + time.time() - mark, time.time()
 
         if run.since and (run.step % settings.log_interval == 0 or run.step == settings.max_steps):
-            seconds = time.time() - mark
-            run.train_s += seconds
+            run.train_s += run.since_s
             parts = {key: value / run.since for key, value in run.total.items()}
-            log.line(run.step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm, ms=1e3 * seconds / run.since,
-                                    examples_per_s=settings.batch_size * settings.grad_accum * run.since / seconds, train_s=run.train_s))
+            log.line(run.step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm, ms=1e3 * run.since_s / run.since,
+                                    examples_per_s=settings.batch_size * settings.grad_accum * run.since / run.since_s, train_s=run.train_s))
             for key, chance in task.chance().items():
                 if run.step >= 100 and not warned and parts.get(key, 0) > chance - .01:
                     warned = True
                     print(f'step {run.step}: the loss {key} is {parts[key]:.3f} and was to fall below {chance:.3f}, what a guess costs: nothing is '
                           f'learnt yet; a lower --learning_rate is the usual remedy')
-            run.total, run.since, mark = {}, 0, time.time()
+            run.total, run.since, run.since_s = {}, 0, 0.0
 
         if run.step % settings.eval_interval == 0 or run.step == settings.max_steps:
-            paused = time.time()
             scores = task.validate(ema_model)
             log.line(run.step, dict(**scores, figure=task.figure), event='eval')
             if run.best is None or task.better(scores, run.best['scores']):
                 run.best = dict(step=run.step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
             save()
-            mark += time.time() - paused  # the clock of the log lines stands still while evaluating
+            mark = time.time()  # the clock of the log lines stands still while evaluating
         elif stopping:
             save()
         if stopping:
@@ -504,7 +505,7 @@ def train(settings, sources, device, stop):
     print(f"best validation {task.figure} {run.best['scores'][task.figure]:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
     task.finish(ema_model, facts(settings, task, run, about))
-    print(f'{out_dir}: done after {evaluation.clock(run.wall_s)}, at most {most_memory(device) / 1e9:.2f} GB of memory')
+    print(f'{out_dir}: done after {clock(run.wall_s)}, at most {most_memory(device) / 1e9:.2f} GB of memory')
 
 
 # ----------------------------------------------------------------------------
@@ -521,6 +522,7 @@ class Run:
     wall_s: float = 0.0        # seconds of everything
     total: dict = field(default_factory=dict)  # losses, summed up over the good steps since the last log line
     since: int = 0             # how many these are
+    since_s: float = 0.0       # and the seconds of training since then
     bad_steps: int = 0         # steps that were left out
 
 
@@ -595,6 +597,21 @@ def averaged(parameters, losses, stop):
     return dict(zip(losses, values.tolist())), bool(stop)
 
 
+def update(parameters, optimizers, scaler, loss, grad_clip):
+    """A step of all optimizers with the clipped gradient -> its norm, and whether all is well. Where loss or gradient is not finite no weight moves; of
+    float16 that is well now and then, while the loss is finite and the loss scale can be lowered."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    gnorm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+    finite, scale = math.isfinite(loss + gnorm), scaler.get_scale()
+    for optimizer in optimizers if finite else ():
+        scaler.step(optimizer)
+    scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return gnorm, finite or scaler.is_enabled() and math.isfinite(loss) and scale > 1
+
+
 def draw_if_missing():
     shapes = ShapesConfig()
     if not Path(shapes.out).exists():
@@ -660,9 +677,6 @@ def learning_rate(step, settings):
 
 def saved_run(settings):
     """The checkpoint to go on from, or None. Raises: ValueError when out_dir holds a run with other settings."""
-    if settings.fresh and evaluation.place()[0] == 0:
-        for name in ('ckpt.pt', 'metrics.json'):
-            (Path(settings.out_dir) / name).unlink(missing_ok=True)
     if settings.fresh or not (Path(settings.out_dir) / 'ckpt.pt').is_file():
         return None
     saved = evaluation.read_checkpoint(settings.out_dir, unfinished=True)
@@ -677,7 +691,7 @@ def saved_run(settings):
 
 def facts(settings, task, run, about):
     """What metrics.json says beside the results."""
-    return dict(parameters=task.parameters(), step=run.step, best_step=run.best and run.best['step'], bad_steps=run.bad_steps, train_s=run.train_s,
+    return dict(parameters=task.parameter_counts(), step=run.step, best_step=run.best and run.best['step'], bad_steps=run.bad_steps, train_s=run.train_s,
                 wall_s=run.wall_s, peak_memory_gb=most_memory(task.device) / 1e9, **about, settings=asdict(settings))
 
 
@@ -764,7 +778,7 @@ class Log:
         style = dict(loss='loss {:.4f}', lr='lr {:.2e}', gnorm='gnorm {:.2f}', ms='{:.1f} ms', examples_per_s='{:.0f} ex/s')
         parts = [style.get(k, k + ' {:.3f}').format(v) for k, v in values.items() if k not in ('train_s', 'figure')]
         eta = (time.time() - self.started) / max(1, step - self.first) * (self.max_steps - step)
-        print(' | '.join([f'{event} {step}/{self.max_steps}', *parts, f'eta {evaluation.clock(eta)}']), flush=True)
+        print(' | '.join([f'{event} {step}/{self.max_steps}', *parts, f'eta {clock(eta)}']), flush=True)
 
 
 if __name__ == '__main__':

@@ -159,9 +159,14 @@ def split_of(split, digest, earlier=None):
 
 def published_first(files, source):
     """[(file, split or None)] in order: the split that a file's name tells, else the names of its folders below `source`; files that tell one come first,
-    so that the pictures of the others keep out of theirs."""
+    so that the pictures of the others keep out of theirs. Where all tell one, but none test, or none val, what is for training is divided, and this is said."""
     told = lambda path: next(filter(None, map(split_of_name, reversed(path.relative_to(source).parts or [path.name]))), None)
-    return sorted(((path, told(path)) for path in files), key=lambda both: (both[1] is None, both[0]))
+    splits = {path: told(path) for path in files}
+    lacking = [split for split in ('val', 'test') if split not in splits.values()]
+    if lacking and 'train' in splits.values() and None not in splits.values():
+        print(f'{source}: no file is named after {" or ".join(lacking)}: rows for training are divided, by the content of their pictures')
+        splits = {path: (None if 'test' in lacking else 'train or val') if split == 'train' else split for path, split in splits.items()}
+    return sorted(splits.items(), key=lambda both: (both[1] not in SPLITS, both[0]))
 
 
 def split_of_name(name):

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
+from configurator import clock
 from data import open_parquet, stream
 from encoder import open_picture
 from prepare import split_of_name, turns
@@ -107,7 +108,7 @@ def fetch(urls, folder, config):
                 out.flush()
                 done += len(finished)
                 eta = (time.time() - start) / done * (len(left) - done)
-                print(f'\rfetching | {done}/{len(left)} | eta {int(eta) // 60}:{int(eta) % 60:02} ', end='', flush=True)
+                print(f'\rfetching | {done}/{len(left)} | eta {clock(eta)} ', end='', flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -6,7 +6,6 @@ import math
 import os
 import types
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -215,8 +214,8 @@ def test_damaged_exif():
     assert small().pixels(open_picture(buffer.getvalue())).shape == (3, 64, 64)
 
 
-@pytest.mark.parametrize('bad', [dict(prefixes=(4, 8)), dict(prefixes=(16, 32)), dict(prefixes=()), dict(pool=3), dict(fit='stretch'), dict(image_px=60), dict(perceiver_width=64),
-                                 dict(vision_dim=16, projection='none')])
+@pytest.mark.parametrize('bad', [dict(prefixes=(4, 8)), dict(prefixes=(16, 32)), dict(prefixes=()), dict(pool=3), dict(fit='stretch'), dict(image_px=60), dict(perceiver_width=64), dict(width=30), dict(width=40, n_head=3),
+                                 dict(perceiver_width=32, perceiver_heads=3), dict(vision_dim=16, projection='none')])
 def test_bad_settings(bad):
     """A setting out of range is an error that names it."""
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -230,9 +229,10 @@ def align_batch(B=16, V=30):
     return torch.randn(B, 3, 64, 64, generator=g), caption, torch.rand(B, 2, 5, generator=g) < .5
 
 
-def test_alignment_losses():
+@pytest.mark.parametrize('adapter', ['none', 'linear', 'mlp'])
+def test_alignment_losses(adapter):
     """Both losses start at chance, and together they reach every weight of the encoder."""
-    model = AlignModel(small(), 30)
+    model = AlignModel(small(adapter=adapter), 30)
     images, *captions = align_batch()
     losses = model(model.encoder(images), *captions)
     assert abs(losses['contrast'].item() - math.log(16)) < .7 and abs(losses['cloze'].item() - math.log(30)) < .7

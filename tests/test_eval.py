@@ -36,7 +36,8 @@ def test_metrics(prediction, references, em, f1):
 
 
 def test_retrieval():
-    """Perfect embeddings find each other, random ones do at chance; a prefix is judged on its own dimensions."""
+    """Perfect embeddings find each other, random ones do at chance; a prefix is judged on its own dimensions. Embeddings that are all alike, or no numbers, find
+    nothing, and of pictures that are alike none is the right one for sure."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(50, 8, generator=g), torch.randn(50, 8, generator=g)
     assert evaluation.retrieval(a, a, [8])[8]['R@1'] == 1
@@ -44,6 +45,11 @@ def test_retrieval():
     result = evaluation.retrieval(a, mixed, [4, 8])
     assert result[4]['R@1'] == 1 > result[8]['R@1']
     assert evaluation.retrieval(a, b, [8])[8]['R@5'] < .3
+    for alike in (torch.ones(50, 8), torch.full((50, 8), torch.nan)):
+        assert evaluation.retrieval(a, alike, [8])[8] == {'R@1': 0, 'R@5': 0, 'R@10': 0, 'median rank': 50} or alike[0, 0] == 1
+        assert evaluation.retrieval(alike, alike, [8])[8]['R@10'] == 0
+    twice = torch.cat([a, a[:10]])
+    assert evaluation.retrieval(twice, twice, [8])[8]['R@1'] == pytest.approx(40 / 60) and evaluation.retrieval(twice, twice, [8])[8]['R@5'] == 1
 
 
 def test_probe_reads_perfect_tokens():
@@ -135,7 +141,7 @@ def test_comparison(tmp_path, monkeypatch):
     assert trm[9] == '0.250 0.562 1.000' and trm[10].startswith('+0.354 ± ')                     # the squares of trm less plain's .25
     with pytest.raises(ValueError, match='--types=size: .* has no such type; expected some of color, 2 hops'):
         evaluation.compare([tmp_path / 'plain_*'], judged=['size'])
-    for name in ('comparison.png', 'curves.png'):
+    for name in ('comparison.png', 'comparison_curves.png'):
         assert Image.open(tmp_path / name).width > 600
     this, that = metrics(.5), metrics(.75)
     assert evaluation.paired([this], [that]) and not evaluation.paired([this], [metrics(.75, dataset='e')])  # other questions

@@ -249,6 +249,13 @@ def test_cross_entropy():
         assert torch.allclose(losses[0].double(), losses[1], atol=tolerance, rtol=0) and torch.allclose(*grads, atol=tolerance * .1, rtol=0)
 
 
+def test_cross_entropy_float16():
+    """In float16 the gradient of a large vocabulary survives until the loss scale reaches it."""
+    logits = torch.zeros(128, 50257, dtype=torch.float16, requires_grad=True)
+    (CrossEntropy.apply(logits, torch.zeros(128, dtype=torch.long)) * 2 ** 16).backward()
+    assert logits.grad.dtype == torch.float16 and torch.allclose(logits.grad[:, 1:].float(), torch.tensor(2 ** 16 / 128 / 50257), rtol=.01)
+
+
 def test_state_sizes():
     """'pre' and 'post' keep the states at RMS 1 over 64 steps, 'unbounded' lets them grow; what is measured is what the decoder hands on."""
     vision, question, answer = sample()

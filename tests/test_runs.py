@@ -23,7 +23,7 @@ from conftest import ROOT
 
 TINY = ['--dtype=float32', '--max_steps=30', '--eval_interval=10', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu', '--inner_steps=2',
         '--max_question_tokens=40']
-CLOCK = {'curve', 'ms', 'examples_per_s', 'train_s', 'wall_s', 'eval_s', 'tokens_per_s', 'peak_memory_gb', 'out_dir', 'dataset', 'cache_dir', 'threads', 'processes'}
+CLOCK = {'curve', 'since_s', 'ms', 'examples_per_s', 'train_s', 'wall_s', 'eval_s', 'tokens_per_s', 'peak_memory_gb', 'out_dir', 'dataset', 'cache_dir', 'threads', 'processes'}
 
 
 @pytest.fixture(scope='module')
@@ -398,10 +398,15 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (train, '--use_vision=maybe', 'use_vision=maybe: expected true or false'),
     (train, '--learning_rate=-1', 'learning_rate=-1.0: expected more than 0'),
     (train, '--kind=trn --dataset={data} --encoder={encoder}', 'kind=trn: expected one of plain, trm'),
-    (train, '--n_embd=30 --dataset={data} --encoder={encoder}', 'n_embd=30: expected a multiple of'),
+    (train, '--n_embd=30 --dataset={here}/none', 'n_embd=30: expected a multiple of'),  # said before anything is read
+    (train, '--vocab_size=100', 'vocab_size=100: expected at least 259'),
+    (train, 'config/align.py --text_width=130', 'text_width=130: expected a multiple of 4'),
     (train, '--dataset={here}/none', 'train.parquet: no such file; a dataset is a folder with'),
     (train, '--dataset={here}/text', 'train.parquet: not a parquet file'),
     (train, '--dataset={here}/columns', 'has no column image; it has picture'),
+    (train, '--dataset={here}/no_rows', 'train.parquet: has no rows; training, validation and test need some each'),
+    (train, '--dataset={here}/no_test', 'val.parquet: no such file'),
+    (train, '--out_dir={run} --fresh=true --dataset={here}/none', 'no such file; a dataset is a folder with'),
     (train, '--dataset={data} --encoder=none.pt', 'none.pt: no such encoder'),
     (train, '--dataset={data} --encoder={here}/typo.py', 'typo.py: not a file that can be read safely'),
     (train, '--dataset={data} --encoder={encoder} --vision_dim=7', r'vision_dim=7: expected one of the prefixes'),
@@ -411,6 +416,8 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (train, '--out_dir={run} --seed=3', 'holds a run with other settings.*seed=1337 there, 3 here.*--fresh=true'),
     (evaluation, '--out_dir={here}/none', 'no such file; a run writes it: python train.py'),
     (evaluation, '--out_dir={here}/evil', 'not a file that can be read safely'),
+    (evaluation, '--out_dir={run} --batch_size=0', 'batch_size=0: expected at least 1'),
+    (evaluation, '--out_dir={run} --temperature=-1', 'temperature=-1.0: expected at least 0'),
     (evaluation, '--out_dir={run} --split=tset', 'split=tset: expected train, val or test'),
     (evaluation, '--out_dir={run} --image={here}/none.png --question=what?', 'none.png: no such file'),
     (evaluation, '--out_dir={run} --image={here}/typo.py --question=what?', 'typo.py: not a picture'),
@@ -432,9 +439,12 @@ def rubbish(tmp_path_factory):
     for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'text/train.parquet': 'words'}.items():
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text(text)
-    for name in ('columns', 'evil'):
+    for name in ('columns', 'evil', 'no_rows', 'no_test'):
         (here / name).mkdir()
-    pq.write_table(pa.table(dict(picture=[b'1'], question=['q'], answer=['a'])), here / 'columns/train.parquet')
+    table = pa.table(dict(picture=[b'1'], question=['q'], answer=['a']))
+    pq.write_table(table, here / 'columns/train.parquet')
+    pq.write_table(table.rename_columns(['image', 'question', 'answer'])[:0], here / 'no_rows/train.parquet')
+    pq.write_table(table.rename_columns(['image', 'question', 'answer']), here / 'no_test/train.parquet')
     torch.save(dict(format=evaluation.FORMAT, evil=print), here / 'evil/ckpt.pt')
     return here
 

@@ -1,5 +1,6 @@
 """train.py: both stages through the command line, resuming, and what can go wrong."""
 
+import copy
 import json
 import math
 import shutil
@@ -120,6 +121,7 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
     evaluation.main([f'--out_dir={out}', '--device=cpu'])
     text = capsys.readouterr().out
     assert 'retrieval among 250 pictures' in text and 'median rank' in text and 'probe' in text
+    evaluation.main([f'--out_dir={out}', '--device=cpu', '--split=train'])
     with pytest.raises(ValueError, match='has no decoder'):
         evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?'])
 
@@ -180,7 +182,7 @@ def test_encoder_lr(optimizer, flags, tiny_encoder, tmp_path):
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
                                     '--vocab_size=300', '--n_layer=1', '--cache=false', '--encoder_px=128', '--activation=quick_gelu', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
 def test_settings_matter(option, flags, tmp_path):
-    """Every setting changes the weights that come out: none is read and then forgotten."""
+    """Every one of these settings changes the weights that come out: none is read and then forgotten."""
     more = ['--max_steps=3', '--eval_interval=3', '--max_question_tokens=60', '--max_answer_tokens=120', '--dtype=float32']
     ends = []
     for name, flag in (('a', option.split()[:-1]), ('b', option.split())):
@@ -192,25 +194,26 @@ def test_settings_matter(option, flags, tmp_path):
     assert a.keys() != b.keys() or any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
 
 
-def test_gradient_accumulation(flags, tmp_path):
-    """The gradient of an accumulated step is the mean of the gradients of its batches, each clipped only together."""
-    settings = train.configure(train.TrainConfig, [*flags, f'--out_dir={tmp_path}'])[0]
-    torch.manual_seed(0)
-    task = train.AnswerTask(settings, 'cpu', None)
-    grads = []
+def test_gradient_accumulation(flags, tmp_path, monkeypatch):
+    """The gradient of an accumulated step is the mean of the gradients of its batches, clipped only together; so is its loss."""
+    averaged, seen, tasks = train.averaged, [], []
+    monkeypatch.setattr(train, 'averaged', lambda parameters, losses, stop: (seen.append([p.grad.clone() for p in parameters]), averaged(parameters, losses, stop))[1])
+    monkeypatch.setattr(train.AnswerTask, 'finish', lambda *args: None)
+    init = train.AnswerTask.__init__
+    monkeypatch.setattr(train.AnswerTask, '__init__', lambda self, *args: (init(self, *args), tasks.append((self, copy.deepcopy(self.model))))[0])
+    train.main([*flags, '--dtype=float32', '--grad_accum=2', '--max_steps=1', '--log_interval=1', '--grad_clip=1e-6', f'--out_dir={tmp_path}'])
+    (task, model), losses = tasks[0], []
     for step in (0, 1):
-        task.model.zero_grad()
-        batch = task.batch(step)
-        sum(task.losses(task.model, batch).values()).backward()
-        grads.append(task.model['decoder'].embed.weight.grad.clone())
-    task.model.zero_grad()
-    for step in (0, 1):
-        (sum(task.losses(task.model, task.batch(step)).values()) / 2).backward()
-    assert torch.allclose(task.model['decoder'].embed.weight.grad, (grads[0] + grads[1]) / 2, atol=1e-7)
+        losses.append(sum(task.losses(model, task.batch(step)).values()))
+        losses[-1].backward()
+    assert all(torch.allclose(grad, p.grad / 2, atol=1e-7) for grad, p in zip(seen[0], model.parameters(), strict=True))
+    assert evaluation.read_log(tmp_path)[1]['loss'] == pytest.approx(sum(losses).item() / 2, abs=1e-5)
 
 
 def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
-    """A run killed after its first checkpoint and started again with the same command ends with the same weights, to the bit."""
+    """A run killed after its first checkpoint and started again with the same command ends with the same weights, to the bit; the seconds of
+    training since the last log line are not forgotten."""
+    flags = [*flags, '--log_interval=5']
     train.main([*flags, f"--out_dir={tmp_path / 'whole'}"])
 
     class Killed(BaseException):
@@ -224,6 +227,8 @@ def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, 'learning_rate', killed_at_6)
         train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
+    at_4 = evaluation.read_checkpoint(tmp_path / 'killed')['run']
+    assert at_4['step'] == at_4['since'] == 4 and at_4['since_s'] > 0 == at_4['train_s']
     train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
     assert 'going on at step 4' in capsys.readouterr().out
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
@@ -246,18 +251,65 @@ def test_non_finite_loss(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(train.AnswerTask, 'losses', lambda self, model, batch: {k: v * math.nan for k, v in losses(self, model, batch).items()})
     with pytest.raises(FloatingPointError, match=r'step 0: loss nan.*lr .*samples train-\d+'):
         train.main([*flags, f'--out_dir={tmp_path}'])
+    with pytest.raises(FloatingPointError, match='step 2: loss nan'):
+        train.main([*flags, f'--out_dir={tmp_path}', '--skip_bad_steps=2'])
+    with pytest.raises(FloatingPointError, match='step 2: loss nan'):  # two were left out, now none may be
+        train.main([*flags, f'--out_dir={tmp_path}'])
+
+
+def test_update_float16():
+    """A gradient that is not finite anywhere moves no weight of any optimizer; in float16 it lowers the loss scale, as far as that goes."""
+    one, other = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizers, scaler = [torch.optim.SGD([one], .1), train.Muon([other], .1, .9, 0.)], torch.amp.GradScaler('cpu', init_scale=2.)
+    for value, scale, moves, well in ((math.nan, 1., False, True), (math.nan, .5, False, False), (1., .5, True, True)):
+        scaler.scale(torch.ones(()))
+        one.grad, other.grad = torch.full((2, 2), value), torch.eye(2)
+        _, good = train.update([one, other], optimizers, scaler, 1., 1.)
+        assert good == well and scaler.get_scale() == scale and one.grad is other.grad is None
+        assert ((one != 1).any() and (other != 1).any()) == moves and torch.isfinite(other).all()
+
+
+def test_captions_only(flags, tiny_shapes, tmp_path):
+    """A data set of captions alone trains, keeps the checkpoint of the least validation loss, and is compared."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    tables = [pq.read_table(tiny_shapes / f'{split}.parquet') for split in ('train', 'val', 'test')]
+    captions = pa.concat_tables(tables).to_pylist()
+    captions = [row for row in captions if row['type'] == 'describe']
+    (tmp_path / 'data').mkdir()
+    for k, split in enumerate(('train', 'val', 'test')):
+        pq.write_table(pa.Table.from_pylist(captions[k::3], tables[0].schema), tmp_path / f'data/{split}.parquet')
+    for seed in (1, 2):
+        train.main([*flags, f'--dataset={tmp_path}/data', f'--seed={seed}', '--learning_rate=0.3', '--min_lr_ratio=0.9', '--ema=0', f'--out_dir={tmp_path}/{seed}'])
+        curve = {e['step']: e['loss'] for e in evaluation.read_log(tmp_path / str(seed)) if e['event'] == 'eval'}
+        assert json.loads((tmp_path / f'{seed}/metrics.json').read_text())['best_step'] == min(curve, key=curve.get)
+    assert evaluation.compare([tmp_path / '1', tmp_path / '2']).count(' | ') > 10
+
+
+def test_columns_of_numbers(flags, tiny_shapes, tmp_path):
+    """Types and sample ids that are numbers in the data set become text; 0 is an id."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    (tmp_path / 'data').mkdir()
+    for split in ('train', 'val', 'test'):
+        table = pq.read_table(tiny_shapes / f'{split}.parquet').drop_columns(['type', 'sample_id'])
+        n = table.num_rows
+        pq.write_table(table.append_column('type', pa.array([1 + i % 2 for i in range(n)])).append_column('sample_id', pa.array(range(n))), tmp_path / f'data/{split}.parquet')
+    train.main([*flags, f'--dataset={tmp_path}/data', '--max_steps=1', f'--out_dir={tmp_path}/a'])
+    assert set(json.loads((tmp_path / 'a/metrics.json').read_text())['by_type']) == {'1', '2'}
+    assert json.loads((tmp_path / 'a/predictions.jsonl').read_text().splitlines()[0])['sample_id'] == '0'
 
 
 def test_bad_checkpoints(tmp_path, flags):
     """A checkpoint of another format, a torn one and one with code in it are refused with one message."""
     path = tmp_path / 'ckpt.pt'
     torch.save(dict(format=99), path)
-    with pytest.raises(ValueError, match='checkpoint format 99, this code reads format 3'):
+    with pytest.raises(ValueError, match=f'checkpoint format 99, this code reads format {evaluation.FORMAT}'):
         evaluation.read_checkpoint(tmp_path)
     path.write_bytes(path.read_bytes()[:80])
     with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
-    torch.save(dict(format=3, evil=print), path)
+    torch.save(dict(format=evaluation.FORMAT, evil=print), path)
     with pytest.raises(ValueError, match='not a file that can be read safely'):
         evaluation.read_checkpoint(tmp_path)
 
@@ -304,10 +356,12 @@ def test_muon():
     assert len(train.make_optimizers(model, train.TrainConfig(optimizer='adamw'))) == 1
 
 
-def test_dtype():
+def test_dtype(monkeypatch):
     """auto takes bfloat16 only where the hardware has it."""
     assert train.pick_dtype('float32', 'cpu') == torch.float32 and train.pick_dtype('bfloat16', 'cpu') == torch.bfloat16
-    assert train.pick_dtype('auto', 'cpu') == (torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32)
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: fast)
+        assert train.pick_dtype('auto', 'cpu') == dtype
 
 
 def test_compile_falls_back(monkeypatch, capsys):
