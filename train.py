@@ -232,8 +232,8 @@ class AnswerTask:
         return self.model['decoder'].parameter_counts() | {'encoder': sum(p.numel() for p in encoder.parameters()) if encoder else 0}
 
     def flops(self, n=4):
-        """FLOPs of a training step, forwards and backwards, for each row of a full batch; of the decoder and of what else is trained. The mean over the
-        kinds of batches (captions come in smaller ones), weighted by how often they come, of `n` batches each."""
+        """FLOPs of a training step, forwards and backwards, for each row of a full batch; of the decoder and of what else is trained, without the optimizer's
+        own. The mean over the kinds of batches (captions come in smaller ones), weighted by how often they come, of `n` batches each."""
         kinds = {}
         for rows in self.questions['train'].epoch(self.settings.batch_size, self.settings.seed, 0):
             kinds.setdefault(len(rows), []).append(rows)
