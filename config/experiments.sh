@@ -48,7 +48,7 @@ for d in 16 32 64; do add vision dim$d config/trm.py --vision_dim=$d; done
 for e in random contrast cloze both; do add encoder encoder_$e config/trm.py --encoder=out/encoder_$e/encoder.pt; done
 # swaps: state tracking, every decoder with the training FLOPs of n=4 in 3000 steps; trained on up to three swaps, tested on up to six. The learning rate is that
 # of the shapes, 2e-3; group tuned has 1e-3, which suits most of them better, and rate what else there was to choose from, on val
-for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop4 3889 --recursion=loop --inner_steps=4" \
+for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop2 4561 --recursion=loop --inner_steps=2" "loop4 3889 --recursion=loop --inner_steps=4" \
          "loop8 3003 --recursion=loop --inner_steps=8" "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4" "plain8 859 --kind=plain --n_layer=8"; do
     set -- $k
     for r in "swaps 2e-3" "tuned 1e-3" "rate 4e-3" "rate 5e-4"; do
@@ -57,7 +57,7 @@ for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_st
     done
 done
 # clock: plain with four blocks and the seconds of n=4 (87 and 122 ms a step, side by side on one machine), which are 14 % more steps than its FLOPs
-add clock swaps_plain4_clock config/swaps.py --kind=plain --n_layer=4 --max_steps=2180 --eval_interval=150 --learning_rate=1e-3
+for rate in 2e-3 1e-3; do add clock swaps_plain4_clock$(suffix $rate) config/swaps.py --kind=plain --n_layer=4 --max_steps=2180 --eval_interval=150 --learning_rate=$rate; done
 # swapsteps: plain decoders with 3000 steps of training there, whatever they cost: what n=4 has
 for l in 4 8; do add swapsteps swaps_plain${l}_3000 config/swaps.py --kind=plain --n_layer=$l --eval_interval=150 --learning_rate=2e-3; done
 # swapsdeep: two cycles of two steps there, the depth of n=4: with both supervised y has to be an answer half way
