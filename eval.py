@@ -709,7 +709,7 @@ def draw_comparison(groups, folder):
 
 def draw_results(figure, groups, styles):
     """Exact Match and F1 against depth, parameters and FLOPs. -> axes"""
-    words = lambda x: f'{x:g}' if x < 1e3 else f'{x / 1e3:.3g}k' if x < 1e6 else f'{x / 1e6:.3g}M'
+    words = lambda x: f'{x:.3g}' if x < 1e3 else f'{x / 1e3:.3g}k' if x < 1e6 else f'{x / 1e6:.3g}M'
     axes = figure.subplots(2, 3, sharey='row')
     places = {'blocks in a row for an answer token': passes, 'core parameters': lambda m: m['parameters']['core'],
               'TFLOP of the whole training': lambda m: training_flops(m) / 1e12}
