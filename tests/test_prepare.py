@@ -345,17 +345,20 @@ def test_memory(tmp_path):
     """Importing three times the rows, pictures and bad rows takes no more memory, reading them a few numbers a row."""
     peaks = []
     for n in (4000, 12000):
-        put(tmp_path / f'{n}-train.parquet', b'')
-        pictures = [b'P6 4 4 255\n' + i.to_bytes(8, 'big') * 6 for i in range(n)]
-        pq.write_table(pa.table(dict(image=pictures, question=['q?' if i % 50 else ' ' for i in range(n)], answer=['a'] * n, caption=['c'] * n)), tmp_path / f'{n}-train.parquet')
+        pictures = [b'P6 4 4 255\n' + i.to_bytes(8, 'big') * 6 for i in range(n + 2)]
+        table = pa.table(dict(image=pictures, question=['q?' if i % 50 else ' ' for i in range(n)] + ['q?'] * 2, answer=['a'] * (n + 2), caption=['c'] * (n + 2)))
+        for split, start, rows in (('train', 0, n), ('val', n, 1), ('test', n + 1, 1)):
+            put(tmp_path / f'{n}-src/{split}.parquet', b'')
+            pq.write_table(table.slice(start, rows), tmp_path / f'{n}-src/{split}.parquet')
+        del table
         del pictures
         tracemalloc.start()
-        data.main(['parquet', f"--source={tmp_path / f'{n}-train.parquet'}", f"--out={tmp_path / f'{n}'}", '--max_bad=1'])
+        data.main(['parquet', f"--source={tmp_path / f'{n}-src'}", f"--out={tmp_path / f'{n}'}", '--max_bad=1'])
         imported, _ = tracemalloc.get_traced_memory()[1], tracemalloc.reset_peak()
         rows = read_rows(tmp_path / f'{n}', 'train')
         peaks.append((imported, tracemalloc.get_traced_memory()[1]))
         tracemalloc.stop()
-        assert len(rows.pictures) == len(rows) > .7 * n
+        assert len(rows.pictures) == len(rows) == .98 * n
     assert peaks[1][0] < 1.1 * peaks[0][0] and peaks[1][1] - peaks[0][1] < 60 * 8000, peaks
 
 
