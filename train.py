@@ -564,6 +564,7 @@ def processes(settings):
     torch.distributed.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=1))
     with redirect_stdout(open(os.devnull, 'w')) if evaluation.place()[0] else nullcontext():
         yield device
+    torch.distributed.barrier()  # gloo's threads have then let go of every tensor; one that they hold while Python ends aborts the process, now and then
     torch.distributed.destroy_process_group()
 
 
