@@ -216,7 +216,7 @@ class AnswerTask:
         return evaluation.quick_scores(model['decoder'], self.questions['val'], self.vision_of(model, 'val'), self.device)
 
     def better(self, new, old):
-        captions = set(self.questions['val'].rows.type) == {'describe'}  # they count for the loss only
+        captions = all(type == 'describe' for type in self.questions['val'].rows.type)  # they count for the loss only
         return new['loss'] <= old['loss'] if captions else new['em'] >= old['em']
 
     def weights(self, model):
@@ -265,7 +265,8 @@ class AlignTask:
             shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
             texts = caption_sample(shapes)
         else:
-            check_splits(settings.dataset)
+            if splits:  # it trains; who only evaluates needs no more than what is evaluated
+                check_splits(settings.dataset)
             rows = {split: read_rows(settings.dataset, split) for split in splits}
             texts = (caption for caption in rows['train'].captions) if not saved else ()
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -260,8 +261,10 @@ def test_from_clip_to_answers(tmp_path, tiny_shapes):
     assert e.config.prefixes == (8, 32) and e.config.pool == 2 and e.encode_images(torch.randn(1, 3, 48, 48)).shape == (1, 4, 32)
     clip = load_encoder(tmp_path / 'clip', image_px=48)
     assert all(torch.equal(t.half(), clip.state_dict()[key].half()) for key, t in e.state_dict().items() if key.startswith('trunk.'))
-    text = run('eval.py', f'--out_dir={tmp_path}/align', '--split=val')
-    assert 'median rank' in text
+    (tmp_path / 'test_alone').mkdir()
+    shutil.copy(tiny_shapes / 'test.parquet', tmp_path / 'test_alone')
+    for flag in ('--split=val', f'--dataset={tmp_path}/test_alone'):
+        assert 'median rank' in run('eval.py', f'--out_dir={tmp_path}/align', flag)
 
     ems = []
     for name, flags in (('cached', []), ('fresh', ['--cache=false'])):
