@@ -65,6 +65,11 @@ for rate in 2e-3 1e-3; do
     add swapsdeep swaps_T2_deep$(suffix $rate) config/swaps.py --inner_steps=2 --outer_steps=2 --deep_supervision=true --eval_interval=150 --learning_rate=$rate
     add swapsdeep swaps_T2$(suffix $rate) config/swaps.py --inner_steps=2 --outer_steps=2 --eval_interval=150 --learning_rate=$rate
 done
+# deeper: up to five swaps in training and eight in the test; every decoder with the training FLOPs of n=4 in 3000 steps there, at the rate that it prefers with three
+for k in "n4 3000 1e-3 --inner_steps=4" "n8 2120 1e-3 --inner_steps=8" "loop4 3789 1e-3 --recursion=loop --inner_steps=4" "loop8 3003 1e-3 --recursion=loop --inner_steps=8" \
+         "plain4 1797 2e-3 --kind=plain --n_layer=4"; do
+    set -- $k; add deeper swaps5_$1 config/swaps.py --dataset=data/swaps5 --max_steps=$2 --eval_interval=150 --learning_rate=$3 "${@:4}"
+done
 # published: Sort-of-CLEVR
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 
@@ -103,7 +108,9 @@ need() { [[ " ${TODO[*]}" == *" $1"* ]]; }  # the beginning of a run's name
 for e in "random --max_steps=1" "contrast --max_steps=2000 --objective=contrast" "cloze --max_steps=2000 --objective=cloze" "both --max_steps=2000"; do
     set -- $e; if need encoder_$1 && [ ! -e out/encoder_$1/encoder.pt ]; then python train.py config/align.py "${@:2}" --out_dir=out/encoder_$1; fi
 done
-if need swaps && [ ! -e data/swaps ]; then python data.py shapes --out=data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0; fi
+for d in "swaps 6 3" "swaps5 8 5"; do
+    set -- $d; if need $1_ && [ ! -e data/$1 ]; then python data.py shapes --out=data/$1 --types=swaps --min_objects=4 --max_objects=4 --max_swaps=$2 --train_swaps=$3 --describe=0; fi
+done
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
 start=$SECONDS; k=0
 for job in "${TODO[@]}"; do
