@@ -574,7 +574,8 @@ def forgetful(decoder, which):
             y, z = h.chunk(2, dim=1)
             return torch.cat([start[0], z] if which == 'y' else [y, start[1]], dim=1), rope, mask, *context
 
-    decoder.blocks[0].register_forward_pre_hook(forget)
+    for block in decoder.blocks[::decoder.config.n_layer]:  # the first one of every step
+        block.register_forward_pre_hook(forget)
 
 
 # ----------------------------------------------------------------------------
@@ -792,6 +793,8 @@ def main(argv=None):
         if getattr(settings, key) is not None:
             if run['kind'] == 'plain':
                 raise ValueError(f'--{key}: {settings.out_dir} holds a plain decoder, which takes no steps')
+            if not run.get('shared', True):
+                raise ValueError(f'--{key}: {settings.out_dir} holds a decoder whose steps have blocks of their own, which takes no more steps than it has, and no fewer')
             checkpoint['model_config'][key] = getattr(settings, key)
     decoder, encoder, tokenizer = load_run(checkpoint, device)
     if settings.forget:

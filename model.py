@@ -12,6 +12,7 @@ states, reading the same context: x never sees y or z, so what it offers them is
 """
 
 import copy
+import itertools
 import math
 import sys
 import time
@@ -38,6 +39,7 @@ class ModelConfig:
                                 # 'loop': y <- F(y), without z: a plain decoder that shares its weights over the steps
     inner_steps: int = 4        # n, steps of a cycle
     outer_steps: int = 1        # T, cycles
+    shared: bool = True         # the steps share their blocks; false: each has n_layer of its own, and reads with them what the first ones read of x
     deep_supervision: bool = False      # every cycle is trained on, each from where the last one ended; false: the last one only
     checkpoint_recursion: bool = False  # recompute the steps in the backward pass instead of keeping them: less memory, more time
     norm: str = 'pre'           # 'pre': blocks norm what they read, F what it hands on; 'post': blocks norm what they hand on;
@@ -57,6 +59,11 @@ class ModelConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
+
+    @property
+    def calls(self):
+        """How often F runs over the states: once, or in every step."""
+        return 1 if self.kind == 'plain' else self.outer_steps * (self.inner_steps + (self.recursion == 'add'))
 
     @property
     def streams(self):
@@ -172,7 +179,7 @@ class Decoder(nn.Module):
         self.config = config
         C = config.n_embd
         self.embed = nn.Embedding(config.vocab_size, C)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer * (1 if config.shared else config.calls)))
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.head.weight = self.embed.weight
         if config.use_vision:
@@ -203,27 +210,29 @@ class Decoder(nn.Module):
         return logits[-1], sum(cross_entropy(l, targets) for l in logits) / len(logits)
 
     def read_context(self, vision, question):
-        """Runs F over x = [image | question] once. -> keys, values and mask for every layer, and the number of tokens (B,)."""
+        """Runs F over x = [image | question] once. -> keys, values and mask for every block, and the number of tokens (B,)."""
+        c = self.config
         x = self.embed(question)                                       # (B, Q, C)
-        seen = question != self.config.pad_id                          # (B, Q)
-        if self.config.use_vision:
+        seen = question != c.pad_id                          # (B, Q)
+        if c.use_vision:
             image = self.vision_proj(vision.type_as(x))                # (B, N, C)
             x, seen = torch.cat([image, x], dim=1), F.pad(seen, (image.size(1), 0), value=True)    # (B, S, C), (B, S)
         mask = hide(~seen[:, None, None, :], x.dtype)                  # (B, 1, 1, S): nobody looks at padding
         positions = torch.arange(x.size(1), device=x.device)           # padding is on the right: positions count real tokens
-        mask_x = mask if self.config.prefix_lm else mask + hide(positions[:, None] < positions, x.dtype)
-        rope = rotations(positions[None], x.size(2) // self.config.n_head)
-        h, layers = norm(x), []
-        for block in self.blocks[:-1]:
-            h, kv, _ = block(h, rope, mask_x)
+        mask_x = mask if c.prefix_lm else mask + hide(positions[:, None] < positions, x.dtype)
+        rope = rotations(positions[None], x.size(2) // c.n_head)
+        read, layers = [norm(x)], []                                   # what the layers of F read
+        for block in self.blocks[:c.n_layer - 1]:
+            h, kv, _ = block(read[-1], rope, mask_x)
+            read.append(h)
             layers.append((*kv, mask))
-        layers.append((*self.last_kv(h, rope), mask))
+        for i, block in enumerate(self.blocks[c.n_layer - 1:], c.n_layer - 1):
+            layers.append((*self.keys_values(block, read[i % c.n_layer], rope), mask))
         return layers, seen.sum(1)
 
-    def last_kv(self, h, rope):
-        """Keys and values of the last layer, the only thing that it has to do for the context."""
-        attention, C = self.blocks[-1].attention, h.size(2)
-        k, v = F.linear(self.blocks[-1].before(h), attention.qkv.weight[C:]).unflatten(2, (2, attention.n_head, -1)).permute(2, 0, 3, 1, 4)
+    def keys_values(self, block, h, rope):
+        """A block's keys and values of the context, the only thing that the last one, or one of a later step, has to do for it."""
+        k, v = F.linear(block.before(h), block.attention.qkv.weight[h.size(2):]).unflatten(2, (2, self.config.n_head, -1)).permute(2, 0, 3, 1, 4)
         return rotate(k, *rope), v                                     # (B, nh, S, hs) both
 
     def answer_states(self, context, answer, past=None, start=0, watch=None):
@@ -240,12 +249,13 @@ class Decoder(nn.Module):
         when = torch.arange(A, device=answer.device).repeat(c.streams)  # y_t and z_t share their time and their position
         mask = F.pad(hide(when[:, None] < when, e.dtype), (c.streams * start, 0))  # a state of time t sees states of times <= t
         rope = rotations(n_context[:, None] + start + when, c.n_embd // c.n_head)
-        calls = None if past is None else iter(past)
+        calls = iter(range(c.calls))
         bounded = norm if c.norm == 'pre' else nn.Identity()           # 'post': they are already; 'unbounded': they are not
 
-        def network(h):
-            seen, memories = [], next(calls) if calls else [None] * c.n_layer
-            for block, layer, memory in zip(self.blocks, layers, memories):
+        def network(h, call):
+            seen, first = [], 0 if c.shared else call * c.n_layer
+            memories = [None] * c.n_layer if past is None else past[call]
+            for block, layer, memory in zip(self.blocks[first:], layers[first:], memories):
                 h, _, att = block(h, rope, mask, layer, None if memory is None else (memory, c.streams * start))
                 seen.append(att)
             h = bounded(h)
@@ -257,15 +267,15 @@ class Decoder(nn.Module):
             if c.recursion == 'add':
                 y, z = h.chunk(2, dim=1)
                 for _ in range(c.inner_steps):
-                    z = step(bounded(e + y + z))
-                return torch.cat([step(bounded(y + z)), z], dim=1)
+                    z = step(bounded(e + y + z), next(calls))
+                return torch.cat([step(bounded(y + z), next(calls)), z], dim=1)
             for _ in range(c.inner_steps):
-                h = step(h)
+                h = step(h, next(calls))
             return h
 
         step = partial(checkpoint, network, use_reentrant=False) if c.checkpoint_recursion and torch.is_grad_enabled() else network
         if c.kind == 'plain':
-            return [self.read_out(network(e))]
+            return [self.read_out(network(e, 0))]
         y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else e
         h, ends = y if c.recursion == 'loop' else torch.cat([y, norm(self.z_start).expand_as(e)], dim=1), []
         for t in range(c.outer_steps):  # the gradient goes through a whole cycle and not beyond it
@@ -282,8 +292,7 @@ class Decoder(nn.Module):
     def fresh_past(self, context, length):
         """Memory for keys and values of `length` answer positions: (calls of F, n_layer, 2, B, nh, T, hs), T states in a stream."""
         c, keys = self.config, context[0][0][0]                        # (B, nh, S, hs)
-        calls = 1 if c.kind == 'plain' else c.outer_steps * (c.inner_steps + (c.recursion == 'add'))
-        return keys.new_empty(calls, c.n_layer, 2, len(keys), c.n_head, c.streams * length, keys.size(3))
+        return keys.new_empty(c.calls, c.n_layer, 2, len(keys), c.n_head, c.streams * length, keys.size(3))
 
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None):
@@ -376,12 +385,16 @@ def naive_logits(decoder, vision, question, answer):
     mask = hide(when[:, None] < when, x.dtype)
     rope = rotations(position[None], c.n_embd // c.n_head)
     carry = norm if c.norm == 'pre' else lambda h: h
+    blocks = itertools.cycle(decoder.blocks)                           # each step takes the next ones, if it does not share them
 
     def network(h):
-        h = torch.cat([x, h], dim=1)
-        for block in decoder.blocks:
-            h, *_ = block(h, rope, mask)
-        return carry(h[:, S:])
+        both, own = torch.cat([x, h], dim=1), [next(blocks) for _ in range(c.n_layer)]
+        for first, block in zip(decoder.blocks, own):
+            after, *_ = block(both, rope, mask)
+            if block is not first:  # a step with blocks of its own: x goes on through the first ones
+                after = torch.cat([first(both, rope, mask)[0][:, :S], after[:, S:]], dim=1)
+            both = after
+        return carry(both[:, S:])
 
     if c.kind == 'plain':
         y = network(e)
@@ -520,9 +533,11 @@ def show_profile(b, most=8):
 
 def state_sizes(decoder, vision, question, answer, steps=64):
     """RMS of the states after every step of one long cycle. Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of
-    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None; with 'loop' there is no z. Raises: ValueError if plain."""
+    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None; with 'loop' there is no z. Raises: ValueError if plain, or not shared."""
     if decoder.config.kind == 'plain':
         raise ValueError('a plain decoder has no recurrent states')
+    if not decoder.config.shared:
+        raise ValueError('a decoder whose steps have blocks of their own takes no more steps than it has')
     rms = lambda h: h.float().square().mean().sqrt().item()
     decoder = copy.deepcopy(decoder)
     decoder.config.inner_steps, decoder.config.outer_steps, watch = steps, 1, []

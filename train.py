@@ -76,6 +76,7 @@ class TrainConfig:
     recursion: str = 'concat'                 # concat: [y ; z] together; add: x + y + z; loop: y alone, without z
     inner_steps: int = 4                      # steps of a cycle
     outer_steps: int = 1                      # cycles
+    shared: bool = True                       # the steps share their blocks; false: each has n_layer of its own
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute the steps in the backward pass: less memory, more time
     norm: str = 'pre'                         # pre, post, or unbounded: where the norms are, see model.ModelConfig

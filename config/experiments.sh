@@ -47,9 +47,9 @@ for d in 16 32 64; do add vision dim$d config/trm.py --vision_dim=$d; done
 # encoder: random weights (one step of alignment), and aligned for 2000 steps with one of the losses or with both
 for e in random contrast cloze both; do add encoder encoder_$e config/trm.py --encoder=out/encoder_$e/encoder.pt; done
 # swaps: state tracking, every decoder with the training FLOPs of n=4 in 3000 steps; trained on up to three swaps, tested on up to six. The learning rate is that
-# of the shapes, 2e-3; group tuned has 1e-3, which suits most of them better, and rate what else there was to choose from, on val
+# of the shapes, 2e-3; group tuned has 1e-3, which suits most of them better, and rate what else there was to choose from, on val. own4 is loop4 with blocks of its own in every step
 for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop2 4561 --recursion=loop --inner_steps=2" "loop4 3889 --recursion=loop --inner_steps=4" \
-         "loop8 3003 --recursion=loop --inner_steps=8" "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4" "plain8 859 --kind=plain --n_layer=8"; do
+         "loop8 3003 --recursion=loop --inner_steps=8" "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4" "plain8 859 --kind=plain --n_layer=8" "own4 2485 --recursion=loop --inner_steps=4 --shared=false"; do
     set -- $k
     for r in "swaps 2e-3" "tuned 1e-3" "rate 4e-3" "rate 5e-4"; do
         read -r group rate <<< "$r"

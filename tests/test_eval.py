@@ -153,11 +153,12 @@ def test_comparison(tmp_path, monkeypatch):
     assert evaluation.compare([tmp_path / 'plain_0.json']).count('plain') == 2
 
 
+@pytest.mark.parametrize('shared', [True, False])
 @pytest.mark.parametrize('which', ['y', 'z'])
-def test_forgetful(which):
+def test_forgetful(which, shared):
     """With --forget what the first step makes of that state reaches nothing, what it makes of the other one does; writing token by token agrees with reading it all."""
     torch.manual_seed(0)
-    decoder = build_model(ModelConfig(vocab_size=11, n_embd=16, n_head=2, vision_dim=3, inner_steps=2, outer_steps=2))
+    decoder = build_model(ModelConfig(vocab_size=11, n_embd=16, n_head=2, vision_dim=3, inner_steps=2, outer_steps=2, shared=shared))
     evaluation.forgetful(decoder, which)
     vision, question, watch = torch.randn(2, 4, 3), torch.randint(3, 11, (2, 5)), []
     answer = torch.tensor([[1, 7, 5], [1, 4, 9]])

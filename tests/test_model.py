@@ -15,7 +15,8 @@ DECODERS = [dict(kind='plain', n_layer=3), dict(recursion='concat', inner_steps=
             dict(recursion='concat', inner_steps=2, outer_steps=2, deep_supervision=True), dict(recursion='add', inner_steps=2, norm='post'),
             dict(recursion='concat', inner_steps=2, norm='post'), dict(kind='plain', norm='post'), dict(inner_steps=2, norm='unbounded'),
             dict(recursion='add', inner_steps=2, norm='unbounded'), dict(kind='plain', norm='unbounded'), dict(recursion='loop', inner_steps=3),
-            dict(recursion='loop', inner_steps=2, outer_steps=2, norm='post')]
+            dict(recursion='loop', inner_steps=2, outer_steps=2, norm='post'), dict(recursion='loop', inner_steps=3, shared=False),
+            dict(recursion='concat', inner_steps=2, outer_steps=2, shared=False), dict(recursion='add', inner_steps=2, shared=False)]
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
 
@@ -128,6 +129,29 @@ def test_one_loop_is_plain():
     assert plain.state_dict().keys() == loop.state_dict().keys() and torch.equal(plain(*batch)[0], loop(*batch)[0])
     deeper = decoder_of(dict(recursion='loop', inner_steps=2))
     assert deeper.parameter_counts() == loop.parameter_counts() and not torch.allclose(deeper(*batch)[0], loop(*batch)[0])
+
+
+@pytest.mark.parametrize('recursion', ['concat', 'add', 'loop'])
+def test_steps_of_their_own(recursion):
+    """shared=False gives every step blocks of its own: as copies they are the decoder that shares, and each of them matters; the context costs
+    the first ones all its layers but the others keys and values alone."""
+    shared, own = (decoder_of(dict(recursion=recursion, inner_steps=3, shared=s)) for s in (True, False))
+    calls = own.config.calls
+    assert calls == 3 + (recursion == 'add') and len(own.blocks) == calls * len(shared.blocks)
+    own.load_state_dict(shared.state_dict() | {f'blocks.{i}.{key}': value for i in range(len(own.blocks)) for key, value in shared.blocks[i % 2].state_dict().items()})
+    batch = sample()
+    logits = shared(*batch)[0]
+    assert torch.allclose(own(*batch)[0], logits, atol=1e-12, rtol=0)
+    for i in range(2, len(own.blocks)):  # keys and values, which read the context too
+        block = own.blocks[i].attention.qkv.weight
+        kept = block.detach().clone()
+        block.data[16:] *= 1.1
+        assert not torch.allclose(own(*batch)[0], logits)
+        block.data.copy_(kept)
+    calls_of_context = []
+    hooks = [block.register_forward_hook(lambda *_, i=i: calls_of_context.append(i)) for i, block in enumerate(own.blocks)]
+    own.read_context(*batch[:2])
+    assert calls_of_context == [0] and len(hooks) == len(own.blocks)
 
 
 @pytest.mark.parametrize('recursion', ['concat', 'add', 'loop'])

@@ -177,7 +177,19 @@ def test_encoder_lr(optimizer, flags, tiny_encoder, tmp_path):
     assert not torch.equal(decoder['1'], decoder['1e-6']) and (decoder['1'] - decoder['1e-6']).abs().mean() < 1e-2
 
 
-@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--recursion=loop', '--norm=post', '--norm=unbounded', '--outer_steps=2',
+def test_steps_of_their_own(flags, tmp_path, capsys):
+    """A run whose steps do not share their blocks trains, evaluates and forgets; another number of steps is refused."""
+    out = tmp_path / 'own'
+    train.main([*flags, '--shared=false', f'--out_dir={out}'])
+    for flag, message in {'--inner_steps=3': 'blocks of their own', '--outer_steps=2': 'blocks of their own', '--states=true': 'blocks of their own'}.items():
+        with pytest.raises(ValueError, match=message):
+            evaluation.main([f'--out_dir={out}', '--device=cpu', flag])
+    capsys.readouterr()
+    evaluation.main([f'--out_dir={out}', '--device=cpu', '--forget=z'])
+    assert 'nothing written' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--recursion=loop', '--shared=false', '--norm=post', '--norm=unbounded', '--outer_steps=2',
                                     '--outer_steps=2 --deep_supervision=true',
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
                                     '--vocab_size=300', '--n_layer=1', '--cache=false', '--encoder_px=128', '--activation=quick_gelu', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
