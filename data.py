@@ -396,7 +396,7 @@ def read_rows(folder, split):
         progress(f'{path}: rows', i, file.metadata.num_rows, start)
         image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
         if question is None and caption:
-            question, answer, type = drawn_prompt(i), caption, type or 'describe'
+            question, answer, type = drawn_prompt(i), caption, 'describe'  # whatever its column says: captions are judged apart
         image = read_image(image, folder)
         references = [answer] if isinstance(answer, str) else answer
         if not isinstance(image, bytes):

@@ -794,17 +794,16 @@ class Features:
         return torch.from_numpy(tokens)
 
 
-def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, dtype=None, part_bytes=2 ** 28):
+def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_bytes=2 ** 28):
     """The tokens of all pictures, encoded once and kept in `cache_dir`, in parts of `part_bytes`. A part is named after what it is made
     from: encoder, dim, dtype and the content of its pictures; so it is never stale, every run shares it, and a run that is killed
     goes on behind the last whole part.
 
-    Shapes: dim, how many dimensions of a token to keep, None: all; dtype of the matrix products, None: bfloat16 on a GPU, else
-        float32 -> (n, N, dim) float16
+    Shapes: dim, how many dimensions of a token to keep, None: all -> (n, N, dim) float16
     Raises: ValueError naming the pictures that cannot be decoded, and where the disk is too small.
     """
     dim = dim or encoder.config.vision_dim
-    dtype = dtype or (torch.bfloat16 if device.startswith('cuda') else torch.float32)
+    dtype = torch.bfloat16 if device.startswith('cuda') else torch.float32  # of the matrix products
     with torch.no_grad():
         shape = encoder(torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)).shape[1:-1] + (dim,)
     per_part, maker = max(1, part_bytes // (2 * math.prod(shape))), f'{encoder.fingerprint()} {dim} {dtype}'.encode()

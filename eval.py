@@ -18,7 +18,7 @@ import sys
 import time
 from array import array
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from glob import glob
 from itertools import cycle, islice
@@ -602,7 +602,7 @@ def grouped(paths):
     """Reads finished runs, folders or copies of a metrics.json -> {name: [metrics of every seed]}: runs that differ in nothing but their seed
     belong together; a setting that is newer than a run has its default there. What a pattern matches and is no finished run is left out, and said.
     Raises: FileNotFoundError, ValueError."""
-    from train import TrainConfig
+    from train import FREE, TrainConfig
     groups, named = {}, {}
     for path, pattern in {path: p for p in map(str, paths) for path in sorted(glob(p)) or [p]}.items():
         file = Path(path) / 'metrics.json' if not path.endswith('.json') else Path(path)
@@ -615,7 +615,7 @@ def grouped(paths):
             print(f'left out: {problem}')
             continue
         same = asdict(TrainConfig()) | m['settings']
-        same = {key: value for key, value in same.items() if key not in ('seed', 'out_dir', 'fresh', 'cache_dir', 'log_interval')}
+        same = {key: value for key, value in same.items() if key not in ('seed', *FREE)}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append((path.removesuffix('.json'), m))
     if not groups:
         raise ValueError(f'--compare: no finished run among {", ".join(map(str, paths))}')
@@ -774,6 +774,14 @@ def answer_one(path, question, decoder, encoder, tokenizer, most_tokens, device,
     return tokenizer.decode(decoder.generate(vision, torch.tensor([ids], device=device), most_tokens, **sampling)[0].tolist())
 
 
+def rows_to_judge(dataset, split):
+    """The rows of a split. Raises: ValueError where there are none; see `data.read_rows`."""
+    rows = read_rows(dataset, split)
+    if not len(rows):
+        raise ValueError(f'{rows.path}: has no rows, there is nothing to evaluate')
+    return rows
+
+
 def main(argv=None):
     settings, _ = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
     if settings.compare:
@@ -781,7 +789,7 @@ def main(argv=None):
         return
     if settings.majority or settings.question_only:
         dataset = settings.dataset or read_checkpoint(settings.out_dir)['settings']['dataset']
-        print(result_table(baseline(read_rows(dataset, 'train'), read_rows(dataset, settings.split), settings.question_only)))
+        print(result_table(baseline(rows_to_judge(dataset, 'train'), rows_to_judge(dataset, settings.split), settings.question_only)))
         return
     device = pick_device(settings.device)
     checkpoint = read_checkpoint(settings.out_dir)
@@ -789,14 +797,14 @@ def main(argv=None):
     if checkpoint['stage'] == 'align' and not settings.image:
         report_alignment(settings, checkpoint, device)
         return
+    decoder, encoder, tokenizer = load_run(checkpoint, device)
     for key in ('inner_steps', 'outer_steps'):
         if getattr(settings, key) is not None:
-            if run['kind'] == 'plain':
+            if decoder.config.kind == 'plain':
                 raise ValueError(f'--{key}: {settings.out_dir} holds a plain decoder, which takes no steps')
-            if not run.get('shared', True):
+            if not decoder.config.shared:
                 raise ValueError(f'--{key}: {settings.out_dir} holds a decoder whose steps have blocks of their own, which takes no more steps than it has, and no fewer')
-            checkpoint['model_config'][key] = getattr(settings, key)
-    decoder, encoder, tokenizer = load_run(checkpoint, device)
+            decoder.config = replace(decoder.config, **{key: getattr(settings, key)})
     if settings.forget:
         if decoder.config.streams < 2:
             raise ValueError(f"--forget: {settings.out_dir} holds a decoder whose steps have no y and z side by side; expected recursion='concat'")
@@ -807,9 +815,7 @@ def main(argv=None):
     if settings.image:
         print(printable(answer_one(settings.image, settings.question, decoder, encoder, tokenizer, run['max_answer_tokens'], device, **sampling)))
         return
-    rows = read_rows(settings.dataset or run['dataset'], settings.split)
-    if not len(rows):
-        raise ValueError(f'{rows.path}: has no rows, there is nothing to evaluate')
+    rows = rows_to_judge(settings.dataset or run['dataset'], settings.split)
     questions = Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], run['truncate'])
     if settings.attention:
         if not encoder:

@@ -38,6 +38,11 @@ from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encod
 from model import ModelConfig, build_model, flops_of, most_memory
 
 
+ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
+         'perceiver_width', 'perceiver_heads', 'encoder_dim', 'prefixes', 'text_width', 'text_layers')  # settings of stage align alone
+FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')  # a run is the same whatever these are
+
+
 @dataclass
 class TrainConfig:
     # the run
@@ -103,7 +108,7 @@ class TrainConfig:
     # the optimizer
     optimizer: str = 'muon'                   # muon: Muon on the layers' matrices and AdamW on the rest; adamw: on everything
     max_steps: int = 1800                     # optimizer steps
-    batch_size: int = 128                     # rows in a forward pass
+    batch_size: int = 128                     # rows in a forward pass, fewer where answers have more than 8 tokens
     grad_accum: int = 1                       # forward passes in an optimizer step
     learning_rate: float = 2e-3               # at its peak
     encoder_lr: float = 1.0                   # what an encoder that is trained along takes of it, as a fraction
@@ -130,11 +135,17 @@ class TrainConfig:
                 raise ValueError(f'{f.name}={value}: expected more than 0')
         if self.grad_clip < 0 or self.skip_bad_steps < 0:
             raise ValueError(f'grad_clip={self.grad_clip}, skip_bad_steps={self.skip_bad_steps}: expected 0 or more')
-        for key in ('ema', 'min_lr_ratio', 'warmup_ratio', 'beta1', 'beta2', 'momentum', 'weight_decay'):
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f'min_lr_ratio={self.min_lr_ratio}: expected between 0 and 1')
+        for key in ('ema', 'warmup_ratio', 'beta1', 'beta2', 'momentum', 'weight_decay'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
         if self.tokenizer == 'bpe' and self.vocab_size < 259:
             raise ValueError(f'vocab_size={self.vocab_size}: expected at least 259, the bytes and three marks')
+        if self.stage == 'answer' and (idle := [f.name for f in fields(self) if f.name in ALIGN and getattr(self, f.name) != f.default]):
+            raise ValueError(f'{", ".join(idle)}: of stage align; here the encoder is what --encoder names')
+        if self.stage == 'align' and self.tokenizer == 'gpt2':
+            raise ValueError('tokenizer=gpt2: of stage answer; an alignment learns its own words')
         if self.trunk and self.captions == 'drawn':
             raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; give --captions=dataset')
         if self.stage == 'align' and self.encoder_px and not self.trunk:
@@ -233,13 +244,18 @@ class AnswerTask:
         return self.model['decoder'].parameter_counts() | {'encoder': sum(p.numel() for p in encoder.parameters()) if encoder else 0}
 
     def flops(self, n=4):
-        """FLOPs of a training step, forwards and backwards, for each row of a full batch; of the decoder and of what else is trained, without the optimizer's
-        own. The mean over the kinds of batches (captions come in smaller ones), weighted by how often they come, of `n` batches each."""
+        """FLOPs of a training step, forwards and backwards, for each row of a full batch; of the decoder and of whatever encodes in every step, without the
+        optimizer's own. The mean over the kinds of batches (captions come in smaller ones), weighted by how often they come, of `n` batches each. All rows of
+        a batch cost the same, so one is counted."""
         kinds = {}
         for rows in self.questions['train'].epoch(self.settings.batch_size, self.settings.seed, 0):
             kinds.setdefault(len(rows), []).append(rows)
-        step = lambda rows: sum(self.losses(self.model, on_device(self.questions['train'].batch(rows), self.device)).values()).backward()
-        mean = {kind: sum(flops_of(partial(step, rows)) for rows in batches[:n]) / len(batches[:n]) for kind, batches in kinds.items()}
+
+        def one_row(rows):
+            batch = on_device(self.questions['train'].batch(rows), self.device)
+            sum(self.losses(self.model, {key: t[:1] for key, t in batch.items()}).values()).backward()
+
+        mean = {kind: kind * sum(flops_of(partial(one_row, rows)) for rows in batches[:n]) / len(batches[:n]) for kind, batches in kinds.items()}
         return sum(len(kinds[kind]) * mean[kind] for kind in kinds) / sum(map(len, kinds.values())) / self.settings.batch_size
 
     def finish(self, model, facts):
@@ -358,7 +374,7 @@ class AlignTask:
     def report(self, model, split, most=5000):
         """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens -> both, and the loss."""
         if split not in self.data:
-            self.open(split, read_rows(self.settings.dataset, split))
+            self.open(split, evaluation.rows_to_judge(self.settings.dataset, split))
         scores = self.validate(model, split, most)
         print(f'retrieval among {self.ranked} pictures, both ways')
         print(evaluation.table(['dimensions', 'R@1', 'R@5', 'R@10', 'median rank'], [
@@ -406,7 +422,7 @@ def train(settings, sources, device, stop):
     model = task.model.to(device)
     ema_model = copy.deepcopy(model).requires_grad_(False).eval() if settings.ema else model
     print('parameters | ' + ' | '.join(f'{k} {n:,}' for k, n in task.parameter_counts().items()))
-    print(f'{settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {sum(task.chance().values()):.2f}')
+    print(f'up to {settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {sum(task.chance().values()):.2f}')
 
     # ---- optimizers
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -442,10 +458,10 @@ def train(settings, sources, device, stop):
         lr = learning_rate(run.step, settings)
         for group in sum((optimizer.param_groups for optimizer in optimizers), []):
             group['lr'] = lr * group['share']
-        names, losses = [], {}
+        rows, names, losses = 0, [], {}
         for k in range(settings.grad_accum):
-            batch = my_share(task.batch(run.step * settings.grad_accum + k))
-            names += batch.pop('names')()
+            batch = task.batch(run.step * settings.grad_accum + k)
+            rows, names, batch = rows + len(batch['counted']), [*names, batch.pop('names')], my_share(batch)
             with autocast:
                 parts = losses_of(model, on_device(batch, device))
             scaler.scale(sum(parts.values()) / settings.grad_accum).backward()
@@ -455,9 +471,9 @@ def train(settings, sources, device, stop):
         loss = sum(losses.values())
         gnorm, good = update(parameters, optimizers, scaler, loss, settings.grad_clip)
         if good:
-            run.total, run.since = {key: run.total.get(key, 0) + value for key, value in losses.items()}, run.since + 1
+            run.total, run.since, run.rows = {key: run.total.get(key, 0) + value for key, value in losses.items()}, run.since + 1, run.rows + rows
         else:
-            problem = printable(f'step {run.step}: loss {loss}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(names)}, ...')
+            problem = printable(f'step {run.step}: loss {loss}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(name for some in names for name in some())}, ...')
             if run.bad_steps >= settings.skip_bad_steps:
                 save()
                 raise FloatingPointError(f'{problem}; the state before this step is saved; a lower --learning_rate with --fresh=true is the usual remedy, '
@@ -476,17 +492,17 @@ def train(settings, sources, device, stop):
             run.train_s += run.since_s
             parts = {key: value / run.since for key, value in run.total.items()}
             log.line(run.step, dict(loss=sum(parts.values()), **(parts if len(parts) > 1 else {}), lr=lr, gnorm=gnorm, ms=1e3 * run.since_s / run.since,
-                                    examples_per_s=settings.batch_size * settings.grad_accum * run.since / run.since_s, train_s=run.train_s))
+                                    examples_per_s=run.rows / run.since_s, train_s=run.train_s))
             for key, chance in task.chance().items():
                 if run.step >= 100 and not warned and parts.get(key, 0) > chance - .01:
                     warned = True
                     print(f'step {run.step}: the loss {key} is {parts[key]:.3f} and was to fall below {chance:.3f}, what a guess costs: nothing is '
                           f'learnt yet; a lower --learning_rate is the usual remedy')
-            run.total, run.since, run.since_s = {}, 0, 0.0
+            run.total, run.since, run.since_s, run.rows = {}, 0, 0.0, 0
 
         if run.step % settings.eval_interval == 0 or run.step == settings.max_steps:
             scores = task.validate(ema_model)
-            log.line(run.step, dict(**scores, figure=task.figure), event='eval')
+            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, figure=task.figure), event='eval')
             if run.best is None or task.better(scores, run.best['scores']):
                 run.best = dict(step=run.step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
             save()
@@ -507,7 +523,7 @@ def train(settings, sources, device, stop):
     print(f"best validation {task.figure} {run.best['scores'][task.figure]:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
     task.finish(ema_model, facts(settings, task, run, about))
-    print(f'{out_dir}: done after {clock(run.wall_s)}, at most {most_memory(device) / 1e9:.2f} GB of memory')
+    print(f'{out_dir}: done after {clock(time.time() - run.started)}, at most {most_memory(device) / 1e9:.2f} GB of memory')
 
 
 # ----------------------------------------------------------------------------
@@ -521,10 +537,11 @@ class Run:
     step: int = 0              # optimizer steps that are done
     best: dict | None = None   # step, scores and weights of the best validation
     train_s: float = 0.0       # seconds of training
-    wall_s: float = 0.0        # seconds of everything
+    wall_s: float = 0.0        # seconds of everything, until the test split is evaluated
     total: dict = field(default_factory=dict)  # losses, summed up over the good steps since the last log line
     since: int = 0             # how many these are
     since_s: float = 0.0       # and the seconds of training since then
+    rows: int = 0              # and the rows
     bad_steps: int = 0         # steps that were left out
 
 
@@ -684,8 +701,7 @@ def saved_run(settings):
         return None
     saved = evaluation.read_checkpoint(settings.out_dir, unfinished=True)
     ours, theirs = asdict(settings), asdict(TrainConfig()) | saved['settings']  # what the run did not know yet had its default's effect
-    free = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
-    other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in free and theirs.get(key) != value]
+    other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in FREE and theirs.get(key) != value]
     if other:
         raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other)}): choose another --out_dir, '
                          f'or start over with --fresh=true')

@@ -29,12 +29,12 @@ def rows(config):
             raise ValueError(f'{path}: no image column; it has {", ".join(file.schema_arrow.names)}; URLs of PixMo: python data.py pixmo')
         for i, (_, row) in enumerate(stream(path, [name for name in column.values() if name])):
             row = {key: row.get(name) for key, name in column.items()}
+            name = f'{path.stem}-{i}' if row['sample_id'] in (None, '') else str(row['sample_id'])
             if isinstance(row['image'], list):
                 if len(row['image']) > 1:
-                    yield split, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=str(row['sample_id'] or f'{path.stem}-{i}'))
+                    yield split, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=name)
                     continue
                 row['image'] = row['image'][0] if row['image'] else None
-            name = str(row['sample_id'] or f'{path.stem}-{i}')
             if row['image'] is None and row['status'] not in (None, 'success'):
                 yield split, dict(missing=f'not fetched by img2dataset: {row["status"]}', sample_id=name)
                 continue

@@ -94,6 +94,13 @@ def metrics(em, seed=0, **settings):
                       device='a cpu', threads=2, correct='1' * round(4 * em) + '0' * round(4 - 4 * em) + '-')
 
 
+def test_seeds_on_two_devices(tmp_path):
+    """Runs that differ in their seed and in where and how fast they ran belong together."""
+    for k, seed in enumerate((1, 2)):
+        (tmp_path / f'{seed}.json').write_text(json.dumps(metrics(.5, seed, device=f'cuda:{k}', compile=bool(k), wandb=bool(k), skip_bad_steps=k)))
+    assert len(evaluation.grouped([tmp_path / '1.json', tmp_path / '2.json'])) == 1
+
+
 def test_tables(tmp_path, capsys):
     """The result table has a line per type, captions last; --compare sets runs side by side and names a folder without results."""
     lines = evaluation.result_table(metrics(.25)).splitlines()
@@ -158,7 +165,7 @@ def test_comparison(tmp_path, monkeypatch):
 def test_forgetful(which, shared):
     """With --forget what the first step makes of that state reaches nothing, what it makes of the other one does; writing token by token agrees with reading it all."""
     torch.manual_seed(0)
-    decoder = build_model(ModelConfig(vocab_size=11, n_embd=16, n_head=2, vision_dim=3, inner_steps=2, outer_steps=2, shared=shared))
+    decoder = build_model(ModelConfig(vocab_size=11, n_embd=16, n_head=2, vision_dim=3, inner_steps=2, outer_steps=2, shared=shared, deep_supervision=not shared))
     evaluation.forgetful(decoder, which)
     vision, question, watch = torch.randn(2, 4, 3), torch.randint(3, 11, (2, 5)), []
     answer = torch.tensor([[1, 7, 5], [1, 4, 9]])

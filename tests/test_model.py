@@ -16,7 +16,7 @@ DECODERS = [dict(kind='plain', n_layer=3), dict(recursion='concat', inner_steps=
             dict(recursion='concat', inner_steps=2, norm='post'), dict(kind='plain', norm='post'), dict(inner_steps=2, norm='unbounded'),
             dict(recursion='add', inner_steps=2, norm='unbounded'), dict(kind='plain', norm='unbounded'), dict(recursion='loop', inner_steps=3),
             dict(recursion='loop', inner_steps=2, outer_steps=2, norm='post'), dict(recursion='loop', inner_steps=3, shared=False),
-            dict(recursion='concat', inner_steps=2, outer_steps=2, shared=False), dict(recursion='add', inner_steps=2, shared=False)]
+            dict(recursion='concat', inner_steps=2, outer_steps=2, deep_supervision=True, shared=False), dict(recursion='add', inner_steps=2, shared=False)]
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
 
@@ -351,7 +351,7 @@ def test_test_time_depth(recursion):
 
 
 @pytest.mark.parametrize('bad, message', [(dict(kind='trn'), 'kind=trn'), (dict(n_embd=30, n_head=4), 'n_embd=30'),
-                                          (dict(inner_steps=0), 'inner_steps=0'), (dict(recursion='sum'), 'recursion=sum')])
+                                          (dict(inner_steps=0), 'inner_steps=0'), (dict(shared=False, outer_steps=2), 'never be trained'), (dict(recursion='sum'), 'recursion=sum')])
 def test_bad_settings(bad, message):
     """A setting out of range is an error that names it."""
     with pytest.raises(ValueError, match=message):

@@ -168,7 +168,7 @@ def test_seed(tmp_path):
     """The seed's parquet files: image_bytes, captions with sample_id or id, questions with tags; their splits are kept."""
     for split, k in (('train', 0), ('val', 10), ('test', 20)):
         put(tmp_path / f'src/pixmo_{split}.parquet', b'')
-        pq.write_table(pa.table(dict(image_bytes=[picture(k), picture(k + 1)], caption=['A red bus.', 'A dog.'], id=[f'{k}', f'{k + 1}'], image_url=['u', 'v'])),
+        pq.write_table(pa.table(dict(image_bytes=[picture(k), picture(k + 1)], caption=['A red bus.', 'A dog.'], id=[k, k + 1], image_url=['u', 'v'])),
                        tmp_path / f'src/pixmo_{split}.parquet')
         put(tmp_path / f'qa/pixmo_qa_mixed_{split}.parquet', b'')
         pq.write_table(pa.table(dict(image_url=['u', 'v'], image_sha256=[None, 'x'], image_bytes=[picture(k), picture(k + 1)], source=['pixmo-cap-qa'] * 2,

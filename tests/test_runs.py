@@ -376,7 +376,10 @@ def test_flipped_bits(flags, tmp_path):
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     """Of several processes only the first one writes a file."""
-    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('RANK', '1')  # as some launchers do even for one process, which then writes
+    write_whole(tmp_path / 'w', lambda f: f.write(b'1'))
+    assert (tmp_path / 'w').exists()
+    monkeypatch.setenv('WORLD_SIZE', '2')
     write_whole(tmp_path / 'x', lambda f: f.write(b'1'))
     assert not (tmp_path / 'x').exists()
     monkeypatch.setenv('RANK', '0')
@@ -401,6 +404,8 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (train, '--n_embd=30 --dataset={here}/none', 'n_embd=30: expected a multiple of'),  # said before anything is read
     (train, '--vocab_size=100', 'vocab_size=100: expected at least 259'),
     (train, 'config/align.py --text_width=130', 'text_width=130: expected a multiple of 4'),
+    (train, '--n_latents=64 --pool=2', 'pool, n_latents: of stage align'),
+    (train, 'config/align.py --tokenizer=gpt2', 'tokenizer=gpt2: of stage answer'),
     (train, '--dataset={here}/none', 'train.parquet: no such file; a dataset is a folder with'),
     (train, '--dataset={here}/text', 'train.parquet: not a parquet file'),
     (train, '--dataset={here}/columns', 'has no column image; it has picture'),
@@ -422,6 +427,7 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (evaluation, '--out_dir={run} --image={here}/none.png --question=what?', 'none.png: no such file'),
     (evaluation, '--out_dir={run} --image={here}/typo.py --question=what?', 'typo.py: not a picture'),
     (evaluation, '--out_dir={run} --image={here}/none.png', '--image and --question belong together'),
+    (evaluation, '--majority=true --dataset={here}/no_rows --split=train', 'train.parquet: has no rows'),
     (evaluation, '--compare={run},{here}/none', 'none/metrics.json: no such file; --compare takes'),
     (data, 'coco --source=x --out=y', 'coco: no such format; there are shapes'),
     (data, 'vqav2 --source={here}/none --out={here}/x', 'no such file; --source is the folder of the published files'),

@@ -68,6 +68,23 @@ def test_flops(flags, tmp_path):
     questions = task.questions['train']
     assert len({len(rows) for rows in questions.epoch(settings.batch_size, settings.seed, 0)}) > 1
     assert task.flops(n=8) == pytest.approx(task.flops(n=10 ** 6), rel=.03)
+    rows = questions.epoch(settings.batch_size, settings.seed, 0)[0]
+    questions.epoch = lambda *_: [rows]  # one row of a batch stands for all
+    whole = train.flops_of(lambda: task.losses(task.model, questions.batch(rows))['answer'].backward())
+    assert task.flops() == whole / settings.batch_size
+
+
+def test_log_counts_rows(flags, tmp_path):
+    """A log line counts the rows that were there, fewer where answers are long, and a validation has the seconds of training until then."""
+    train.main([*flags, f'--out_dir={tmp_path}/a', '--grad_accum=2', '--log_interval=5'])
+    events = evaluation.read_log(tmp_path / 'a')
+    settings = events[0]['settings']
+    questions = train.AnswerTask(train.TrainConfig(**settings), 'cpu', None).questions['train']
+    sizes = [len(questions.rows_of_step(k, settings['batch_size'], settings['seed'])) for k in range(24)]
+    first = next(e for e in events if e['event'] == 'step')
+    assert len(set(sizes)) > 1 and first['examples_per_s'] * first['train_s'] == pytest.approx(sum(sizes[:10]))
+    seconds = [e['train_s'] for e in events if e['event'] != 'start']  # steps 4, 5, 8, 10, 12, 12
+    assert len(seconds) == 6 and seconds == sorted(seconds) and seconds[0] > 0
 
 
 def test_eval_options(flags, tmp_path, capsys, monkeypatch):
@@ -123,7 +140,7 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
     assert 'retrieval among 250 pictures' in text and 'median rank' in text and 'probe' in text
     evaluation.main([f'--out_dir={out}', '--device=cpu', '--split=train'])
     with pytest.raises(ValueError, match='has no decoder'):
-        evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?'])
+        evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?', '--inner_steps=2'])
 
 
 @pytest.mark.parametrize('objective, left, optimizer', [('contrast', 'reader', 'muon'), ('cloze', 'text_projection', 'adamw'), ('cloze', 'text_projection', 'muon')])
@@ -287,7 +304,7 @@ def test_captions_only(flags, tiny_shapes, tmp_path):
     import pyarrow.parquet as pq
     tables = [pq.read_table(tiny_shapes / f'{split}.parquet') for split in ('train', 'val', 'test')]
     captions = pa.concat_tables(tables).to_pylist()
-    captions = [row for row in captions if row['type'] == 'describe']
+    captions = [row | dict(type='coco') for row in captions if row['type'] == 'describe']  # a caption, whatever its source is called
     (tmp_path / 'data').mkdir()
     for k, split in enumerate(('train', 'val', 'test')):
         pq.write_table(pa.Table.from_pylist(captions[k::3], tables[0].schema), tmp_path / f'data/{split}.parquet')
@@ -308,7 +325,7 @@ def test_columns_of_numbers(flags, tiny_shapes, tmp_path):
         n = table.num_rows
         pq.write_table(table.append_column('type', pa.array([1 + i % 2 for i in range(n)])).append_column('sample_id', pa.array(range(n))), tmp_path / f'data/{split}.parquet')
     train.main([*flags, f'--dataset={tmp_path}/data', '--max_steps=1', f'--out_dir={tmp_path}/a'])
-    assert set(json.loads((tmp_path / 'a/metrics.json').read_text())['by_type']) == {'1', '2'}
+    assert set(json.loads((tmp_path / 'a/metrics.json').read_text())['by_type']) == {'1', '2', 'describe'}  # a caption stays one
     assert json.loads((tmp_path / 'a/predictions.jsonl').read_text().splitlines()[0])['sample_id'] == '0'
 
 
