@@ -764,7 +764,7 @@ class Questions:
         """The batches of an epoch, each an array of rows: every row comes once, but for the last ones of a bucket that fill no batch."""
         rng, batches = np.random.default_rng([seed, epoch]), []
         for length, bucket in self.buckets.items():
-            size, order = max(1, batch_size * 8 // max(8, length)), rng.permutation(bucket)
+            size, order = fitting(batch_size, length), rng.permutation(bucket)
             batches += [order[i:i + size] for i in range(0, max(1, len(order) - size + 1), size)]
         return [batches[j] for j in rng.permutation(len(batches))]
 
@@ -777,10 +777,13 @@ class Questions:
             self.plan = (batch_size, seed), epoch, self.epoch(batch_size, seed, epoch)
         return self.plan[2][k]
 
-    def rows_in_order(self, batch_size):
-        """Yields all rows once, for evaluation, bucket by bucket."""
-        for bucket in self.buckets.values():
-            yield from (bucket[i:i + batch_size] for i in range(0, len(bucket), batch_size))
+    def rows_in_order(self, batch_size, most=None):
+        """Yields all rows once, for evaluation, bucket by bucket; with `most` only so many, always the same ones."""
+        n = len(self.rows)
+        kept = np.isin(np.arange(n), random.Random(0).sample(range(n), min(most, n))) if most else np.ones(n, bool)
+        for length, bucket in self.buckets.items():
+            bucket, size = bucket[kept[bucket]], fitting(batch_size, length)
+            yield from (bucket[i:i + size] for i in range(0, len(bucket), size))
 
     def batch(self, rows):
         """Shapes: -> question (B, Q) padded on the right, answer (B, A) that starts with <bos>, targets (B, A) that end with
@@ -793,6 +796,11 @@ class Questions:
             Q, A = -(-Q // 8) * 8, 1 << (A - 1).bit_length()
         return dict(question=padded(questions, pad, Q), answer=padded([[bos] + answer[:-1] for answer in answers], pad, A),
                     targets=padded(answers, -100, A), picture=torch.tensor([self.rows.picture[i] for i in rows]))
+
+
+def fitting(batch_size, length):
+    """Rows of a batch whose answers have so many tokens: fewer where these are more than 8, so that all batches take about the same memory."""
+    return max(1, batch_size * 8 // max(8, length))
 
 
 def progress(what, i, n, start, every=20000):

@@ -171,26 +171,27 @@ def from_all(item):
 # ----------------------------------------------------------------------------
 # a split, evaluated
 
-@torch.no_grad()
-def teacher_forced(decoder, questions, vision_of, rows, device):
-    """Losses and hits of every target of some rows. Shapes: -> loss (B, A) nats, hit (B, A) bool, real (B, A) bool."""
-    batch = {key: t.to(device) for key, t in questions.batch(rows).items()}
-    logits, _ = decoder(vision_of(batch['picture']), batch['question'], batch['answer'])
+def on_device(batch, device):
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
+def teacher_forced(decoder, batch, vision):
+    """Losses and hits of every target of a batch. Shapes: as `Questions.batch`, vision (B, N, D) -> loss (B, A) nats, hit (B, A) bool, real (B, A) bool."""
+    logits, _ = decoder(vision, batch['question'], batch['answer'])
     real = batch['targets'] >= 0
     loss = F.cross_entropy(logits.transpose(1, 2).float(), batch['targets'], ignore_index=-100, reduction='none')
     return loss, (logits.argmax(-1) == batch['targets']) & real, real
 
 
+@torch.no_grad()
 def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_size=250):
     """Loss and Exact Match of a split without generating: greedy generation gives exactly the (first) reference if and only if
     every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only. Processes share the work."""
     loss = count = right = n = 0
     rank, world = place()
-    order = random.Random(0).sample(range(len(questions.rows)), min(most_rows, len(questions.rows)))
-    order.sort(key=lambda i: len(questions.answers[i]))
-    for start in range(rank * batch_size, len(order), world * batch_size):
-        rows = order[start:start + batch_size]
-        losses, hit, real = teacher_forced(decoder, questions, vision_of, rows, device)
+    for rows in islice(questions.rows_in_order(batch_size, most_rows), rank, None, world):
+        batch = on_device(questions.batch(rows), device)
+        losses, hit, real = teacher_forced(decoder, batch, vision_of(batch['picture']))
         asked = torch.tensor([questions.rows.type[i] != 'describe' for i in rows], device=device)
         loss, count = loss + losses.sum().item(), count + real.sum().item()
         right, n = right + ((hit == real).all(1) & asked).sum().item(), n + asked.sum().item()
@@ -198,6 +199,7 @@ def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_si
     return {'loss': loss / count, 'em': right / max(n, 1)}
 
 
+@torch.no_grad()
 def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     """Answers a whole split -> metrics, a dict, and predictions, a sequence of dicts in the order of the split, on disk. Processes share the work.
 
@@ -207,14 +209,14 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     rows, tokenizer, done, start, tokens, order, mine = questions.rows, questions.tokenizer, 0, time.time(), 0, array('q'), OnDisk()
     rank, world = place()
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
-        loss, hit, real = teacher_forced(decoder, questions, vision_of, indices, device)
-        batch = {key: t.to(device) for key, t in questions.batch(indices).items()}
-        answers = decoder.generate(vision_of(batch['picture']), batch['question'], questions.max_answer_tokens, **sampling)
-        for k, i in enumerate(indices):
-            text = tokenizer.decode(answers[k].tolist())
-            tokens += (answers[k] != tokenizer.pad_id).sum().item()
+        batch = on_device(questions.batch(indices), device)
+        vision = vision_of(batch['picture'])
+        answers = decoder.generate(vision, batch['question'], questions.max_answer_tokens, **sampling).tolist()
+        sums = (t.sum(1).tolist() for t in teacher_forced(decoder, batch, vision))  # loss, hits and targets of every row
+        for i, answer, nats, hits, n in zip(indices.tolist(), answers, *sums):
+            tokens += sum(token != tokenizer.pad_id for token in answer)
             order.append(i)
-            mine.append(scored(rows, i, text) | dict(loss=loss[k].sum().item(), hits=hit[k].sum().item(), tokens=real[k].sum().item()))
+            mine.append(scored(rows, i, tokenizer.decode(answer)) | dict(loss=nats, hits=hits, tokens=n))
         done += world * len(indices)
         seconds = time.time() - start
         print(f'\revaluating | {min(done, len(rows))}/{len(rows)} | eta {clock(seconds / done * max(0, len(rows) - done))} ', end='', flush=True)
@@ -825,7 +827,7 @@ def main(argv=None):
         return
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
     if settings.states:
-        batch = {key: t.to(device) for key, t in questions.batch(next(questions.rows_in_order(settings.batch_size))).items()}
+        batch = on_device(questions.batch(next(questions.rows_in_order(settings.batch_size))), device)
         sizes = state_sizes(decoder, vision_of(batch['picture']), batch['question'], batch['answer'])
         for n in (1, 2, 4, 8, 16, 32, 64):
             print(f'after {n:2} steps: ' + ', '.join(f'RMS of {name} {size:.2f}' for name, size in zip('yz', sizes[n - 1]) if size))

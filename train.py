@@ -252,7 +252,7 @@ class AnswerTask:
             kinds.setdefault(len(rows), []).append(rows)
 
         def one_row(rows):
-            batch = on_device(self.questions['train'].batch(rows), self.device)
+            batch = evaluation.on_device(self.questions['train'].batch(rows), self.device)
             sum(self.losses(self.model, {key: t[:1] for key, t in batch.items()}).values()).backward()
 
         mean = {kind: kind * sum(flops_of(partial(one_row, rows)) for rows in batches[:n]) / len(batches[:n]) for kind, batches in kinds.items()}
@@ -349,7 +349,7 @@ class AlignTask:
         loss, pooled, text, size = 0, [], [], min(250, most, self.pictures[split])
         steps = min(most, self.pictures[split]) // size
         for step in range(steps):
-            batch = on_device(self.data[split](step, size, self.settings.seed), self.device)
+            batch = evaluation.on_device(self.data[split](step, size, self.settings.seed), self.device)
             loss += sum(self.losses(model, batch, split).values()).item() / steps
             pooled.append(self.tokens(model, batch, split).mean(1).float())
             text.append(model.read_text(batch['caption'])[1].float())
@@ -463,7 +463,7 @@ def train(settings, sources, device, stop):
             batch = task.batch(run.step * settings.grad_accum + k)
             rows, names, batch = rows + len(batch['counted']), [*names, batch.pop('names')], my_share(batch)
             with autocast:
-                parts = losses_of(model, on_device(batch, device))
+                parts = losses_of(model, evaluation.on_device(batch, device))
             scaler.scale(sum(parts.values()) / settings.grad_accum).backward()
             for key, value in parts.items():
                 losses[key] = losses.get(key, 0) + value.detach() / settings.grad_accum
@@ -712,10 +712,6 @@ def facts(settings, task, run, about):
     """What metrics.json says beside the results."""
     return dict(parameters=task.parameter_counts(), step=run.step, best_step=run.best and run.best['step'], bad_steps=run.bad_steps, train_s=run.train_s,
                 wall_s=run.wall_s, peak_memory_gb=most_memory(task.device) / 1e9, **about, settings=asdict(settings))
-
-
-def on_device(batch, device):
-    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def pick_dtype(dtype, device):
