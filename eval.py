@@ -700,7 +700,7 @@ def draw_comparison(groups, folder):
     except ImportError:
         print('comparison.png not drawn: pip install matplotlib')
         return
-    styles = {name: dict(color=f'C{k % 10}', label=printable(os.path.basename(name)).replace('$', '')) for k, name in enumerate(groups)}
+    styles = {name: dict(color=f'C{k % 10}', label=printable(label).replace('$', '')) for k, (name, label) in enumerate(zip(groups, labels(groups)))}
     for file, size, draw in (('comparison.png', (13, 7.5), draw_results), ('comparison_curves.png', (13, 4), draw_courses)):
         figure = Figure(figsize=size, layout='constrained')
         axes = draw(figure, groups, styles)
@@ -708,6 +708,15 @@ def draw_comparison(groups, folder):
             axis.grid(alpha=.3)
         figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
         write_whole(folder / file, partial(figure.savefig, format='png', dpi=100))
+
+
+def labels(names):
+    """The names of files without the words, between underscores, that all of them begin or end with."""
+    words = [os.path.basename(name).split('_') for name in names]
+    for end in (0, -1):
+        while len({w[end] for w in words}) == 1 < min(len(words), *map(len, words)):
+            words = [w[1:] if end == 0 else w[:-1] for w in words]
+    return ['_'.join(w) for w in words]
 
 
 def draw_results(figure, groups, styles):
@@ -732,17 +741,17 @@ def draw_results(figure, groups, styles):
 
 
 def draw_courses(figure, groups, styles):
-    """Validation curves by step and by second, the mean over the seeds at the times of their means, and the test split by question type. -> axes"""
+    """Validation curves by training step and by FLOPs, which do not depend on the machine, the mean over the seeds, and the test split by question type. -> axes"""
     left, middle, right = axes = figure.subplots(1, 3)
     types = sorted({t for runs in groups.values() for t in runs[0]['by_type'] if t != 'describe'}, key=type_order)
     for name, runs in groups.items():
-        steps, seconds, em = torch.tensor([m['curve'] for m in runs]).mean(0).T.tolist()
-        for axis, times in ((left, steps), (middle, seconds)):
+        steps, _, em = torch.tensor([m['curve'] for m in runs]).mean(0).T
+        for axis, times in ((left, steps), (middle, steps * training_flops(runs[0]) / runs[0]['step'] / 1e12)):
             axis.plot(times, em, '-', linewidth=1.2, **styles[name])
         values = [spread([m['by_type'][t]['em'] for m in runs if t in m['by_type']] or [math.nan]) for t in types]
         right.errorbar(range(len(types)), [v for v, _ in values], [h or 0 for _, h in values], fmt='o-', capsize=3, markersize=3, linewidth=1.2, **styles[name])
-    left.set(xlabel='step', ylabel='validation Exact Match')
-    middle.set(xlabel='seconds of training')
+    left.set(xlabel='training step', ylabel='validation Exact Match')
+    middle.set(xlabel='TFLOP of training')
     right.set(ylabel='test Exact Match', ylim=(0, 1.03))
     right.set_xticks(range(len(types)), types, rotation=40, ha='right')
     return axes

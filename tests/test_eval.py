@@ -150,6 +150,8 @@ def test_comparison(tmp_path, monkeypatch):
         evaluation.compare([tmp_path / 'plain_*'], judged=['size'])
     for name in ('comparison.png', 'comparison_curves.png'):
         assert Image.open(tmp_path / name).width > 600
+    assert evaluation.labels(['r/swaps_n1_lr1e-3', 'r/swaps_n2_lr1e-3']) == ['n1', 'n2'] and evaluation.labels(['r/n1', 's/n1']) == ['n1', 'n1']
+    assert evaluation.labels(['r/flops_n1', 'r/flops_n1_lr4e-3']) == ['n1', 'n1_lr4e-3'] and evaluation.labels(['r/trm_1']) == ['trm_1']
     this, that = metrics(.5), metrics(.75)
     assert evaluation.paired([this], [that]) and not evaluation.paired([this], [metrics(.75, dataset='e')])  # other questions
     assert not evaluation.paired([this], [that | dict(correct='1-110')])
