@@ -566,7 +566,7 @@ def write_results(out_dir, metrics, rows, predictions):
 
 def forgetful(decoder, which):
     """Makes every step of [y ; z] begin with the y, or the z, that the first one had: what the other state carries must then do."""
-    first, start = cycle([True] + [False] * (decoder.config.inner_steps * decoder.config.outer_steps - 1)), []
+    first, start = cycle([True] + [False] * (decoder.config.calls - 1)), []
 
     def forget(block, args):
         h, rope, mask, *context = args
@@ -629,8 +629,8 @@ def grouped(paths):
 
 def passes(m):
     """How many blocks an answer position goes through, one after the other."""
-    s = m['settings']
-    return s['n_layer'] * (1 if s['kind'] == 'plain' else s['outer_steps'] * (s['inner_steps'] + (s['recursion'] == 'add')))
+    config = ModelConfig(**{key: m['settings'][key] for key in ('kind', 'n_layer', 'recursion', 'inner_steps', 'outer_steps')})
+    return config.n_layer * config.calls
 
 
 def training_flops(m):

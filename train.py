@@ -35,7 +35,7 @@ import eval as evaluation
 from configurator import clock, configure, echo, locked, printable, run_script, write_whole
 from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, check_splits, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
-from model import ModelConfig, build_model, flops_of, most_memory
+from model import ModelConfig, build_model, fast_dtypes, flops_of, most_memory
 
 
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
@@ -419,30 +419,20 @@ def train(settings, sources, device, stop):
 
     # ---- data and model
     task = (AnswerTask if settings.stage == 'answer' else AlignTask)(settings, device, saved)
-    model = task.model.to(device)
-    ema_model = copy.deepcopy(model).requires_grad_(False).eval() if settings.ema else model
+    learner = Learner(task, settings, device)
     print('parameters | ' + ' | '.join(f'{k} {n:,}' for k, n in task.parameter_counts().items()))
     print(f'up to {settings.batch_size * settings.grad_accum} examples per step | expected loss at the start {sum(task.chance().values()):.2f}')
 
-    # ---- optimizers
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizers = make_optimizers(model, settings)
-    dtype = pick_dtype(settings.dtype, device)
-    autocast = torch.autocast(device.split(':')[0], dtype) if dtype != torch.float32 else nullcontext()
-    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-    losses_of = compiled(task.losses, device) if compiles(settings, device) else task.losses
-
-    # ---- the whole state: go on where a stopped run stood
-    stateful = dict(model=model, ema=ema_model, scaler=scaler) | {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
+    # ---- go on where a stopped run stood
     if saved:
-        for name, part in stateful.items():
+        for name, part in learner.parts.items():
             part.load_state_dict(saved['state'][name])
         run = Run(**saved['run'] | dict(started=run.started - saved['run']['wall_s']))
         print(f'going on at step {run.step}', flush=True)
 
     def save():
         run.wall_s = time.time() - run.started
-        checkpoint = dict(format=evaluation.FORMAT, stage=settings.stage, state={name: part.state_dict() for name, part in stateful.items()},
+        checkpoint = dict(format=evaluation.FORMAT, stage=settings.stage, state={name: part.state_dict() for name, part in learner.parts.items()},
                           run=vars(run), settings=asdict(settings), environment=about, facts=facts(settings, task, run, about), **task.state())
         evaluation.in_turn(lambda: write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint)))  # nobody goes on, or ends, before it is there
 
@@ -456,24 +446,10 @@ def train(settings, sources, device, stop):
     mark, warned, stop.waits = time.time(), False, True
     while run.step < settings.max_steps:
         lr = learning_rate(run.step, settings)
-        for group in sum((optimizer.param_groups for optimizer in optimizers), []):
-            group['lr'] = lr * group['share']
-        rows, names, losses = 0, [], {}
-        for k in range(settings.grad_accum):
-            batch = task.batch(run.step * settings.grad_accum + k)
-            rows, names, batch = rows + len(batch['counted']), [*names, batch.pop('names')], my_share(batch)
-            with autocast:
-                parts = losses_of(model, evaluation.on_device(batch, device))
-            scaler.scale(sum(parts.values()) / settings.grad_accum).backward()
-            for key, value in parts.items():
-                losses[key] = losses.get(key, 0) + value.detach() / settings.grad_accum
-        losses, stopping = averaged(parameters, losses, stop.asked)
-        loss = sum(losses.values())
-        gnorm, good = update(parameters, optimizers, scaler, loss, settings.grad_clip)
-        if good:
+        losses, rows, gnorm, stopping, problem = learner.step(run.step, lr, stop.asked)
+        if not problem:
             run.total, run.since, run.rows = {key: run.total.get(key, 0) + value for key, value in losses.items()}, run.since + 1, run.rows + rows
         else:
-            problem = printable(f'step {run.step}: loss {loss}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {", ".join(name for some in names for name in some())}, ...')
             if run.bad_steps >= settings.skip_bad_steps:
                 save()
                 raise FloatingPointError(f'{problem}; the state before this step is saved; a lower --learning_rate with --fresh=true is the usual remedy, '
@@ -481,10 +457,6 @@ def train(settings, sources, device, stop):
             run.bad_steps += 1
             print(f'{problem}; left out')
             log.write(dict(event='bad step', step=run.step + 1, problem=problem))
-        if settings.ema:  # early on a shorter average, so that it never lags behind
-            decay = min(settings.ema, (1 + run.step) / (10 + run.step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema_model.parameters()), list(model.parameters()), 1 - decay)
         run.step += 1
         run.since_s, mark = run.since_s + time.time() - mark, time.time()
 
@@ -501,10 +473,10 @@ def train(settings, sources, device, stop):
             run.total, run.since, run.since_s, run.rows = {}, 0, 0.0, 0
 
         if run.step % settings.eval_interval == 0 or run.step == settings.max_steps:
-            scores = task.validate(ema_model)
+            scores = task.validate(learner.average)
             log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, figure=task.figure), event='eval')
             if run.best is None or task.better(scores, run.best['scores']):
-                run.best = dict(step=run.step, scores=scores, **copy.deepcopy(task.weights(ema_model)))
+                run.best = dict(step=run.step, scores=scores, **copy.deepcopy(task.weights(learner.average)))
             save()
             mark = time.time()  # the clock of the log lines stands still while evaluating
         elif stopping:
@@ -517,17 +489,57 @@ def train(settings, sources, device, stop):
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; the same command goes on from there')
 
     # ---- the result, with the weights that were best in validation
-    for name, weights in task.weights(ema_model).items():
+    for name, weights in task.weights(learner.average).items():
         for key, tensor in weights.items():
             tensor.copy_(run.best[name][key])
     print(f"best validation {task.figure} {run.best['scores'][task.figure]:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
-    task.finish(ema_model, facts(settings, task, run, about))
+    task.finish(learner.average, facts(settings, task, run, about))
     print(f'{out_dir}: done after {clock(time.time() - run.started)}, at most {most_memory(device) / 1e9:.2f} GB of memory')
 
 
 # ----------------------------------------------------------------------------
 # what the story leans on
+
+class Learner:
+    """A task's model and what trains it: optimizers, the scale of float16's loss, and the average of the weights, which is what is judged."""
+
+    def __init__(self, task, settings, device):
+        self.task, self.settings, self.device, self.model = task, settings, device, task.model.to(device)
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval() if settings.ema else self.model
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(self.model, settings)
+        kind, dtype = device.split(':')[0], pick_dtype(settings.dtype, device)
+        self.autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+        self.losses_of = compiled(task.losses, device) if compiles(settings, device) else task.losses
+        self.parts = dict(model=self.model, ema=self.average, scaler=self.scaler) | {f'optimizer {k}': o for k, o in enumerate(self.optimizers)}  # the whole state
+
+    def step(self, step, lr, stop):
+        """An optimizer step -> the mean losses, a dict of floats; rows; the gradient's norm; whether any process was asked to `stop`; and None, or, where
+        loss or gradient is not finite and nothing has moved, a text that says so."""
+        s, losses, names, rows = self.settings, {}, [], 0
+        for group in sum((optimizer.param_groups for optimizer in self.optimizers), []):
+            group['lr'] = lr * group['share']
+        for k in range(s.grad_accum):
+            batch = self.task.batch(step * s.grad_accum + k)
+            rows, names, batch = rows + len(batch['counted']), [*names, batch.pop('names')], my_share(batch)
+            with self.autocast:
+                parts = self.losses_of(self.model, evaluation.on_device(batch, self.device))
+            self.scaler.scale(sum(parts.values()) / s.grad_accum).backward()
+            for key, value in parts.items():
+                losses[key] = losses.get(key, 0) + value.detach() / s.grad_accum
+        losses, stopping = averaged(self.parameters, losses, stop)
+        loss = sum(losses.values())
+        gnorm, good = update(self.parameters, self.optimizers, self.scaler, loss, s.grad_clip)
+        if not good:
+            names = ', '.join(name for some in names for name in some())
+            return losses, rows, gnorm, stopping, printable(f'step {step}: loss {loss}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {names}, ...')
+        if s.ema:  # early on a shorter average, so that it never lags behind
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - min(s.ema, (1 + step) / (10 + step)))
+        return losses, rows, gnorm, stopping, None
+
 
 @dataclass
 class Run:
@@ -716,10 +728,7 @@ def facts(settings, task, run, about):
 
 def pick_dtype(dtype, device):
     """auto: bfloat16 where the hardware multiplies in it; elsewhere it is emulated, a hundred times slower than float32."""
-    if dtype == 'auto':
-        fast = torch.cuda.is_bf16_supported() if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
-        dtype = 'bfloat16' if fast else 'float32'
-    return getattr(torch, dtype)
+    return fast_dtypes(device)[-1] if dtype == 'auto' else getattr(torch, dtype)
 
 
 def compiles(settings, device):
