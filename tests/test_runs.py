@@ -23,7 +23,7 @@ from conftest import ROOT
 
 TINY = ['--dtype=float32', '--max_steps=30', '--eval_interval=10', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu', '--inner_steps=2',
         '--max_question_tokens=40']
-CLOCK = {'curve', 'since_s', 'ms', 'examples_per_s', 'train_s', 'wall_s', 'eval_s', 'tokens_per_s', 'peak_memory_gb', 'out_dir', 'dataset', 'cache_dir', 'threads', 'processes'}
+CLOCK = {'curve', 'since_s', 'ms', 'examples_per_s', 'train_s', 'wall_s', 'eval_s', 'tokens_per_s', 'peak_memory_gb', 'out_dir', 'dataset', 'cache_dir', 'threads', 'processes', 'commit'}
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +40,7 @@ def whole(flags, tmp_path_factory):
 
 
 def timeless(value):
-    """Without what depends on the clock or on the folder."""
+    """Without what depends on the clock, on the folder or on a commit that somebody made meanwhile."""
     if isinstance(value, dict):
         return {key: timeless(v) for key, v in value.items() if key not in CLOCK}
     return value

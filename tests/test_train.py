@@ -194,6 +194,22 @@ def test_encoder_lr(optimizer, flags, tiny_encoder, tmp_path):
     assert not torch.equal(decoder['1'], decoder['1e-6']) and (decoder['1'] - decoder['1e-6']).abs().mean() < 1e-2
 
 
+def test_settings_of_the_encoder(flags):
+    """How pictures become square and upright is taken from the settings where they say it."""
+    for flags_, expected in (([], (True, 'squash')), (['--upright=false', '--fit=pad'], (False, 'pad'))):
+        settings, _ = configure(train.TrainConfig, [*flags, *flags_])
+        config = train.AnswerTask(settings, 'cpu', None).frozen.config
+        assert (config.upright, config.fit) == expected
+
+
+def test_recomputing_the_steps_changes_nothing(flags, tmp_path):
+    """A run with --checkpoint_recursion ends with the weights of one without."""
+    for value in ('false', 'true'):
+        train.main([*flags, '--dtype=float32', '--max_steps=4', f'--checkpoint_recursion={value}', f'--out_dir={tmp_path}/{value}'])
+    a, b = (weights(tmp_path / value) for value in ('false', 'true'))
+    assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+
+
 def test_steps_of_their_own(flags, tmp_path, capsys):
     """A run whose steps do not share their blocks trains, evaluates and forgets; another number of steps is refused."""
     out = tmp_path / 'own'
