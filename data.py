@@ -50,9 +50,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-from configurator import clock, configure, locked, run_script
+from configurator import clock, configure, locked, printable, run_script
 
 SPLITS = ('train', 'val', 'test')
 
@@ -376,12 +376,37 @@ def end_with_parent():
 
 def contact_sheet(config, columns=6, rows=4):
     """Draws pictures with their questions and answers under them, to look at -> a Pillow picture."""
-    from eval import picture_sheet
     tiles = {}
     for row in shapes_rows(config, 'train', 0, columns * rows):
         _, lines = tiles.setdefault(row['image'], (Image.open(io.BytesIO(row['image'])), []))
         lines.append(f"{row['question']} {row['answer']}" if row['question'] else row['caption'])
     return picture_sheet(list(tiles.values()), columns, scale=3)
+
+
+def picture_sheet(tiles, columns=6, scale=3, colors=None):
+    """A sheet of pictures with lines of text under them, drawn with Pillow. tiles: [(picture, [line, ...]), ...]."""
+    font, pad, line_px = ImageFont.load_default(13), 8, 17
+    width = max(200, scale * max(p.width for p, _ in tiles))
+    wrapped = [[part for line in lines for part in wrap(line, font, width)] for _, lines in tiles]
+    height = scale * max(p.height for p, _ in tiles) + line_px * max(map(len, wrapped)) + 4
+    sheet = Image.new('RGB', (columns * (width + pad) + pad, -(-len(tiles) // columns) * (height + pad) + pad), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for k, ((picture, _), lines) in enumerate(zip(tiles, wrapped)):
+        x, y = pad + k % columns * (width + pad), pad + k // columns * (height + pad)
+        picture = picture.convert('RGB')
+        sheet.paste(picture.resize((scale * picture.width, scale * picture.height), Image.NEAREST), (x, y))
+        for i, line in enumerate(lines):
+            draw.text((x, y + scale * picture.height + 2 + line_px * i), line, colors[k] if colors else 'black', font)
+    return sheet
+
+
+def wrap(line, font, width):
+    lines = ['']
+    for word in printable(line).split(' '):
+        if lines[-1] and font.getlength(f'{lines[-1]} {word}') > width:
+            lines.append('')
+        lines[-1] = f'{lines[-1]} {word}'.strip()
+    return lines
 
 
 def read_rows(folder, split):

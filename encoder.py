@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from configurator import clock, locked, run_script, write_whole
+from configurator import clock, locked, most_memory, run_script, seconds, write_whole
 
 
 @dataclass
@@ -891,7 +891,6 @@ def is_whole(file, shape):
 
 def bench(encoder, n, device):
     """Prints how many pictures per second are decoded and encoded, and the most memory that took: n photographs of noise, 1024 x 768."""
-    from model import most_memory, seconds
     rng, files = np.random.default_rng(0), []
     for _ in range(n):
         buffer = io.BytesIO()

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from configurator import clock, configure, locked, printable, run_script, write_whole
-from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, read_rows
+from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, picture_sheet, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
 
@@ -356,32 +356,6 @@ def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
 
 # ----------------------------------------------------------------------------
 # pictures
-
-def picture_sheet(tiles, columns=6, scale=3, colors=None):
-    """A sheet of pictures with lines of text under them, drawn with Pillow. tiles: [(picture, [line, ...]), ...]."""
-    font, pad, line_px = ImageFont.load_default(13), 8, 17
-    width = max(200, scale * max(p.width for p, _ in tiles))
-    wrapped = [[part for line in lines for part in wrap(line, font, width)] for _, lines in tiles]
-    height = scale * max(p.height for p, _ in tiles) + line_px * max(map(len, wrapped)) + 4
-    sheet = Image.new('RGB', (columns * (width + pad) + pad, -(-len(tiles) // columns) * (height + pad) + pad), 'white')
-    draw = ImageDraw.Draw(sheet)
-    for k, ((picture, _), lines) in enumerate(zip(tiles, wrapped)):
-        x, y = pad + k % columns * (width + pad), pad + k // columns * (height + pad)
-        picture = picture.convert('RGB')
-        sheet.paste(picture.resize((scale * picture.width, scale * picture.height), Image.NEAREST), (x, y))
-        for i, line in enumerate(lines):
-            draw.text((x, y + scale * picture.height + 2 + line_px * i), line, colors[k] if colors else 'black', font)
-    return sheet
-
-
-def wrap(line, font, width):
-    lines = ['']
-    for word in printable(line).split(' '):
-        if lines[-1] and font.getlength(f'{lines[-1]} {word}') > width:
-            lines.append('')
-        lines[-1] = f'{lines[-1]} {word}'.strip()
-    return lines
-
 
 def draw_samples(path, rows, predictions, n=24, image_px=192):
     """Writes a sheet of samples, every type in turn, right answers in green and wrong ones in red (captions in black)."""

@@ -15,7 +15,6 @@ import copy
 import itertools
 import math
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import configure, run_script
+from configurator import configure, keep_freed_memory, most_memory, run_script, seconds
 
 
 @dataclass
@@ -436,16 +435,6 @@ def bench_decoder(b, **settings):
     return decoder, (torch.randn(b.batch_size, b.n_image, b.vision_dim, device=b.device), token(b.n_question), answer, answer.roll(-1, dims=1))
 
 
-def seconds(function, device):
-    """Wall clock of a call. On a GPU, waits for it."""
-    wait = partial(torch.cuda.synchronize, device) if device.startswith('cuda') else lambda: None
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
-
-
 def flops_of(function):
     """FLOPs of the matrix products and convolutions in a call."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -591,17 +580,6 @@ def peak_memory(b, recompute):
     return most_memory(b.device) - before
 
 
-def most_memory(device):
-    """The most bytes that this process has used so far, of the GPU's memory or, on a CPU, of the machine's; 0 where it cannot be told."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
 def table(head, rows):
     """Rows of cells as a Markdown table."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
@@ -611,7 +589,6 @@ def table(head, rows):
 
 
 def main(argv=None):
-    from train import keep_freed_memory
     settings, _ = configure(BenchConfig, sys.argv[1:] if argv is None else argv, 'model.py')
     keep_freed_memory()
     (show_states if settings.states else show_memory if settings.memory else show_profile if settings.profile else benchmark)(settings)

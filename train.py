@@ -12,7 +12,6 @@ The same command goes on where a stopped or killed run stood, to the same result
 """
 
 import copy
-import ctypes
 import json
 import math
 import os
@@ -32,10 +31,10 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from configurator import clock, configure, echo, locked, printable, run_script, write_whole
+from configurator import clock, configure, echo, keep_freed_memory, locked, most_memory, printable, run_script, write_whole
 from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, check_splits, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
-from model import ModelConfig, build_model, fast_dtypes, flops_of, most_memory
+from model import ModelConfig, build_model, fast_dtypes, flops_of
 
 
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
@@ -744,17 +743,6 @@ def compiled(function, device):
         print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
         return function
     return torch.compile(function)
-
-
-def keep_freed_memory():
-    """Lets glibc keep the memory that a step frees for the next one, instead of handing it back to Linux and asking for fresh,
-    zeroed pages: a quarter of an alignment step on a CPU. Elsewhere it does nothing."""
-    if sys.platform == 'linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallopt'):
-            M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2  # malloc.h
-            for option, value in ((M_MMAP_THRESHOLD, 2 ** 30), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 28)):
-                libc.mallopt(option, value)
 
 
 def commit():
