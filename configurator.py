@@ -187,6 +187,19 @@ def clock(seconds):
     return f'{int(seconds) // 60}:{int(seconds) % 60:02}'
 
 
+def progress(what, done, n, start):
+    """Says on the console how far a long loop is that began at time `start`, over what it said before."""
+    eta = (time.time() - start) / max(1, done) * (n - done)
+    print(f'\r{what} | {done}/{n} | eta {clock(eta)} ', end='', flush=True)
+
+
+def expect(config, **choices):
+    """Raises ValueError where a setting is none of its choices."""
+    for key, allowed in choices.items():
+        if getattr(config, key) not in allowed:
+            raise ValueError(f'{key}={getattr(config, key)}: expected one of {", ".join(allowed)}')
+
+
 def seconds(function, device):
     """Wall clock of a call. On a GPU, waits for it."""
     wait = lambda: None

@@ -52,7 +52,7 @@ import tiktoken
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import clock, configure, locked, printable, run_script
+from configurator import configure, locked, printable, progress, run_script
 
 SPLITS = ('train', 'val', 'test')
 
@@ -418,7 +418,7 @@ def read_rows(folder, split):
     path, file = open_split(folder, split)
     rows, bad, known, start = Rows(path), [], KnownPictures(), time.time()
     for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
-        progress(f'{path}: rows', i, file.metadata.num_rows, start)
+        row_done(f'{path}: rows', i, file.metadata.num_rows, start)
         image, question, answer, caption, sample_id, type = map(row.get, SCHEMA.names)
         if question is None and caption:
             question, answer, type = drawn_prompt(i), caption, 'describe'  # whatever its column says: captions are judged apart
@@ -779,7 +779,7 @@ class Questions:
                     del tokens[most:]
             self.tokens.append((question, answer))
             lengths.append(len(answer))
-            progress(f'{rows.path}: tokens', i, len(rows), start)
+            row_done(f'{rows.path}: tokens', i, len(rows), start)
         report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
         bucket = np.array([max(2, 1 << (n - 1).bit_length()) for n in range(max(lengths, default=0) + 1)], np.int32)[np.array(lengths)]
         self.buckets = {int(length): np.flatnonzero(bucket == length).astype(np.int32) for length in np.unique(bucket)}
@@ -828,11 +828,11 @@ def fitting(batch_size, length):
     return max(1, batch_size * 8 // max(8, length))
 
 
-def progress(what, i, n, start, every=20000):
-    """Says on the console, every so many rows, how far a long loop is."""
+def row_done(what, i, n, start, every=20000):
+    """Says how far a loop over rows is, now and then."""
     if (i + 1) % every == 0:
-        eta = (time.time() - start) / (i + 1) * (n - i - 1)
-        print(f'\r{what} | {i + 1}/{n} | eta {clock(eta)} ', end='\n' * (i + 1 + every > n), flush=True)
+        progress(what, i + 1, n, start)
+        print(end='\n' * (i + 1 + every > n))
 
 
 def padded(lists, value, length=None):

@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from configurator import clock, locked, most_memory, run_script, seconds, write_whole
+from configurator import expect, locked, most_memory, progress, run_script, seconds, write_whole
 
 
 @dataclass
@@ -67,10 +67,8 @@ class EncoderConfig:
     upright: bool = True                    # turn photographs as their EXIF orientation says
 
     def __post_init__(self):
-        for key, allowed in dict(stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'), adapter=('none', 'linear', 'mlp'),
-                                 projection=('none', 'linear', 'norm_linear'), fit=('squash', 'crop', 'pad')).items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
+        expect(self, stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'), adapter=('none', 'linear', 'mlp'),
+               projection=('none', 'linear', 'norm_linear'), fit=('squash', 'crop', 'pad'))
         if self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
@@ -841,8 +839,7 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
                 for (i, _), t in zip(batch, tokens):
                     parts[i // per_part].write(t)
             done += len(batch)
-            eta = (time.time() - start) / max(1, done) * (n - done)
-            print(f'\rencoding pictures | {done}/{n} | eta {clock(eta)} ', end='', flush=True)
+            progress('encoding pictures', done, n, start)
     finally:
         for part in parts.values():
             part.drop()

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import clock, configure, locked, printable, run_script, write_whole
+from configurator import configure, locked, printable, progress, run_script, write_whole
 from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, picture_sheet, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
@@ -217,9 +217,8 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
             tokens += sum(token != tokenizer.pad_id for token in answer)
             order.append(i)
             mine.append(scored(rows, i, tokenizer.decode(answer)) | dict(loss=nats, hits=hits, tokens=n))
-        done += world * len(indices)
-        seconds = time.time() - start
-        print(f'\revaluating | {min(done, len(rows))}/{len(rows)} | eta {clock(seconds / done * max(0, len(rows) - done))} ', end='', flush=True)
+        done = min(done + world * len(indices), len(rows))
+        progress('evaluating', done, len(rows), start)
     print()
     everything, at, written = OnDisk(), array('q', [-1]) * len(rows), 0
     for n, order, part in from_all((tokens, order, list(mine) if world > 1 else mine)):

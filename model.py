@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import configure, keep_freed_memory, most_memory, run_script, seconds
+from configurator import configure, expect, keep_freed_memory, most_memory, run_script, seconds
 
 
 @dataclass
@@ -50,9 +50,7 @@ class ModelConfig:
     eos_id: int = 2
 
     def __post_init__(self):
-        for key, allowed in dict(kind=('plain', 'trm'), recursion=('concat', 'add', 'loop'), norm=('pre', 'post', 'unbounded')).items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
+        expect(self, kind=('plain', 'trm'), recursion=('concat', 'add', 'loop'), norm=('pre', 'post', 'unbounded'))
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from configurator import clock, configure, echo, keep_freed_memory, locked, most_memory, printable, run_script, write_whole
+from configurator import clock, configure, echo, expect, keep_freed_memory, locked, most_memory, printable, run_script, write_whole
 from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, check_splits, draw_shapes, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
 from model import ModelConfig, build_model, fast_dtypes, flops_of
@@ -122,11 +122,8 @@ class TrainConfig:
     ema: float = 0.998                        # decay of the averaged weights, which are what is evaluated; 0: the raw ones
 
     def __post_init__(self):
-        choices = dict(stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16', 'float16'), tokenizer=('bpe', 'gpt2'),
-                       captions=('drawn', 'dataset'), objective=('contrast', 'cloze', 'both'))
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(f'{key}={getattr(self, key)}: expected one of {", ".join(allowed)}')
+        expect(self, stage=('answer', 'align'), optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16', 'float16'), tokenizer=('bpe', 'gpt2'),
+               captions=('drawn', 'dataset'), objective=('contrast', 'cloze', 'both'))
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) in (int, float) and value <= 0 and f.name not in ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay',

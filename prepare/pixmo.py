@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
-from configurator import clock
+from configurator import progress
 from data import open_parquet, stream
 from encoder import open_picture
 from prepare import split_of_name, turns
@@ -107,8 +107,7 @@ def fetch(urls, folder, config):
                     out.write(json.dumps(entry) + '\n')
                 out.flush()
                 done += len(finished)
-                eta = (time.time() - start) / done * (len(left) - done)
-                print(f'\rfetching | {done}/{len(left)} | eta {clock(eta)} ', end='', flush=True)
+                progress('fetching', done, len(left), start)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
