@@ -600,7 +600,7 @@ def grouped(paths):
     return named
 
 
-def passes(m):
+def depth(m):
     """How many blocks an answer position goes through, one after the other."""
     config = ModelConfig(**{key: m['settings'][key] for key in ('kind', 'n_layer', 'recursion', 'inner_steps', 'outer_steps')})
     return config.n_layer * config.calls
@@ -651,11 +651,11 @@ def compare(paths, judged=None, reach=None):
         m, other = runs[0], runs is not first
         seeds, questions = other and by_seed(runs, first, score), other and paired(runs, first)
         about.append({
-            'run': printable(name), 'seeds': len(runs), 'core': f"{m['parameters']['core']:,}", 'total': f"{m['parameters']['total']:,}", 'passes': passes(m),
-            'steps': m['step'], 'TFLOP': f'{spread([training_flops(r) for r in runs])[0] / 1e12:.1f}', 'min': f"{spread([r['train_s'] for r in runs])[0] / 60:.1f}",
+            'run': printable(name), 'seeds': len(runs), 'core': f"{m['parameters']['core']:,}", 'total': f"{m['parameters']['total']:,}", 'depth': depth(m),
+            'training steps': m['step'], 'TFLOP': f'{spread([training_flops(r) for r in runs])[0] / 1e12:.1f}', 'min': f"{spread([r['train_s'] for r in runs])[0] / 60:.1f}",
             'mean of types': plus_minus([score(r) for r in runs]), 'by seed': ' '.join(f'{score(r):.3f}' for r in runs),
             'less the first': plus_minus(seeds, sign='+') if seeds else '-', 'em less the first': f'{questions[0]:+.3f} ± {questions[1]:.3f}' if questions else '-'}
-            | ({f'validation {reach:g} at step': ', '.join(reached(r, reach) for r in runs)} if reach else {}))
+            | ({f'validation {reach:g} at training step': ', '.join(reached(r, reach) for r in runs)} if reach else {}))
         of_type = lambda t: [r['by_type'][t]['f1' if t == 'describe' else 'em'] for r in runs if t in r['by_type']]
         scores.append({'run': printable(name)} | {key: plus_minus([r[key] for r in runs]) for key in ('em', 'f1')}
                       | {printable(t): plus_minus(of_type(t)) if of_type(t) else '-' for t in types})
@@ -663,7 +663,7 @@ def compare(paths, judged=None, reach=None):
     made = sorted({f"{m['commit']} on {m['device']}, {m['threads']} threads" for runs in groups.values() for m in runs})
     return ('\n'.join(table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (about, scores)) +
             f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `less the first` over the differences between runs of one seed, of `em less the"
-            f" first` over the questions; describe: f1\nTFLOP, min: of the whole training; passes: blocks in a row for an answer token; commit {'; '.join(made)}")
+            f" first` over the questions; describe: f1\nTFLOP, min: of the whole training; depth: blocks in a row for an answer token; commit {'; '.join(made)}")
 
 
 def draw_comparison(groups, folder):
@@ -696,7 +696,7 @@ def draw_results(figure, groups, styles):
     """Exact Match and F1 against depth, parameters and FLOPs. -> axes"""
     words = lambda x: f'{x:.3g}' if x < 1e3 else f'{x / 1e3:.3g}k' if x < 1e6 else f'{x / 1e6:.3g}M'
     axes = figure.subplots(2, 3, sharey='row')
-    places = {'blocks in a row for an answer token': passes, 'core parameters': lambda m: m['parameters']['core'],
+    places = {'blocks in a row for an answer token': depth, 'core parameters': lambda m: m['parameters']['core'],
               'TFLOP of the whole training': lambda m: training_flops(m) / 1e12}
     for row, key in zip(axes, ('em', 'f1')):
         for axis, (label, place) in zip(row, places.items()):
