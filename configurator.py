@@ -239,7 +239,7 @@ def keep_freed_memory():
 def write_whole(path, write):
     """Calls write(file) on a temporary file and puts it in place: `path` is the old or the new file, never a part of one. Of several
     processes that work together only the first one writes. Raises: OSError naming the path, where the disk is full, say."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and int(os.environ['RANK']):
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and int(os.environ.get('RANK', 0)):
         return
     path = Path(path)
     partial = path.with_name(f'.{path.name}.partial')

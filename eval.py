@@ -56,7 +56,7 @@ class EvalConfig:
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
     top_k: int | None = None        # with a temperature: draw from the k likeliest only
     seed: int = 1337                # of the drawing
-    batch_size: int = 256           # rows at a time
+    batch_size: int = 256           # rows at a time, fewer where answers have more than 8 tokens
     device: str = 'auto'            # auto (a GPU if there is one), cpu, cuda, ...
 
     def __post_init__(self):
@@ -574,8 +574,8 @@ def plus_minus(values, sign=''):
 
 
 def grouped(paths):
-    """Reads finished runs, folders or copies of a metrics.json -> {name: [metrics of every seed]}: runs that differ in nothing but their seed
-    belong together; a setting that is newer than a run has its default there. What a pattern matches and is no finished run is left out, and said.
+    """Reads finished runs, folders or copies of a metrics.json -> {name: [metrics of every seed]}: runs that differ in their seed, place and speed alone
+    belong together, each seed once; a setting that is newer than a run has its default there. What a pattern matches and is no finished run is left out, and said.
     Raises: FileNotFoundError, ValueError."""
     from train import FREE, TrainConfig
     groups, named = {}, {}
@@ -591,7 +591,10 @@ def grouped(paths):
             continue
         same = asdict(TrainConfig()) | m['settings']
         same = {key: value for key, value in same.items() if key not in ('seed', *FREE)}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((path.removesuffix('.json'), m))
+        key = json.dumps(same, sort_keys=True)
+        while m['seed'] in {other['seed'] for _, other in groups.get(key, ())}:
+            key += '+'
+        groups.setdefault(key, []).append((path.removesuffix('.json'), m))
     if not groups:
         raise ValueError(f'--compare: no finished run among {", ".join(map(str, paths))}')
     for runs in groups.values():
@@ -736,7 +739,7 @@ def report_alignment(settings, checkpoint, device):
     if settings.attention or settings.states or settings.forget or settings.inner_steps or settings.outer_steps:
         raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
     run = checkpoint['settings']
-    task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'])), device, checkpoint, splits=())
+    task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'], tokenizer='bpe')), device, checkpoint, splits=())
     task.model.load_state_dict(checkpoint['run']['best']['model'])
     task.report(task.model.to(device).eval(), settings.split)
 
@@ -789,6 +792,8 @@ def main(argv=None):
             if not decoder.config.shared:
                 raise ValueError(f'--{key}: {settings.out_dir} holds a decoder whose steps have blocks of their own, which takes no more steps than it has, and no fewer')
             decoder.config = replace(decoder.config, **{key: getattr(settings, key)})
+    if settings.states and not decoder.config.shared:
+        raise ValueError(f'--states: {settings.out_dir} holds a decoder whose steps have blocks of their own, which takes no more steps than it has')
     if settings.forget:
         if decoder.config.streams < 2:
             raise ValueError(f"--forget: {settings.out_dir} holds a decoder whose steps have no y and z side by side; expected recursion='concat'")

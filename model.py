@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         """Runs F over x = [image | question] once. -> keys, values and mask for every block, and the number of tokens (B,)."""
         c = self.config
         x = self.embed(question)                                       # (B, Q, C)
-        seen = question != c.pad_id                          # (B, Q)
+        seen = question != c.pad_id                                    # (B, Q)
         if c.use_vision:
             image = self.vision_proj(vision.type_as(x))                # (B, N, C)
             x, seen = torch.cat([image, x], dim=1), F.pad(seen, (image.size(1), 0), value=True)    # (B, S, C), (B, S)
@@ -523,11 +523,9 @@ def show_profile(b, most=8):
 
 def state_sizes(decoder, vision, question, answer, steps=64):
     """RMS of the states after every step of one long cycle. Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of
-    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None; with 'loop' there is no z. Raises: ValueError if plain, or not shared."""
+    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None; with 'loop' there is no z. Raises: ValueError if plain."""
     if decoder.config.kind == 'plain':
         raise ValueError('a plain decoder has no recurrent states')
-    if not decoder.config.shared:
-        raise ValueError('a decoder whose steps have blocks of their own takes no more steps than it has')
     rms = lambda h: h.float().square().mean().sqrt().item()
     decoder = copy.deepcopy(decoder)
     decoder.config.inner_steps, decoder.config.outer_steps, watch = steps, 1, []

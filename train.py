@@ -39,7 +39,7 @@ from model import ModelConfig, build_model, fast_dtypes, flops_of
 
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
          'perceiver_width', 'perceiver_heads', 'encoder_dim', 'prefixes', 'text_width', 'text_layers')  # settings of stage align alone
-FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')  # a run is the same whatever these are
+FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')  # what is learnt is the same whatever these are, but for rounding
 
 
 @dataclass
@@ -709,7 +709,8 @@ def saved_run(settings):
         return None
     saved = evaluation.read_checkpoint(settings.out_dir, unfinished=True)
     ours, theirs = asdict(settings), asdict(TrainConfig()) | saved['settings']  # what the run did not know yet had its default's effect
-    other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in FREE and theirs.get(key) != value]
+    idle = FREE + ALIGN * (settings.stage == 'answer')
+    other = [f'{key}={theirs.get(key)} there, {value} here' for key, value in ours.items() if key not in idle and theirs.get(key) != value]
     if other:
         raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other)}): choose another --out_dir, '
                          f'or start over with --fresh=true')

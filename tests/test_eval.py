@@ -99,6 +99,8 @@ def test_seeds_on_two_devices(tmp_path):
     for k, seed in enumerate((1, 2)):
         (tmp_path / f'{seed}.json').write_text(json.dumps(metrics(.5, seed, device=f'cuda:{k}', compile=bool(k), wandb=bool(k), skip_bad_steps=k)))
     assert len(evaluation.grouped([tmp_path / '1.json', tmp_path / '2.json'])) == 1
+    (tmp_path / '3.json').write_text(json.dumps(metrics(.5, 2, device='cuda:0')))
+    assert [len(runs) for runs in evaluation.grouped([tmp_path / f'{k}.json' for k in (1, 2, 3)]).values()] == [2, 1]  # a seed counts once
 
 
 def test_tables(tmp_path, capsys):

@@ -198,10 +198,10 @@ def test_table(tmp_path):
         ('mine.csv-30', 'there is no image file'), ('mine.csv-31', 'the answer is empty or no text'), ('mine.csv-32', "the image path '../secret.png' leaves the folder")]
     for split in ('train', 'val', 'test'):
         put(tmp_path / f'own/{split}.jsonl', '\n'.join(json.dumps(line) for line in (
-            dict(image='p1.png', question='q?', answer=['a', 'b']), dict(image='p2.png', caption='a bird'), dict(image='p3.png', question='q?', answer=7), [1])))
+            dict(image='p1.png', question='q?', answer=['a', 'b'], sample_id=0), dict(image='p2.png', caption='a bird'), dict(image='p3.png', question='q?', answer=7), [1])))
     data.main(['table', f"--source={tmp_path / 'own'}", f"--images={tmp_path / 'src'}", f"--out={tmp_path / 'own_out'}", '--max_bad=0.5'])
     rows = read_rows(tmp_path / 'own_out', 'val')
-    assert list(rows.references) == [['a', 'b'], ['a bird']] and list(rows.type) == ['all', 'describe']
+    assert list(rows.references) == [['a', 'b'], ['a bird']] and list(rows.type) == ['all', 'describe'] and rows.sample_id[0] == '0'
     put(tmp_path / 'bad.jsonl', '{"image": \n')
     with pytest.raises(ValueError, match='bad.jsonl-0: not JSON in UTF-8: line 1'):
         data.main(['table', f"--source={tmp_path / 'bad.jsonl'}", f"--out={tmp_path / 'never'}"])

@@ -64,7 +64,7 @@ def test_readme_commands(command):
 
 @pytest.mark.parametrize('config', [TrainConfig, EvalConfig, ShapesConfig, ImportConfig])
 def test_every_setting_is_tested(config):
-    """No setting that neither a test uses nor a config; of training and evaluation a test gives it as a flag."""
+    """No setting that neither a test uses nor a config; those of training and evaluation are given as a flag or set by a config."""
     used = '\n'.join(path.read_text() for path in (*ROOT.glob('tests/test_*.py'), *ROOT.glob('config/*.py')))
     how = '--{0}=|^{0} = ' if config in (TrainConfig, EvalConfig) else r'\b{0} ?='
     assert [f.name for f in fields(config) if not re.search(how.format(f.name), used, re.M)] == []

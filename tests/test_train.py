@@ -208,6 +208,7 @@ def test_recomputing_the_steps_changes_nothing(flags, tmp_path):
         train.main([*flags, '--dtype=float32', '--max_steps=4', f'--checkpoint_recursion={value}', f'--out_dir={tmp_path}/{value}'])
     a, b = (weights(tmp_path / value) for value in ('false', 'true'))
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
+    assert [evaluation.read_checkpoint(tmp_path / value)['model_config']['checkpoint_recursion'] for value in ('false', 'true')] == [False, True]
 
 
 def test_steps_of_their_own(flags, tmp_path, capsys):
