@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from configurator import configure, locked, printable, progress, run_script, write_whole
-from data import COLORS, SHAPES, OnDisk, Questions, Tokenizer, View, picture_sheet, read_rows
+from data import OnDisk, Questions, Tokenizer, View, picture_sheet, read_rows
 from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
+from prepare.shapes import COLORS, SHAPES
 
 FORMAT = 3  # of checkpoints; raised when their content changes
 

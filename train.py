@@ -32,10 +32,10 @@ import torch
 
 import eval as evaluation
 from configurator import clock, configure, echo, expect, keep_freed_memory, locked, most_memory, printable, run_script, write_whole
-from data import Captions, DrawnCaptions, Questions, ShapesConfig, Tokenizer, caption_sample, check_splits, draw_shapes, read_rows, train_bpe
+from data import Captions, Questions, Tokenizer, check_splits, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
 from model import ModelConfig, build_model, fast_dtypes, flops_of
-
+from prepare.shapes import Config as ShapesConfig, DrawnCaptions, caption_sample, draw_shapes
 
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
          'perceiver_width', 'perceiver_heads', 'encoder_dim', 'prefixes', 'text_width', 'text_layers')  # settings of stage align alone

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope='session')
 def tiny_shapes(tmp_path_factory):
     """A folder with a small shapes dataset."""
-    from data import ShapesConfig, draw_shapes
+    from prepare.shapes import Config as ShapesConfig, draw_shapes
     out = tmp_path_factory.mktemp('data') / 'shapes'
     draw_shapes(ShapesConfig(out=str(out), n_train=60, n_val=20, n_test=20))
     return out

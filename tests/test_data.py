@@ -15,16 +15,18 @@ import torch
 from PIL import Image
 
 import data
-from data import DrawnCaptions, Questions, ShapesConfig, Tokenizer, read_rows, train_bpe
+from data import Questions, Tokenizer, read_rows, train_bpe
+from prepare import shapes
+from prepare.shapes import Config as ShapesConfig, DrawnCaptions
 
 
 @pytest.fixture(scope='module')
 def many_rows():
-    return data.shapes_rows(ShapesConfig(), 'train', 0, 250)
+    return shapes.shapes_rows(ShapesConfig(), 'train', 0, 250)
 
 
 def scene_of(i, config=ShapesConfig()):
-    return data.draw_scene(random.Random(i), config)
+    return shapes.draw_scene(random.Random(i), config)
 
 
 def test_scenes():
@@ -43,11 +45,11 @@ def test_pictures_show_the_scene():
     """The pixel at an object's centre has the object's colour, a corner of the picture has none."""
     for i in range(20):
         scene = scene_of(i)
-        pixels = np.array(data.draw_picture(scene, random.Random(i), 64)).astype(int)
+        pixels = np.array(shapes.draw_picture(scene, random.Random(i), 64)).astype(int)
         assert pixels.shape == (64, 64, 3)
         for o in scene:
             color = pixels[int(o['y']), int(o['x'])]
-            nearest = min(data.COLORS, key=lambda c: abs(color - data.COLORS[c]).sum())
+            nearest = min(shapes.COLORS, key=lambda c: abs(color - shapes.COLORS[c]).sum())
             assert nearest == o['color']
 
 
@@ -97,19 +99,19 @@ def test_answers_are_true(n):
     asked = Counter()
     for i in range(300):
         scene = scene_of(i, config)
-        for type, ask in data.ASK.items():
+        for type, ask in shapes.ASK.items():
             for question, answer in random.Random(i).sample(ask(scene), min(4, len(ask(scene)))):
                 assert answer_by_looking(question, scene) == answer, (question, scene)
                 asked[type] += 1
         for hops in (1, 2, 3):
-            for question, answer in data.ask_hops(scene, hops)[:6]:
+            for question, answer in shapes.ask_hops(scene, hops)[:6]:
                 assert answer_by_looking(question, scene) == answer, (question, scene)
-                asked[data.plural(hops, 'hop')] += 1
+                asked[shapes.plural(hops, 'hop')] += 1
         for swaps in range(5):
-            for question, answer in data.ask_swaps(scene, swaps)[:6]:
+            for question, answer in shapes.ask_swaps(scene, swaps)[:6]:
                 assert answer_by_looking(question, scene) == answer, (question, scene)
-                asked[data.plural(swaps, 'swap')] += 1
-    assert set(asked) == {*data.ASK, '1 hop', '2 hops', '3 hops', '0 swaps', '1 swap', '2 swaps', '3 swaps', '4 swaps'}
+                asked[shapes.plural(swaps, 'swap')] += 1
+    assert set(asked) == {*shapes.ASK, '1 hop', '2 hops', '3 hops', '0 swaps', '1 swap', '2 swaps', '3 swaps', '4 swaps'}
 
 
 def test_shortcut_of_hops():
@@ -118,10 +120,10 @@ def test_shortcut_of_hops():
         told, n = 0, 0
         for i in range(300):
             answers = {}
-            for question, answer in data.ask_hops(scene_of(i), hops):
+            for question, answer in shapes.ask_hops(scene_of(i), hops):
                 answers.setdefault(re.sub(r'the \w+ \w+\?$', '', question), []).append(answer)
             told, n = told + sum(len(a) for a in answers.values() if len(set(a)) == 1), n + sum(map(len, answers.values()))
-        print(f'{data.plural(hops, "hop")}: {told / n:.2f} of the questions are answered without their start')
+        print(f'{shapes.plural(hops, "hop")}: {told / n:.2f} of the questions are answered without their start')
         assert told / n >= least
 
 
@@ -133,15 +135,15 @@ def test_swaps_have_no_shortcut():
         for i in range(300):
             scene = scene_of(i, config)
             assert len({o['color'] for o in scene}) == 4
-            for question, answer in data.ask_swaps(scene, swaps):
+            for question, answer in shapes.ask_swaps(scene, swaps):
                 pairs, asked, n = re.findall(r'\d \d', question), question.split('what')[1], n + 1
                 assert len(pairs) == swaps and all({*a} != {*b} for a, b in zip(pairs, pairs[1:]))
                 for k in range(swaps):
                     others = ', '.join(pairs[:k] + pairs[k + 1:])
                     right[k] += answer_by_looking(f"{f'swap {others}: ' if others else ''}what{asked}", scene) == answer
-        print(f'{data.plural(swaps, "swap")}: right without one of them, first to last:', *(f'{right[k] / n:.2f}' for k in range(swaps)))
+        print(f'{shapes.plural(swaps, "swap")}: right without one of them, first to last:', *(f'{right[k] / n:.2f}' for k in range(swaps)))
         assert all(.4 < right[k] / n < .6 for k in range(swaps))
-    types = [Counter(r['type'] for r in data.shapes_rows(config, split, 0, 20)) for split in ('train', 'test')]
+    types = [Counter(r['type'] for r in shapes.shapes_rows(config, split, 0, 20)) for split in ('train', 'test')]
     assert types[0] == {'0 swaps': 40, '1 swap': 40, '2 swaps': 40} and set(types[1]) == set(types[0]) | {f'{k} swaps' for k in (3, 4, 5, 6)}
     for bad, named in ((dict(types='color,hop'), 'types'), (dict(types='color,swaps'), 'types'), (dict(train_swaps=5), 'train_swaps'), (dict(types='swaps'), 'min_objects')):
         with pytest.raises(ValueError, match=f'^{named}='):
@@ -168,7 +170,7 @@ def test_types_and_captions(many_rows):
 
 def test_shapes_are_a_function_of_the_seed(tiny_shapes, tmp_path):
     """The same seed draws the same rows, another one does not; splits share no picture."""
-    a, b, c = (data.shapes_rows(ShapesConfig(seed=s), 'train', 0, 5) for s in (1, 1, 2))
+    a, b, c = (shapes.shapes_rows(ShapesConfig(seed=s), 'train', 0, 5) for s in (1, 1, 2))
     assert a == b != c
     pictures = [set(read_rows(tiny_shapes, split).pictures.digests) for split in data.SPLITS]
     assert len(set.union(*pictures)) == sum(map(len, pictures)) == 100
@@ -258,8 +260,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     data.main(['shapes', '--show'])
     assert Image.open('shapes.png').size > (600, 600)
     data.main([])
-    assert 'formats: shapes, clevr, easyvqa' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='no such format; there are shapes, clevr, easyvqa'):
+    assert 'formats: clevr, easyvqa' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='no such format; there are clevr, easyvqa'):
         data.main(['vqa9'])
     with pytest.raises(ValueError, match='--source is needed'):
         data.main(['easyvqa', '--out=x'])
@@ -374,13 +376,13 @@ def test_too_long(tiny_shapes):
 def test_drawn_captions():
     """Alignment batches are a pure function of (split, step, seed); phrases name size, colour, shape and the right place."""
     config = ShapesConfig()
-    t = Tokenizer(train_bpe(data.caption_sample(config, 300), 512))
+    t = Tokenizer(train_bpe(shapes.caption_sample(config, 300), 512))
     drawn = DrawnCaptions(config, t)
     a, b, c = drawn.batch('train', 3, 4, 0), drawn.batch('train', 3, 4, 0), drawn.batch('val', 3, 4, 0)
     assert all(torch.equal(a[k], b[k]) for k in ('pixels', 'caption', 'left_out')) and not torch.equal(a['pixels'], c['pixels'])
     assert a['pixels'].shape == (4, 3, 64, 64) and a['pixels'].dtype == torch.uint8 and a['caption'].shape[:2] == (4, 4)
     scene = [dict(size='big', color='red', shape='circle', x=18.0, y=47.0, r=7.5)]
-    assert list(data.locate(scene, random.Random(0), 64)) == ['big red circle at e12'] * 4
+    assert list(shapes.locate(scene, random.Random(0), 64)) == ['big red circle at e12'] * 4
 
 
 def test_few_shapes(tiny_shapes):

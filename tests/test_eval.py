@@ -54,7 +54,7 @@ def test_retrieval():
 
 def test_probe_reads_perfect_tokens():
     """On tokens that hold the scene itself the probe is nearly perfect; on noise it is not: it measures the tokens."""
-    from data import COLORS, SHAPES, DrawnCaptions, ShapesConfig
+    from prepare.shapes import COLORS, SHAPES, Config as ShapesConfig, DrawnCaptions
 
     class Oracle:
         def __init__(self, noise):

@@ -15,7 +15,7 @@ import encoder
 import train
 from configurator import configure
 from conftest import ROOT
-from data import ShapesConfig
+from prepare.shapes import Config as ShapesConfig
 from eval import EvalConfig
 from model import BenchConfig
 from prepare import ImportConfig

@@ -78,7 +78,7 @@ def python(code, *argv, **kwargs):
 KILLER = '''
 import os, random, signal, sys, time
 import train
-from data import ShapesConfig
+from prepare.shapes import Config as ShapesConfig
 out, kills, longest, *argv = sys.argv[1:]
 train.ShapesConfig, rng, deaths, longest = (lambda: ShapesConfig(n_train=60, n_val=20, n_test=20)), random.Random(1), 0, float(longest)
 while True:
@@ -188,7 +188,7 @@ def test_two_draw_at_once(tmp_path):
     """Two runs that both find no drawn data wait for one another: one draws, the other finds it there, and both get the same."""
     script = '''
 import data, train
-train.ShapesConfig = lambda: data.ShapesConfig(n_train=60, n_val=20, n_test=20)
+train.ShapesConfig = lambda config=train.ShapesConfig: config(n_train=60, n_val=20, n_test=20)
 train.draw_if_missing()
 '''
     code = f'import sys; sys.path.insert(0, {str(ROOT)!r})\n' + script
@@ -429,7 +429,7 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (evaluation, '--out_dir={run} --image={here}/none.png', '--image and --question belong together'),
     (evaluation, '--majority=true --dataset={here}/no_rows --split=train', 'train.parquet: has no rows'),
     (evaluation, '--compare={run},{here}/none', 'none/metrics.json: no such file; --compare takes'),
-    (data, 'coco --source=x --out=y', 'coco: no such format; there are shapes'),
+    (data, 'coco --source=x --out=y', 'coco: no such format; there are clevr'),
     (data, 'vqav2 --source={here}/none --out={here}/x', 'no such file; --source is the folder of the published files'),
     (data, 'shapes --out={data}', 'already there; delete it or choose another --out'),
     (data, 'shapes --max_hops=99', 'max_hops=99'),
