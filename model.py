@@ -56,7 +56,6 @@ class ModelConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
-
         if self.kind == 'trm' and not self.shared and self.outer_steps > 1 and not self.deep_supervision:
             raise ValueError('shared=False with several cycles: the blocks of all but the last one would never be trained; give deep_supervision=True')
 
