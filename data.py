@@ -148,9 +148,14 @@ def read_rows(folder, split):
             if picture is None:
                 picture = known[digest] = len(rows.pictures)
                 rows.pictures.add(digest, *place, i)
-            rows.add(picture, caption, question, references, str(type or 'all'), f'row {i}' if sample_id in (None, '') else str(sample_id))
+            rows.add(picture, caption, question, references, str(type or 'all'), named(sample_id, f'row {i}'))
     report_bad(path, bad, file.metadata.num_rows, f'repair them, or leave them out: python data.py parquet --source={folder} --out=FOLDER lists and drops them')
     return rows
+
+
+def named(sample_id, otherwise):
+    """A row's name: its sample_id as text, which may be 0, or `otherwise` where it has none."""
+    return otherwise if sample_id in (None, '') else str(sample_id)
 
 
 def open_split(folder, split):

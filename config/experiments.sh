@@ -58,7 +58,7 @@ for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_st
 done
 # clock: plain with four blocks and the seconds of n=4 (87 and 122 ms a step, side by side on one machine), which are 14 % more steps than its FLOPs
 for rate in 2e-3 1e-3; do add clock swaps_plain4_clock$(suffix $rate) config/swaps.py --kind=plain --n_layer=4 --max_steps=2180 --eval_interval=150 --learning_rate=$rate; done
-# and with as many as those seconds have bought on any machine
+# and with 23 % more, a generous reading of those seconds
 add clock swaps_plain4_2360 config/swaps.py --kind=plain --n_layer=4 --max_steps=2360 --eval_interval=150 --learning_rate=2e-3
 # swapsteps: plain decoders with 3000 steps of training there, whatever they cost: what n=4 has
 for l in 4 8; do add swapsteps swaps_plain${l}_3000 config/swaps.py --kind=plain --n_layer=$l --eval_interval=150 --learning_rate=2e-3; done

@@ -7,7 +7,7 @@ train, val or test is of that split; others are divided by the content of the pi
 
 from pathlib import Path
 
-from data import open_parquet, read_image, stream
+from data import named, open_parquet, read_image, stream
 from prepare import published_first, turns
 
 NAMES = dict(  # what a column may be called, the first that is there counts
@@ -29,7 +29,7 @@ def rows(config):
             raise ValueError(f'{path}: no image column; it has {", ".join(file.schema_arrow.names)}; URLs of PixMo: python data.py pixmo')
         for i, (_, row) in enumerate(stream(path, [name for name in column.values() if name])):
             row = {key: row.get(name) for key, name in column.items()}
-            name = f'{path.stem}-{i}' if row['sample_id'] in (None, '') else str(row['sample_id'])
+            name = named(row['sample_id'], f'{path.stem}-{i}')
             if isinstance(row['image'], list):
                 if len(row['image']) > 1:
                     yield split, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=name)

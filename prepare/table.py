@@ -9,7 +9,7 @@ test.
 import csv
 from pathlib import Path
 
-from data import read_image
+from data import named, read_image
 from prepare import published_first, read_json_lines
 
 
@@ -24,8 +24,8 @@ def rows(config):
             if not isinstance(line, dict) or not isinstance(line.get('image'), str):
                 yield split, dict(bad=str(line) if isinstance(line, ValueError) else 'no image path', sample_id=f'{file.name}-{i}')
                 continue
-            known = {key: line.get(key) or None for key in ('question', 'answer', 'caption')} | {key: None if line.get(key) == '' else line.get(key) for key in ('sample_id', 'type')}
-            name = f'{file.name}-{i}' if known['sample_id'] is None else str(known['sample_id'])
+            known = {key: line.get(key) or None for key in ('question', 'answer', 'caption')} | dict(type=None if line.get('type') == '' else line.get('type'))
+            name = named(line.get('sample_id'), f'{file.name}-{i}')
             picture = read_image(line['image'], config.images or file.parent)
             yield split, dict(bad=picture, sample_id=name) if isinstance(picture, str) else known | dict(image=picture, sample_id=name)
 

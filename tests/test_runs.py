@@ -187,7 +187,7 @@ def test_one_run_a_folder(flags, tmp_path):
 def test_two_draw_at_once(tmp_path):
     """Two runs that both find no drawn data wait for one another: one draws, the other finds it there, and both get the same."""
     script = '''
-import data, train
+import train
 train.ShapesConfig = lambda config=train.ShapesConfig: config(n_train=60, n_val=20, n_test=20)
 train.draw_if_missing()
 '''
