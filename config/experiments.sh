@@ -72,10 +72,17 @@ for k in "n4 3000 1e-3 --inner_steps=4" "n8 2120 1e-3 --inner_steps=8" "loop4 37
          "plain4 1797 2e-3 --kind=plain --n_layer=4"; do
     set -- $k; add deeper swaps5_$1 config/swaps.py --dataset=data/swaps5 --max_steps=$2 --eval_interval=150 --learning_rate=$3 "${@:4}"
 done
+# wide: the swaps at four times the width, sixteen times the core parameters, again with the training FLOPs of n=4 in 3000 steps; for a GPU, where that takes a minute or two
+for k in "n1 4581 --inner_steps=1" "n4 3000 --inner_steps=4" "plain2 5022 --kind=plain --n_layer=2" "plain4 1906 --kind=plain --n_layer=4"; do
+    set -- $k
+    for rate in 1e-3 5e-4; do
+        add wide swaps_$1_c512$(suffix $rate) config/swaps.py --n_embd=512 --n_head=8 --max_steps=$2 --eval_interval=300 "${@:3}" --learning_rate=$rate --compile=false
+    done
+done
 # published: Sort-of-CLEVR
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 
-# gpu: Edge-Glass' experiments at its own scale, bash config/experiments_gpu.sh; left out unless asked for
+# gpu: Edge-Glass' experiments at its own scale, bash config/experiments_gpu.sh; left out, as wide is, unless asked for
 for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
 for t in 2 3; do add gpu pixmo_T$t config/trm_pixmo.py --outer_steps=$t --deep_supervision=true; done
 for l in 2 4 8; do add gpu pixmo_plain$l config/plain_pixmo.py --n_layer=$l; done
@@ -97,7 +104,7 @@ one() {  # NAME SEED
 
 TODO=()
 for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
-    if [ "$WANTED" = "  " ] && [ ${GROUP[$name]} != gpu ] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
+    if [ "$WANTED" = "  " ] && [[ ${GROUP[$name]} != @(gpu|wide) ]] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
         [ -e results/runs/${name}_$seed.json ] || TODO+=("$name $seed")
     fi
 done; done

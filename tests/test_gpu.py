@@ -1,0 +1,104 @@
+"""What only a GPU can show; skipped where there is none. The other tests ask for the CPU, whose bits repeat."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import eval as evaluation
+import model
+import train
+from conftest import ROOT
+from encoder import cached_features, load_encoder
+from data import read_rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+SMALL = ['--max_steps=40', '--eval_interval=20', '--log_interval=10', '--batch_size=32', '--n_embd=32', '--n_head=2', '--inner_steps=2', '--max_question_tokens=40']
+
+
+@pytest.fixture(scope='module')
+def flags(tiny_shapes, tiny_encoder, tmp_path_factory):
+    return [*SMALL, f'--dataset={tiny_shapes}', f'--encoder={tiny_encoder}', f"--cache_dir={tmp_path_factory.mktemp('cache')}"]
+
+
+def losses(out_dir):
+    return [event['loss'] for line in (out_dir / 'log.jsonl').read_text().splitlines() if (event := json.loads(line))['event'] == 'step']
+
+
+@pytest.mark.parametrize('dtype, more', [('float32', []), ('bfloat16', []), ('float16', []), ('bfloat16', ['--train_encoder=true', '--encoder_lr=0.1']),
+                                         ('bfloat16', ['--kind=plain']), ('bfloat16', ['--checkpoint_recursion=true'])])
+def test_trains_on_the_gpu(dtype, more, flags, tmp_path):
+    """A GPU is taken where there is one, in every dtype; the loss is that of the CPU, but for rounding."""
+    common = [*flags, *more, '--compile=false']
+    train.main([*common, f'--dtype={dtype}', f"--out_dir={tmp_path / 'gpu'}"])
+    train.main([*common, '--dtype=float32', '--device=cpu', f"--out_dir={tmp_path / 'cpu'}"])
+    metrics = json.loads((tmp_path / 'gpu/metrics.json').read_text())
+    assert metrics['device'] == torch.cuda.get_device_name() and 0 < metrics['peak_memory_gb'] < 8
+    assert losses(tmp_path / 'gpu') == pytest.approx(losses(tmp_path / 'cpu'), abs=.15 if dtype != 'float32' else .05)
+    evaluation.main([f"--out_dir={tmp_path / 'gpu'}"])
+
+
+def test_compiled(flags, tmp_path, capsys):
+    """torch.compile works on a GPU and learns the same."""
+    for compile in ('false', 'true'):
+        train.main([*flags, f'--compile={compile}', f'--out_dir={tmp_path / compile}'])
+    assert 'torch.compile does not work here' not in capsys.readouterr().out
+    assert losses(tmp_path / 'true') == pytest.approx(losses(tmp_path / 'false'), abs=.15)
+
+
+def test_deterministic_and_killed(flags, tmp_path):
+    """With deterministic=true a run that is killed behind its first checkpoint ends with the bits of one that is left alone."""
+    command = lambda name: [sys.executable, str(ROOT / 'train.py'), *flags, '--deterministic=true', '--compile=false', f'--out_dir={tmp_path / name}']
+    subprocess.run(command('whole'), check=True)
+    killed, start = subprocess.Popen(command('killed')), time.time()
+    while not (tmp_path / 'killed/ckpt.pt').exists() and time.time() - start < 300:
+        time.sleep(.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / 'killed/metrics.json').exists()
+    subprocess.run(command('killed'), check=True)
+    a, b = (evaluation.read_checkpoint(tmp_path / name)['state'] for name in ('whole', 'killed'))
+    for part in ('model', 'ema'):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+@pytest.mark.parametrize('settings', [dict(kind='plain', n_layer=4), dict(recursion='concat'), dict(recursion='add'), dict(recursion='loop', shared=False)], ids=str)
+def test_same_numbers_as_the_cpu(settings):
+    """Logits, loss, gradient and written answers of a decoder in float32 are those of the CPU."""
+    b = model.BenchConfig(n_embd=64, n_head=2, vocab_size=200, vision_dim=32, n_answer=6, batch_size=4, inner_steps=3)
+    decoder, batch = model.bench_decoder(b, **settings)
+    results = []
+    for device in ('cpu', 'cuda'):
+        there, on = decoder.to(device), [t.to(device) for t in batch]
+        there.zero_grad()
+        logits, loss = there(*on)
+        loss.backward()
+        results.append((logits.detach().cpu(), loss.item(), there.embed.weight.grad.cpu().clone(), there.generate(*on[:2], 6).cpu()))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_encoder(tiny_shapes, tmp_path):
+    """A GPU encodes in bfloat16, into a cache of its own; the tokens are those of the CPU to a few percent of their size."""
+    encoder, pictures = load_encoder(ROOT / 'assets/encoder_shapes.pt'), read_rows(tiny_shapes, 'val').pictures
+    cpu = cached_features(encoder, pictures, tmp_path)[torch.arange(20)].float()
+    gpu = cached_features(encoder.to('cuda'), pictures, tmp_path, 'cuda')[torch.arange(20)].float()
+    assert 0 < (gpu - cpu).norm() / cpu.norm() < .03
+
+
+def test_benchmark(capsys):
+    """The benchmark runs on a GPU, compiled too, and so do its profile and its table of memory."""
+    small = ['--device=cuda', '--n_embd=64', '--n_head=2', '--vocab_size=500', '--vision_dim=64', '--n_answer=4', '--inner_steps=2', '--batch_size=2', '--repeats=1',
+             '--peak_size=512']
+    for more in ([], ['--compile=true'], ['--profile=true'], ['--memory=true']):
+        model.main([*small, *more])
+    assert 'compiled' in capsys.readouterr().out
+
+
+def test_no_such_gpu(tmp_path):
+    with pytest.raises(ValueError, match='device=cuda:99: not to be had here'):
+        train.main(['--device=cuda:99', f'--out_dir={tmp_path}'])
