@@ -52,7 +52,7 @@ class TrainConfig:
     device: str = 'auto'                      # auto (a GPU if there is one), cpu, cuda, ...
     dtype: str = 'auto'                       # of the matrix products: float32, bfloat16, float16, or auto: bfloat16 where it is fast
     deterministic: bool = False               # only operations that give the same bits every time, on a GPU too; slower there
-    compile: bool | None = None               # torch.compile; None: on a GPU only
+    compile: bool = False                     # torch.compile: minutes of compiling, for runs that are long enough to earn them back
     log_interval: int = 50                    # steps between log lines
     eval_interval: int = 300                  # steps between validations, each followed by a checkpoint
     wandb: bool = False                       # log to Weights & Biases too (pip install wandb)
@@ -194,7 +194,7 @@ class AnswerTask:
 
     def tokenized(self, rows):
         s = self.settings
-        questions = Questions(rows, self.tokenizer, s.max_question_tokens, s.max_answer_tokens, s.truncate, few_shapes=compiles(s, self.device))
+        questions = Questions(rows, self.tokenizer, s.max_question_tokens, s.max_answer_tokens, s.truncate, few_shapes=s.compile)
         if questions.cut:
             print(f'{rows.path}: {questions.cut} questions or answers cut to their limits')
         return questions
@@ -508,7 +508,7 @@ class Learner:
         kind, dtype = device.split(':')[0], pick_dtype(settings.dtype, device)
         self.autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-        self.losses_of = compiled(task.losses, device) if compiles(settings, device) else task.losses
+        self.losses_of = compiled(task.losses, device) if settings.compile else task.losses
         self.parts = dict(model=self.model, ema=self.average, scaler=self.scaler) | {f'optimizer {k}': o for k, o in enumerate(self.optimizers)}  # the whole state
 
     def step(self, step, lr, stop):
@@ -728,10 +728,6 @@ def pick_dtype(dtype, device):
     return fast_dtypes(device)[-1] if dtype == 'auto' else getattr(torch, dtype)
 
 
-def compiles(settings, device):
-    return device.startswith('cuda') if settings.compile is None else settings.compile
-
-
 def compiled(function, device):
     """torch.compile where a compiler works, else the function itself, with the reason printed. A size becomes dynamic when it first changes:
     with dynamic=True from the start torch 2.13 fails in bfloat16."""
@@ -740,6 +736,7 @@ def compiled(function, device):
     except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
         print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
         return function
+    torch._inductor.config.triton.coalesce_tiling_analysis = False  # on a GPU it ends in an AssertionError where a size is dynamic: pytorch issue 197077
     return torch.compile(function)
 
 

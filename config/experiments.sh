@@ -76,7 +76,7 @@ done
 for k in "n1 4581 --inner_steps=1" "n4 3000 --inner_steps=4" "plain2 5022 --kind=plain --n_layer=2" "plain4 1906 --kind=plain --n_layer=4"; do
     set -- $k
     for rate in 1e-3 5e-4; do
-        add wide swaps_$1_c512$(suffix $rate) config/swaps.py --n_embd=512 --n_head=8 --max_steps=$2 --eval_interval=300 "${@:3}" --learning_rate=$rate --compile=false
+        add wide swaps_$1_c512$(suffix $rate) config/swaps.py --n_embd=512 --n_head=8 --max_steps=$2 --eval_interval=300 "${@:3}" --learning_rate=$rate
     done
 done
 # published: Sort-of-CLEVR

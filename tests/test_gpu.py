@@ -33,7 +33,7 @@ def losses(out_dir):
                                          ('bfloat16', ['--kind=plain']), ('bfloat16', ['--checkpoint_recursion=true'])])
 def test_trains_on_the_gpu(dtype, more, flags, tmp_path):
     """A GPU is taken where there is one, in every dtype; the loss is that of the CPU, but for rounding."""
-    common = [*flags, *more, '--compile=false']
+    common = [*flags, *more]
     train.main([*common, f'--dtype={dtype}', f"--out_dir={tmp_path / 'gpu'}"])
     train.main([*common, '--dtype=float32', '--device=cpu', f"--out_dir={tmp_path / 'cpu'}"])
     metrics = json.loads((tmp_path / 'gpu/metrics.json').read_text())
@@ -52,7 +52,7 @@ def test_compiled(flags, tmp_path, capsys):
 
 def test_deterministic_and_killed(flags, tmp_path):
     """With deterministic=true a run that is killed behind its first checkpoint ends with the bits of one that is left alone."""
-    command = lambda name: [sys.executable, str(ROOT / 'train.py'), *flags, '--deterministic=true', '--compile=false', f'--out_dir={tmp_path / name}']
+    command = lambda name: [sys.executable, str(ROOT / 'train.py'), *flags, '--deterministic=true', f'--out_dir={tmp_path / name}']
     subprocess.run(command('whole'), check=True)
     killed, start = subprocess.Popen(command('killed')), time.time()
     while not (tmp_path / 'killed/ckpt.pt').exists() and time.time() - start < 300:
