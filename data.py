@@ -13,7 +13,7 @@ A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a 
 Any such folder trains: `python train.py config/trm.py --dataset=FOLDER`. This page has, in reading order, datasets on disk,
 the tokenizer, and batches; the pictures of `shapes` are drawn, and published datasets read, by the modules of prepare/.
 
-    python data.py shapes --show                                     # draw a contact sheet to look at
+    python data.py shapes --show=true                                # draw a contact sheet to look at
     python data.py shapes --out=data/shapes4 --max_hops=4            # draw a dataset with other settings
     python data.py easyvqa --source=easy_vqa/data --out=data/easyvqa # import a published dataset
 """
@@ -604,9 +604,8 @@ def main(argv=None):
         print(__doc__.strip() + f'\n\nformats: {", ".join(formats())}; python data.py shapes --help lists its settings')
     elif argv[0] in formats():
         module = importlib.import_module(f'prepare.{argv[0]}')
-        shows = hasattr(module, 'contact_sheet')
-        config, _ = configure(getattr(module, 'Config', ImportConfig), [arg for arg in argv[1:] if not (shows and arg == '--show')], f'data.py {argv[0]}' + ' [--show]' * shows)
-        if shows and '--show' in argv:
+        config, _ = configure(getattr(module, 'Config', ImportConfig), argv[1:], f'data.py {argv[0]}')
+        if getattr(config, 'show', False):
             module.contact_sheet(config).save(f'{argv[0]}.png')
             print(f'written: {argv[0]}.png')
         elif isinstance(config, ImportConfig):

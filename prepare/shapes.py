@@ -2,7 +2,7 @@
 Shapes: pictures of coloured shapes with questions and captions, drawn from a seed; nothing is read or downloaded.
 
 In reading order: scenes, pictures and captions; questions, whose answers are balanced so that a blind model gains little; the data set, drawn on all cores;
-captions for the alignment, drawn while it trains. `python data.py shapes --show` draws a contact sheet to look at.
+captions for the alignment, drawn while it trains. `python data.py shapes --show=true` draws a contact sheet to look at.
 """
 
 import io
@@ -48,6 +48,7 @@ class Config:
     train_swaps: int | None = None  # the same in train and val, where more are held out for test; None: max_swaps
     describe: float = 0.1     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
+    show: bool = False        # draw a contact sheet, shapes.png, and nothing else
 
     def __post_init__(self):
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):

@@ -257,7 +257,7 @@ def test_easyvqa(tmp_path):
 def test_command_line(tmp_path, capsys, monkeypatch):
     """data.py draws a contact sheet and a dataset, prints its page without arguments, and refuses an unknown format."""
     monkeypatch.chdir(tmp_path)
-    data.main(['shapes', '--show'])
+    data.main(['shapes', '--show=true'])
     assert Image.open('shapes.png').size > (600, 600)
     data.main([])
     assert 'formats: clevr, easyvqa' in capsys.readouterr().out

@@ -43,7 +43,7 @@ def test_configs_load(config):
 def test_readme_commands(command):
     """Every command of the README names files that exist and settings that are accepted."""
     for part in command.split('#')[0].split('&&'):
-        words = [w for w in shlex.split(part) if w != '--show']
+        words = shlex.split(part)
         if words[:2] == ['python', 'train.py']:
             configure(TrainConfig, [str(ROOT / w) if w.startswith('config/') else w for w in words[2:] if w != '--help'])
         elif words[:2] == ['python', 'eval.py']:
