@@ -135,8 +135,9 @@ class Attention(nn.Module):
             -> h (B, T, C), keys and values (B, nh, P + T, hs), attention (B, nh, T, [S +] P + T)
         """
         B, T, C = h.shape
-        q, k, v = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
-        q, k = rotate(q, *rope) * (C // self.n_head) ** -.5, rotate(k, *rope)
+        qkv = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)      # (3, B, nh, T, hs)
+        (q, k), v = rotate(qkv[:2], *rope), qkv[2]                     # (B, nh, T, hs) each
+        q = q * (C // self.n_head) ** -.5
         if past is not None:
             memory, P = past
             memory[:, :, :, P:P + T] = torch.stack([k, v])

@@ -502,13 +502,14 @@ class Learner:
 
     def __init__(self, task, settings, device):
         self.task, self.settings, self.device, self.model = task, settings, device, task.model.to(device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False).eval() if settings.ema else self.model
+        self.average = copy.deepcopy(self.model).requires_grad_(False).eval() if settings.ema or settings.compile else self.model
+        if settings.compile:  # only what is trained, not what is judged
+            compile_layers(self.model, device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(self.model, settings)
         kind, dtype = device.split(':')[0], pick_dtype(settings.dtype, device)
         self.autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-        self.losses_of = compiled(task.losses, device) if settings.compile else task.losses
         self.parts = dict(model=self.model, ema=self.average, scaler=self.scaler) | {f'optimizer {k}': o for k, o in enumerate(self.optimizers)}  # the whole state
 
     def step(self, step, lr, stop):
@@ -521,7 +522,7 @@ class Learner:
             batch = self.task.batch(step * s.grad_accum + k)
             rows, names, batch = rows + len(batch['counted']), [*names, batch.pop('names')], my_share(batch)
             with self.autocast:
-                parts = self.losses_of(self.model, evaluation.on_device(batch, self.device))
+                parts = self.task.losses(self.model, evaluation.on_device(batch, self.device))
             self.scaler.scale(sum(parts.values()) / s.grad_accum).backward()
             for key, value in parts.items():
                 losses[key] = losses.get(key, 0) + value.detach() / s.grad_accum
@@ -531,7 +532,7 @@ class Learner:
         if not good:
             names = ', '.join(name for some in names for name in some())
             return losses, rows, gnorm, stopping, printable(f'step {step}: loss {loss}, gradient norm {gnorm}, lr {lr:.2e}: not finite; samples {names}, ...')
-        if s.ema:  # early on a shorter average, so that it never lags behind
+        if self.average is not self.model:  # early on a shorter average, so that it never lags behind
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - min(s.ema, (1 + step) / (10 + step)))
         return losses, rows, gnorm, stopping, None
@@ -661,7 +662,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group['params'] if p.grad is not None):
-                average = self.state[p].setdefault('average', torch.zeros_like(p))
+                if 'average' not in self.state[p]:
+                    self.state[p]['average'] = torch.zeros_like(p)
+                average = self.state[p]['average']
                 average.lerp_(p.grad, 1 - group['momentum'])
                 update = orthogonal(p.grad.lerp(average, group['momentum']))  # Nesterov: the gradient looks one step ahead
                 p.mul_(1 - group['lr'] * group['weight_decay'])
@@ -728,16 +731,18 @@ def pick_dtype(dtype, device):
     return fast_dtypes(device)[-1] if dtype == 'auto' else getattr(torch, dtype)
 
 
-def compiled(function, device):
-    """torch.compile where a compiler works, else the function itself, with the reason printed. A size becomes dynamic when it first changes:
-    with dynamic=True from the start torch 2.13 fails in bfloat16."""
+def compile_layers(model, device):
+    """torch.compile, where a compiler works; else the reason is printed. One layer at a time: it is compiled once for all layers and all passes of a
+    recursion. A size becomes dynamic when it first changes: with dynamic=True from the start torch 2.13 fails in bfloat16."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
         print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
-        return function
+        return
     torch._inductor.config.triton.coalesce_tiling_analysis = False  # on a GPU it ends in an AssertionError where a size is dynamic: pytorch issue 197077
-    return torch.compile(function)
+    for layers in (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+        for layer in layers:
+            layer.compile()
 
 
 def commit():

@@ -411,25 +411,32 @@ def test_dtype(monkeypatch):
 
 
 def test_compile_falls_back(monkeypatch, capsys):
-    """Without a working compiler, training goes on uncompiled and says why; with one, the compiled function is used."""
+    """Without a working compiler, training goes on uncompiled and says why; with one, every layer is compiled."""
     def broken(*args, **kwargs):
         raise RuntimeError('no compiler found')
     monkeypatch.setattr(torch, 'compile', broken)
-    assert train.compiled(len, 'cpu') is len and 'no compiler found' in capsys.readouterr().out
-    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: lambda *a: f(*a))
-    assert train.compiled(len, 'cpu') is not len
+    model, layers = torch.nn.ModuleDict(dict(blocks=torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]))), []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda layer: layers.append(layer))
+    train.compile_layers(model, 'cpu')
+    assert not layers and 'no compiler found' in capsys.readouterr().out
+    monkeypatch.setattr(torch, 'compile', lambda f: f)
+    train.compile_layers(model, 'cpu')
+    assert layers == [*model['blocks']]
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on a CPU')
 def test_compiled_training(flags, tmp_path):
-    """A compiled run, whose questions and captions have different shapes, learns as one without torch.compile does."""
+    """A compiled run, whose questions and captions have different shapes, learns as one without torch.compile does; deeper recursion compiles no more, and
+    what is judged is not compiled, averaged weights or not."""
     torch._dynamo.utils.counters.clear()
-    losses = {}
-    for flag in ('false', 'true'):
-        assert not torch._dynamo.utils.counters['stats']
-        train.main([*flags, f'--compile={flag}', '--inner_steps=1', '--n_layer=1', '--dtype=bfloat16', f'--out_dir={tmp_path / flag}'])
-        losses[flag] = [e['loss'] for e in evaluation.read_log(tmp_path / flag) if e['event'] == 'step']
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 1 and losses['true'] == pytest.approx(losses['false'], abs=.02)
+    losses, graphs = {}, {}
+    for flag, n in (('false', 2), ('true', 2), ('true', 4)):
+        name = f'{flag}_{n}'
+        train.main([*flags, f'--compile={flag}', f'--inner_steps={n}', '--n_layer=1', '--ema=0', '--dtype=bfloat16', f'--out_dir={tmp_path / name}'])
+        losses[name] = [e['loss'] for e in evaluation.read_log(tmp_path / name) if e['event'] == 'step']
+        graphs[name] = torch._dynamo.utils.counters['stats']['unique_graphs']
+    assert losses['true_2'] == pytest.approx(losses['false_2'], abs=.02)
+    assert graphs['false_2'] == 0 < graphs['true_2'] <= 6 and graphs['true_4'] == graphs['true_2'], graphs
 
 
 def test_wandb(flags, tmp_path, monkeypatch):
