@@ -801,7 +801,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_b
     Raises: ValueError naming the pictures that cannot be decoded, and where the disk is too small.
     """
     dim = dim or encoder.config.vision_dim
-    dtype = torch.bfloat16 if device.startswith('cuda') else torch.float32  # of the matrix products
+    dtype = torch.bfloat16 if device.startswith('cuda') and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32  # of the matrix products
     with torch.no_grad():
         shape = encoder(torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)).shape[1:-1] + (dim,)
     per_part, maker = max(1, part_bytes // (2 * math.prod(shape))), f'{encoder.fingerprint()} {dim} {dtype}'.encode()
@@ -924,12 +924,13 @@ def main(argv):
         path = args.encoder or 'assets/encoder_shapes.pt'
         encoder = load_encoder(path)
         print(f'{path} | {sum(p.numel() for p in encoder.parameters()):,} parameters | fingerprint {encoder.fingerprint()}')
+    encoder.to(args.device)
     if args.bench:
         bench(encoder, args.bench, args.device)
     for file in args.pictures:
-        images = encoder.preprocess(open_picture(Path(file).read_bytes()))[None]
+        images = encoder.preprocess(open_picture(Path(file).read_bytes()))[None].to(args.device)
         start = time.time()
-        tokens = encoder.encode_images(images)
+        tokens = encoder.encode_images(images).cpu()
         print(f'{file} | {tuple(images.shape)} -> {tuple(tokens.shape)} | {1e3 * (time.time() - start):.1f} ms')
 
 

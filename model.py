@@ -475,7 +475,7 @@ def bench_run(b, name, loop, dtype, decoder, batch):
 
 def fast_dtypes(device):
     """float32, and bfloat16 after it where the hardware multiplies in it."""
-    bf16 = torch.cuda.is_bf16_supported() if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
     return [torch.float32] + [torch.bfloat16] * bf16
 
 
@@ -516,7 +516,8 @@ def show_profile(b, most=8):
     with torch.profiler.profile() as profiler:
         step()
     own = lambda event: event.self_device_time_total if b.device.startswith('cuda') else event.self_cpu_time_total  # microseconds
-    events = sorted(profiler.key_averages(), key=own, reverse=True)
+    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]  # operations; a GPU's kernels, whose time they have, are listed too
+    events.sort(key=own, reverse=True)
     total = sum(map(own, events))
     print(table(['operation', 'calls', 'ms', 'share'], [[e.key[:60], e.count, f'{own(e) / 1e3:.1f}', f'{own(e) / total:.0%}'] for e in events[:most]]))
 
@@ -571,6 +572,7 @@ def show_memory(b):
 def peak_memory(b, recompute):
     """Bytes that a forward and a backward pass add to the most that the process has used so far."""
     decoder, batch = bench_decoder(b, checkpoint_recursion=recompute)
+    torch.ones(8, 8, device=b.device) @ torch.ones(8, 8, device=b.device)  # a GPU's library takes its own memory with the first product
     before = most_memory(b.device)
     decoder(*batch)[1].backward()
     return most_memory(b.device) - before

@@ -271,7 +271,7 @@ class AlignTask:
     figure = 'R@1'
 
     def __init__(self, settings, device, saved, splits=('train', 'val')):
-        self.settings, self.device, self.frozen, self.look, world = settings, device, None, {}, evaluation.place()[1]
+        self.settings, self.device, self.frozen, self.fingerprint, self.look, world = settings, device, None, None, {}, evaluation.place()[1]
         if settings.batch_size % world:
             raise ValueError(f'batch_size={settings.batch_size}: {world} processes contrast as many captions each: expected a multiple of {world}')
         if settings.captions == 'drawn':
@@ -291,7 +291,8 @@ class AlignTask:
             if self.frozen.config.n_latents or self.frozen.config.projection != 'none':
                 raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
             trunk = asdict(self.frozen.config)
-            if saved and saved['trunk_fingerprint'] != self.frozen.fingerprint():
+            self.fingerprint = self.frozen.fingerprint()
+            if saved and saved['trunk_fingerprint'] != self.fingerprint:
                 raise ValueError(f'trunk={s.trunk}: not the one that the run in {s.out_dir} began with; start over with --fresh=true')
         if s.prefixes and not re.fullmatch(r'\d+(,\d+)*', s.prefixes):
             raise ValueError(f'prefixes={s.prefixes}: expected numbers, separated by commas')
@@ -360,7 +361,7 @@ class AlignTask:
 
     def state(self):
         return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state,
-                    trunk_fingerprint=self.frozen.fingerprint() if self.frozen else None)
+                    trunk_fingerprint=self.fingerprint)
 
     def parameter_counts(self):
         encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
@@ -421,6 +422,8 @@ def train(settings, sources, device, stop):
 
     # ---- go on where a stopped run stood
     if saved:
+        for group in saved['state']['optimizer 0']['param_groups']:
+            group['fused'] = learner.optimizers[0].defaults['fused']  # the run may have begun on another device
         for name, part in learner.parts.items():
             part.load_state_dict(saved['state'][name])
         run = Run(**saved['run'] | dict(started=run.started - saved['run']['wall_s']))

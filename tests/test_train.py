@@ -258,7 +258,7 @@ def test_gradient_accumulation(flags, tmp_path, monkeypatch):
 
 def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     """A run killed after its first checkpoint and started again with the same command ends with the same weights, to the bit; the seconds of
-    training since the last log line are not forgotten."""
+    training since the last log line are not forgotten, and the optimizer is that of the device, even if the run began on another one."""
     flags = [*flags, '--log_interval=5']
     train.main([*flags, f"--out_dir={tmp_path / 'whole'}"])
 
@@ -273,10 +273,15 @@ def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, 'learning_rate', killed_at_6)
         train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
-    at_4 = evaluation.read_checkpoint(tmp_path / 'killed')['run']
+    saved = evaluation.read_checkpoint(tmp_path / 'killed')
+    at_4 = saved['run']
     assert at_4['step'] == at_4['since'] == 4 and at_4['since_s'] > 0 == at_4['train_s']
+    for group in saved['state']['optimizer 0']['param_groups']:
+        group['fused'] = True  # as on a GPU
+    torch.save(saved, tmp_path / 'killed/ckpt.pt')
     train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
     assert 'going on at step 4' in capsys.readouterr().out
+    assert not any(group['fused'] for group in evaluation.read_checkpoint(tmp_path / 'killed')['state']['optimizer 0']['param_groups'])
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
     steps = [json.loads(line)['step'] for line in (tmp_path / 'killed/log.jsonl').read_text().splitlines()]
     assert steps == sorted(steps)
