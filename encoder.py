@@ -896,7 +896,7 @@ def bench(encoder, n, device):
     with ThreadPoolExecutor() as pool:
         took = seconds(lambda: list(pool.map(lambda data: encoder.pixels(open_picture(data)), files)), device)
     print(f'decoding, all cores: {n / took:.1f} pictures/s')
-    encoder, pixels = encoder.to(device), encoder.pixels(open_picture(files[0]))
+    pixels = encoder.pixels(open_picture(files[0]))
     for dtype in (torch.float32, torch.bfloat16):
         images = encoder.normalise(torch.stack([pixels] * min(n, 32)).to(device))
         with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):

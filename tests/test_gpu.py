@@ -1,7 +1,6 @@
 """What only a GPU can show; skipped where there is none. The other tests ask for the CPU, whose bits repeat."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ def flags(tiny_shapes, tiny_encoder, tmp_path_factory):
 
 
 def losses(out_dir):
-    return [event['loss'] for line in (out_dir / 'log.jsonl').read_text().splitlines() if (event := json.loads(line))['event'] == 'step']
+    return [event['loss'] for event in evaluation.read_log(out_dir) if event['event'] == 'step']
 
 
 @pytest.mark.parametrize('dtype, more', [('float32', []), ('bfloat16', []), ('float16', []), ('bfloat16', ['--train_encoder=true', '--encoder_lr=0.1']),
@@ -49,7 +48,7 @@ def test_deterministic_and_killed(flags, tmp_path):
     killed, start = subprocess.Popen(command('killed')), time.time()
     while not (tmp_path / 'killed/ckpt.pt').exists() and time.time() - start < 300:
         time.sleep(.01)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.wait()
     assert not (tmp_path / 'killed/metrics.json').exists()
     subprocess.run(command('killed'), check=True)

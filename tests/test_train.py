@@ -432,7 +432,7 @@ def test_compile_falls_back(monkeypatch, capsys):
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on a CPU')
 def test_compiled_training(flags, tmp_path):
     """A compiled run, whose questions and captions have different shapes, learns as one without torch.compile does; deeper recursion compiles no more, and
-    what is judged is not compiled, averaged weights or not."""
+    what is judged is not compiled, even without averaged weights."""
     torch._dynamo.utils.counters.clear()
     losses, graphs = {}, {}
     for flag, n in (('false', 2), ('true', 2), ('true', 4)):
