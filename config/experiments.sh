@@ -56,8 +56,10 @@ for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_st
         add $group swaps_$1$(suffix $rate) config/swaps.py --max_steps=$2 --eval_interval=150 "${@:3}" --learning_rate=$rate
     done
 done
-# clock: plain with four blocks and the seconds of n=4 (87 and 122 ms a step, side by side on one machine), which are 14 % more steps than its FLOPs
+# clock: plain decoders with the seconds of n=4, where equal FLOPs buy less of them: four blocks with 14 % more training steps (87 and 122 ms a step, side by side
+# on one machine), eight with 21 % (results/README.md has the milliseconds)
 for rate in 2e-3 1e-3; do add clock swaps_plain4_clock$(suffix $rate) config/swaps.py --kind=plain --n_layer=4 --max_steps=2180 --eval_interval=150 --learning_rate=$rate; done
+add clock swaps_plain8_clock config/swaps.py --kind=plain --n_layer=8 --max_steps=1040 --eval_interval=150 --learning_rate=2e-3
 # and with 23 % more, a generous reading of those seconds
 add clock swaps_plain4_2360 config/swaps.py --kind=plain --n_layer=4 --max_steps=2360 --eval_interval=150 --learning_rate=2e-3
 # swapsteps: plain decoders with 3000 steps of training there, whatever they cost: what n=4 has
@@ -79,8 +81,10 @@ for k in "n1 4581 --inner_steps=1" "n4 3000 --inner_steps=4" "plain2 5022 --kind
         add wide swaps_$1_c512$(suffix $rate) config/swaps.py --n_embd=512 --n_head=8 --max_steps=$2 --eval_interval=300 "${@:3}" --learning_rate=$rate
     done
 done
-# published: Sort-of-CLEVR
+# published: Sort-of-CLEVR; with the frozen encoder also other decoders, with the training FLOPs of n=2
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
+add published sortofclevr_n4 config/sortofclevr.py --inner_steps=4 --max_steps=4537
+add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
 # gpu: Edge-Glass' experiments at its own scale, bash config/experiments_gpu.sh; left out, as wide is, unless asked for
 for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
