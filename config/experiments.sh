@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # The experiments of results/README.md, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
-#     bash config/experiments.sh                  # everything, three seeds
+#     bash config/experiments.sh                  # everything but the groups gpu and wide, three seeds; of the learning rates left aside one
 #     bash config/experiments.sh steps width T2   # some groups, some runs
 #     SEEDS="1 2 3 4 5" JOBS=2 bash config/experiments.sh swaps
 #     LIST=1 bash config/experiments.sh           # only print the commands that there are to run
+#     RESULTS=out/again bash config/experiments.sh trm    # run again what results/runs has, to compare
 #
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
-# results/runs/NAME_SEED.json, and a run that is there counts as finished.
+# NAME_SEED.json in RESULTS, which is results/runs unless it says otherwise, and a run that is there counts as finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-1}
 WANTED=" $* "
+RESULTS=${RESULTS:-results/runs}
 
 declare -A FLAGS GROUP
 NAMES=()
@@ -98,9 +100,9 @@ run_of() { echo python train.py ${FLAGS[$1]} --seed=$2 --out_dir=out/exp/$1_$2; 
 
 one() {  # NAME SEED
     local out=out/exp/$1_$2
-    mkdir -p out/exp results/runs
+    mkdir -p out/exp $RESULTS
     if $(run_of $1 $2) > $out.console 2>&1; then  # runs what run_of says
-        cp $out/metrics.json results/runs/$1_$2.json
+        cp $out/metrics.json $RESULTS/$1_$2.json
     else
         echo "$1, seed $2: failed, see $out.console"; tail -n 1 $out.console
     fi
@@ -108,8 +110,8 @@ one() {  # NAME SEED
 
 TODO=()
 for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
-    if [ "$WANTED" = "  " ] && [[ ${GROUP[$name]} != @(gpu|wide) ]] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
-        [ -e results/runs/${name}_$seed.json ] || TODO+=("$name $seed")
+    if [ "$WANTED" = "  " ] && [[ ${GROUP[$name]} != @(gpu|wide) && ( $seed = 1 || ${GROUP[$name]} != *rate ) ]] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
+        [ -e $RESULTS/${name}_$seed.json ] || TODO+=("$name $seed")
     fi
 done; done
 for word in $WANTED; do

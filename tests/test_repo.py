@@ -92,6 +92,13 @@ def test_experiments(groups, least):
     assert len(names) == len(commands) >= least
 
 
+@pytest.mark.parametrize('results, left', [('', 0), ('out/again', 1)])
+def test_experiments_again(results, left):
+    """A run whose result is in results/runs is not made again, unless its result is to lie elsewhere."""
+    listed = subprocess.run(['bash', 'config/experiments.sh', 'trm'], cwd=ROOT, env=os.environ | dict(LIST='1', SEEDS='1', RESULTS=results), capture_output=True, text=True, check=True)
+    assert listed.stdout.count('python train.py') == left
+
+
 @pytest.mark.parametrize('page', ['README.md', 'results/README.md', 'results/speed.md'])
 def test_paths(page):
     """Every path in back quotes that looks like one of the repository's files is there, and every picture."""
