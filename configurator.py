@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import types
 import typing
 from contextlib import contextmanager
@@ -76,6 +77,10 @@ def read_config_file(file, settings):
         exec(compile(path.read_text(), file, 'exec'), namespace)
     except SyntaxError as e:
         raise ValueError(f'{file}, line {e.lineno}: not Python: {e.msg}') from None
+    except Exception as e:
+        line = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file][-1]
+        python = '; Python writes True, False and None' * (str(e).split("'")[1:2] in (['true'], ['false'], ['none'], ['null']))
+        raise ValueError(f'{file}, line {line}: {type(e).__name__}: {e}{python}') from None
     namespace = {k: v for k, v in namespace.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)}
     for key in namespace:
         if key not in settings:
@@ -198,6 +203,17 @@ def expect(config, **choices):
     for key, allowed in choices.items():
         if getattr(config, key) not in allowed:
             raise ValueError(f'{key}={getattr(config, key)}: expected one of {", ".join(allowed)}')
+
+
+def pick_device(device):
+    """Raises: ValueError where there is no such device."""
+    import torch
+    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda or cuda:N') from None
+    return device
 
 
 def seconds(function, device):

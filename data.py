@@ -6,7 +6,7 @@ A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a 
     image      the encoded file as bytes, or {bytes, path} as the Hugging Face writes it, or a path below the folder
     question   a string; null where the row has only a caption
     answer     a string, or a list of reference answers (the first one is trained on)
-    caption    optional; a row without a question becomes "describe this picture" with the caption as its answer
+    caption    optional, a string, or a list of which the first counts; a row without a question becomes "describe this picture" with the caption as its answer
     sample_id  optional, any string; names the row in messages and predictions
     type       optional; results are broken down by it
 
@@ -34,6 +34,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ import tiktoken
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import configure, locked, printable, progress, run_script
+from configurator import configure, locked, printable, progress, run_script, write_whole
 
 SPLITS = ('train', 'val', 'test')
 
@@ -138,9 +139,10 @@ def read_rows(folder, split):
             question, answer, type = drawn_prompt(i), caption, 'describe'  # whatever its column says: captions are judged apart
         image = read_image(image, folder)
         references = [answer] if isinstance(answer, str) else answer
+        caption = caption[0] if isinstance(caption, list) and caption else caption
         if not isinstance(image, bytes):
             bad.append((i, image))
-        elif problem := text_problem(question, references):
+        elif problem := text_problem(question, references) or caption_problem(caption):
             bad.append((i, problem))
         else:
             digest = hashlib.sha256(image).digest()
@@ -148,14 +150,15 @@ def read_rows(folder, split):
             if picture is None:
                 picture = known[digest] = len(rows.pictures)
                 rows.pictures.add(digest, *place, i)
-            rows.add(picture, caption, question, references, str(type or 'all'), named(sample_id, f'row {i}'))
+            rows.sum.update(digest + '\0'.join((question, *references, caption or '')).encode())
+            rows.add(picture, caption, question, references, named(type, 'all'), named(sample_id, f'row {i}'))
     report_bad(path, bad, file.metadata.num_rows, f'repair them, or leave them out: python data.py parquet --source={folder} --out=FOLDER lists and drops them')
     return rows
 
 
-def named(sample_id, otherwise):
-    """A row's name: its sample_id as text, which may be 0, or `otherwise` where it has none."""
-    return otherwise if sample_id in (None, '') else str(sample_id)
+def named(value, otherwise):
+    """A row's sample_id or type as text, which may be 0, or `otherwise` where it has none."""
+    return otherwise if value in (None, '') else str(value)
 
 
 def open_split(folder, split):
@@ -176,7 +179,7 @@ def check_splits(folder):
     for split in SPLITS:
         path, file = open_split(folder, split)
         if not file.metadata.num_rows:
-            raise ValueError(f'{path}: has no rows; training, validation and test need some each (python data.py parquet --source=FILE --out=FOLDER divides one file)')
+            raise ValueError(f'{path}: has no rows; training, validation and test need some each: give more pictures, or files named train, val and test, to python data.py')
 
 
 def text_problem(question, references):
@@ -187,6 +190,12 @@ def text_problem(question, references):
         return 'the answer is empty or no text'
     if not is_unicode(question, *references):
         return 'the question or answer is not in UTF-8'
+
+
+def caption_problem(caption):
+    """What is wrong with the caption of a row, which may have none, or None."""
+    if caption is not None and not (isinstance(caption, str) and is_unicode(caption)):
+        return f'the caption is {"not in UTF-8" if isinstance(caption, str) else "no text"}'
 
 
 def is_unicode(*texts):
@@ -287,10 +296,12 @@ class View(Sequence):
 
 
 class Rows:
-    """A split, see `read_rows`. Its texts lie in a temporary file and its pictures in the dataset, so that a long one takes little memory."""
+    """A split, see `read_rows`. Its texts lie in a temporary file and its pictures in the dataset, so that a long one takes little memory. `sum` is a
+    sha256 of all of them, in order."""
 
     def __init__(self, path):
-        self.path, self.pictures, self.picture = path, Pictures(path), array('i')      # each picture once; the picture of a row
+        self.path, self.sum = path, hashlib.sha256()
+        self.pictures, self.picture = Pictures(path), array('i')                       # each picture once; the picture of a row
         self.texts, self.captions, self.captioned = OnDisk(), OnDisk(), array('i')  # the caption of a picture, or -1
         column = lambda k: View(self.__len__, lambda i: self.texts[i][k])
         self.question, self.references, self.type, self.sample_id = map(column, range(4))
@@ -361,6 +372,8 @@ def read_image(image, folder):
         if not path.is_relative_to(Path(folder).resolve()):
             return f'the image path {image!r} leaves the folder'
         image = read_file(path)
+    if image and not isinstance(image, (bytes, str)):
+        return f'the image is a {type(image).__name__}, expected bytes or a path'
     return image or 'the image is empty'
 
 
@@ -500,6 +513,8 @@ class Questions:
             lengths.append(len(answer))
             row_done(f'{rows.path}: tokens', i, len(rows), start)
         report_bad(rows.path, bad, len(rows), 'raise the limit, or cut them with --truncate=true')
+        if self.cut:
+            print(f'{rows.path}: {self.cut} questions or answers cut to their limits')
         bucket = np.array([max(2, 1 << (n - 1).bit_length()) for n in range(max(lengths, default=0) + 1)], np.int32)[np.array(lengths)]
         self.buckets = {int(length): np.flatnonzero(bucket == length).astype(np.int32) for length in np.unique(bucket)}
         self.plan = None, None, []  # the epoch drawn last: (batch_size, seed), its number, its batches
@@ -606,7 +621,7 @@ def main(argv=None):
         module = importlib.import_module(f'prepare.{argv[0]}')
         config, _ = configure(getattr(module, 'Config', ImportConfig), argv[1:], f'data.py {argv[0]}')
         if getattr(config, 'show', False):
-            module.contact_sheet(config).save(f'{argv[0]}.png')
+            write_whole(f'{argv[0]}.png', partial(module.contact_sheet(config).save, format='PNG'))
             print(f'written: {argv[0]}.png')
         elif isinstance(config, ImportConfig):
             import_dataset(module, config)

@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from configurator import expect, locked, most_memory, progress, run_script, seconds, write_whole
+from configurator import expect, locked, most_memory, pick_device, progress, run_script, seconds, write_whole
 
 
 @dataclass
@@ -237,7 +237,8 @@ class Encoder(nn.Module):
         return self.normalise(self.pixels(picture))
 
     def pixels(self, picture):
-        """A Pillow picture of any mode and size -> uint8 (3, S, S), made square as `fit` says; what is transparent becomes white.
+        """A Pillow picture of any size -> uint8 (3, S, S), made square as `fit` says; what is transparent becomes white. Of any mode but floats; of grey
+        with more than 8 bits, 16 are read.
         Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'. Raises: ValueError."""
         S, fit = self.config.image_px, self.config.fit
         if self.config.upright:
@@ -248,6 +249,11 @@ class Encoder(nn.Module):
         if 'A' in picture.getbands() or 'transparency' in picture.info:
             picture = picture.convert('RGBA')
             picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
+        if picture.mode.startswith(('I', 'F')):  # grey with more than 8 bits, which Pillow would cut off at 255
+            low, high = picture.convert('F').getextrema()
+            if picture.mode == 'F' or low < 0 or high > 65535:
+                raise ValueError(f'a grey picture of mode {picture.mode} with values from {low:g} to {high:g}: expected 8 or 16 bits a pixel')
+            picture = picture.convert('I').point(lambda level: level / 257 + .5).convert('L')
         picture = picture.convert('RGB')
         w, h = picture.size
         if fit == 'crop':  # the short side becomes S; then the middle of the long one
@@ -429,16 +435,19 @@ def load_encoder(path, **changes):
     """
     found = next((p for p in (Path(path), Path(__file__).parent / path) if p.exists()), None)
     if found is None:
-        raise FileNotFoundError(f'{path}: no such encoder file or folder; python train.py config/align.py makes one')
+        raise FileNotFoundError(f'{path}: no such encoder file or folder; expected CLIP, a checkpoint of Edge-Glass, or what python train.py config/align.py makes')
     tensors, about = read_tensors(found)
     if about.get('kind') == 'encoder':
-        if about['format'] != FORMAT:
-            raise ValueError(f'{path}: an encoder file of format {about["format"]}, this code reads format {FORMAT}')
+        if about.get('format') != FORMAT:
+            raise ValueError(f'{path}: an encoder file of format {about.get("format")}, this code reads format {FORMAT}')
         config = about['config']
     else:
         about['keep_class_token'] = any(key.startswith('vision_encoder.attention_pool.') for key in tensors)  # two of Edge-Glass' versions
         tensors = renamed(path, tensors)
-        config = config_of(path, tensors, about)
+        try:
+            config = config_of(path, tensors, about)
+        except DAMAGED as e:
+            raise ValueError(f'{path}: damaged ({e})') from None
     config |= {key: value for key, value in changes.items() if value is not None}
     with torch.device('meta'):
         expected = Encoder(EncoderConfig(**config)).state_dict().keys()
@@ -446,7 +455,7 @@ def load_encoder(path, **changes):
         raise ValueError(f'{path}: weights are missing: {some(expected - tensors.keys()) or "none"}; left over: {some(tensors.keys() - expected) or "none"}')
     try:
         weights = {key: read(t).float() for key, t in tensors.items()}
-    except (KeyError, RuntimeError, OSError, zipfile.BadZipFile) as e:
+    except (ValueError, *DAMAGED) as e:
         raise ValueError(f'{path}: damaged ({e})') from None
     encoder = Encoder(EncoderConfig(**config))
     weights['trunk.positions'] = fit_positions(weights['trunk.positions'], encoder.config)
@@ -609,12 +618,18 @@ def read_safetensors(path):
     return {key: partial(file.get_tensor, key) for key in file.keys()}, {}
 
 
+DAMAGED = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OSError, zipfile.BadZipFile, zlib.error,
+           pickle.UnpicklingError)  # what reading a bad archive raises, beside ValueError
+
+
 def read_torch_file(path):
-    """-> ({name: tensor, memory-mapped}, {}) of a file of torch.save or, read without running any of it, of a TorchScript archive.
-    Of this project's own files and of training checkpoints, the second dict holds what stands beside the weights."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped and any(name.endswith('/constants.pkl') for name in zipfile.ZipFile(path).namelist()):
-        return read_torchscript(path), {'torchscript': True}
+    """-> ({name: tensor, or a function that reads it}, about) of a file of torch.save or, read without running any of it, of a TorchScript archive.
+    `about` is a dict: of this project's own files what stands beside the weights, of an archive that it is one."""
+    try:
+        if zipfile.is_zipfile(path) and any(name.endswith('/constants.pkl') for name in zipfile.ZipFile(path).namelist()):
+            return read_torchscript(path), {'torchscript': True}
+    except (ValueError, *DAMAGED) as e:
+        raise ValueError(f'{path}: not a file that can be read safely ({e})') from None
     saved = safe_load(path)
     if isinstance(saved, dict) and saved.get('kind') == 'encoder':
         return saved.pop('weights', {}), saved
@@ -637,7 +652,7 @@ def safe_load(path):
         inert = [(type('Settings', (), {}), name) for name in foreign if re.fullmatch(r'config\.\w+Config', name)]
         with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped and large)
-    except (RuntimeError, EOFError, LookupError, ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+    except (ValueError, *DAMAGED) as e:
         lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         telling = next((line.strip() for line in lines if 'GLOBAL' in line), lines[0])
         raise ValueError(f'{path}: not a file that can be read safely ({telling[:200]})') from None
@@ -650,7 +665,7 @@ DTYPES = {'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16, 'Floa
 
 def read_torchscript(path):
     """The tensors of a TorchScript archive, OpenAI's form -> {name: function that reads the tensor}. Its code is not touched, and the
-    classes of its pickle become empty objects; anything but these and tensors is refused."""
+    classes of its pickle become empty objects; anything but these and tensors is refused. Raises: ValueError, DAMAGED."""
     archive = zipfile.ZipFile(path)
     root = archive.namelist()[0].split('/')[0]
 
@@ -684,10 +699,7 @@ def read_torchscript(path):
             elif hasattr(value, '__dict__') and not isinstance(value, type):
                 collect(value, f'{prefix}{key}.')
 
-    try:
-        collect(TensorReader(archive.open(f'{root}/data.pkl')).load(), '')
-    except (LookupError, AttributeError, EOFError, TypeError, ValueError, RecursionError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path}: not a TorchScript archive that can be read safely ({e})') from None
+    collect(TensorReader(archive.open(f'{root}/data.pkl')).load(), '')
     return tensors
 
 
@@ -717,8 +729,18 @@ def open_picture(data, most_pixels=2 ** 26):
         raise ValueError(f'not a picture that can be decoded: {e or type(e).__name__}') from None
 
 
+def picture_from(file, encoder):
+    """A picture file, ready for an encoder. Shapes: -> (3, S, S). Raises: FileNotFoundError, ValueError naming the file."""
+    try:
+        return encoder.preprocess(open_picture(Path(file).read_bytes()))
+    except ValueError as e:
+        raise ValueError(f'{file}: {e}') from None
+
+
 def decode(encoder, data, digest):
-    """The pixels of a picture file, uint8 (3, S, S), or a string that says why there are none."""
+    """The pixels of a picture file, uint8 (3, S, S), or a string that says why there are none, as `data` may be too."""
+    if isinstance(data, str):
+        return data
     if hashlib.sha256(data).digest() != digest:
         return 'it has changed since it was read first'
     try:
@@ -913,10 +935,11 @@ def main(argv):
     parser.add_argument('--encoder', help='encoder file or folder: this project\'s, CLIP, or a checkpoint of Edge-Glass (default: assets/encoder_shapes.pt; '
                                           'with --bench random weights of Edge-Glass\' shapes: CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions)')
     parser.add_argument('--bench', type=int, metavar='N', help='time the decoding and encoding of N drawn photographs instead')
-    parser.add_argument('--device', default='cpu', help='cpu, cuda, ... (default: %(default)s)')
+    parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, ... (default: %(default)s)')
     args = parser.parse_args(argv)
     if not args.pictures and not args.bench:
         parser.error('which pictures? FILE ..., or --bench=N')
+    device = pick_device(args.device)
     if args.bench and not args.encoder:
         encoder = Encoder(EDGE_GLASS_CONFIG).eval().requires_grad_(False)
         print(f'random weights | {sum(p.numel() for p in encoder.parameters()):,} parameters')
@@ -924,11 +947,11 @@ def main(argv):
         path = args.encoder or 'assets/encoder_shapes.pt'
         encoder = load_encoder(path)
         print(f'{path} | {sum(p.numel() for p in encoder.parameters()):,} parameters | fingerprint {encoder.fingerprint()}')
-    encoder.to(args.device)
+    encoder.to(device)
     if args.bench:
-        bench(encoder, args.bench, args.device)
+        bench(encoder, args.bench, device)
     for file in args.pictures:
-        images = encoder.preprocess(open_picture(Path(file).read_bytes()))[None].to(args.device)
+        images = picture_from(file, encoder)[None].to(device)
         start = time.time()
         tokens = encoder.encode_images(images).cpu()
         print(f'{file} | {tuple(images.shape)} -> {tuple(tokens.shape)} | {1e3 * (time.time() - start):.1f} ms')

@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from configurator import configure, locked, printable, progress, run_script, write_whole
+from configurator import configure, locked, pick_device, printable, progress, run_script, write_whole
 from data import OnDisk, Questions, Tokenizer, View, picture_sheet, read_rows
-from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, safe_load
+from encoder import Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, picture_from, pixel_array, safe_load
 from model import ModelConfig, build_model, state_sizes, table
 from prepare.shapes import COLORS, SHAPES
 
-FORMAT = 3  # of checkpoints; raised when their content changes
+FORMAT = 4  # of checkpoints; raised when their content changes
 
 
 @dataclass
@@ -65,8 +65,15 @@ class EvalConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
         if self.forget not in (None, 'y', 'z'):
             raise ValueError(f'forget={self.forget}: expected y or z')
-        if self.forget and (self.compare or self.majority or self.question_only or self.states):
-            raise ValueError('--forget goes with an evaluation, a picture or --attention')
+        modes = [f'--{key}' for key in ('image', 'majority', 'question_only', 'attention', 'states', 'compare') if getattr(self, key)]
+        if len(modes) > 1:
+            raise ValueError(f'{" and ".join(modes)}: one at a time')
+        if self.forget and modes not in ([], ['--image'], ['--attention']):
+            raise ValueError(f'--forget goes with an evaluation, a picture or --attention, not with {modes[0]}')
+        if (self.temperature or self.top_k) and modes not in ([], ['--image']):
+            raise ValueError(f'--temperature and --top_k go with an evaluation or a picture, not with {modes[0]}')
+        if self.top_k and not self.temperature:
+            raise ValueError('--top_k goes with a --temperature above 0')
         if (self.image is None) != (self.question is None):
             raise ValueError('--image and --question belong together: both or neither')
         if (self.types or self.reach) and not self.compare:
@@ -187,7 +194,8 @@ def teacher_forced(decoder, batch, vision):
 @torch.no_grad()
 def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_size=250):
     """Loss and Exact Match of a split without generating: greedy generation gives exactly the (first) reference if and only if
-    every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only. Processes share the work."""
+    every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only. Processes share the work.
+    `vision_of`: picture indices (B,) -> image tokens (B, N, D)."""
     loss = count = right = n = 0
     rank, world = place()
     for rows in islice(questions.rows_in_order(batch_size, most_rows), rank, None, world):
@@ -203,6 +211,7 @@ def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_si
 @torch.no_grad()
 def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     """Answers a whole split -> metrics, a dict, and predictions, a sequence of dicts in the order of the split, on disk. Processes share the work.
+    `vision_of`: picture indices (B,) -> image tokens (B, N, D).
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as Exact Match means
     little for them; 'em_types' is the mean over the question types; 'tokens_per_s' counts those written in the seconds of the whole evaluation.
@@ -502,16 +511,6 @@ def open_encoder(path, settings, **more):
     return load_encoder(path, image_px=settings['encoder_px'], **{key: settings[key] for key in ('fit', 'upright', 'activation')}, **more)
 
 
-def pick_device(device):
-    """Raises: ValueError where there is no such device."""
-    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda or cuda:N') from None
-    return device
-
-
 def vision_source(settings, encoder, rows, device):
     """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens (B, N, D), which come
     from the cache where the encoder is frozen, else anew from the pixels, with gradient; None without vision."""
@@ -526,7 +525,8 @@ def vision_source(settings, encoder, rows, device):
 
 
 def write_results(out_dir, metrics, rows, predictions):
-    """predictions.jsonl, samples.png and curves.png of a run folder; then metrics.json, which says that the run is finished."""
+    """predictions.jsonl, samples.png, curves.png and, where rows have ten answers, vqav2_results.json of a run folder; then metrics.json, which says that the
+    run is finished."""
     out_dir = Path(out_dir)
     write_whole(out_dir / 'predictions.jsonl', lambda f: f.writelines(json.dumps(p).encode() + b'\n' for p in predictions))
     if all('vqa' in p and p['sample_id'].isdigit() for p in predictions):  # the official form of VQA v2
@@ -582,7 +582,10 @@ def grouped(paths):
     groups, named = {}, {}
     for path, pattern in {path: p for p in map(str, paths) for path in sorted(glob(p)) or [p]}.items():
         file = Path(path) / 'metrics.json' if not path.endswith('.json') else Path(path)
-        m = json.loads(file.read_text()) if file.is_file() else {}
+        try:
+            m = json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as e:
+            raise ValueError(f'{file}: not the metrics.json of a run: {e}') from None
         if missing := [key for key in ('by_type', 'correct', 'curve', 'mflop_per_example') if key not in m]:
             problem = (f'{file}: no {missing[0]}; --compare takes runs that answer questions and that train.py finished' if m else
                        f'{file}: no such file; --compare takes the folders of finished runs')
@@ -663,7 +666,7 @@ def compare(paths, judged=None, reach=None):
         of_type = lambda t: [r['by_type'][t]['f1' if t == 'describe' else 'em'] for r in runs if t in r['by_type']]
         scores.append({'run': printable(name)} | {key: plus_minus([r[key] for r in runs]) for key in ('em', 'f1')}
                       | {printable(t): plus_minus(of_type(t)) if of_type(t) else '-' for t in types})
-    draw_comparison(groups, Path(paths[0]).parent)
+    draw_comparison(groups, Path((sorted(glob(str(paths[0]))) or paths)[0]).parent)
     made = sorted({f"{m['commit']} on {m['device']}, {m['threads']} threads" for runs in groups.values() for m in runs})
     return ('\n'.join(table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (about, scores)) +
             f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `less the first` over the differences between runs of one seed, of `em less the"
@@ -749,13 +752,7 @@ def answer_one(path, question, decoder, encoder, tokenizer, most_tokens, device,
     """The answer to a question about a picture file. Raises: FileNotFoundError, ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'--image={path}: no such file')
-    vision = None
-    if encoder:
-        try:
-            picture = open_picture(Path(path).read_bytes())
-        except ValueError as e:
-            raise ValueError(f'--image={path}: {e}') from None
-        vision = encoder.encode_images(encoder.preprocess(picture)[None].to(device))[..., :decoder.config.vision_dim]
+    vision = encoder.encode_images(picture_from(path, encoder)[None].to(device))[..., :decoder.config.vision_dim] if encoder else None
     ids = tokenizer.encode(question.lower() if tokenizer.lower_case else question)
     if not ids:
         raise ValueError('--question is empty')
@@ -806,7 +803,7 @@ def main(argv=None):
         print(printable(answer_one(settings.image, settings.question, decoder, encoder, tokenizer, run['max_answer_tokens'], device, **sampling)))
         return
     rows = rows_to_judge(settings.dataset or run['dataset'], settings.split)
-    questions = Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], run['truncate'])
+    questions = Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], truncate=True)
     if settings.attention:
         if not encoder:
             raise ValueError(f'{settings.out_dir}: a run without vision has no picture to look at')
@@ -823,14 +820,15 @@ def main(argv=None):
     metrics, predictions = evaluate(decoder, questions, vision_of, device, settings.batch_size, **sampling)
     print(result_table(metrics))
     usual = EvalConfig(out_dir=settings.out_dir, batch_size=settings.batch_size, device=settings.device)
-    if settings == usual:  # the run's own test result
-        before = Path(settings.out_dir) / 'metrics.json'
-        metrics = (json.loads(before.read_text()) if before.is_file() else checkpoint['facts']) | metrics
-        with locked(Path(settings.out_dir) / '.lock'):
-            write_results(settings.out_dir, metrics, rows, predictions)
-        print(f'written: {settings.out_dir}/metrics.json, predictions.jsonl, samples.png')
-    else:
+    before = Path(settings.out_dir) / 'metrics.json'
+    if settings != usual:
         print('nothing written: these are not the settings of the run itself')
+    elif not before.is_file() or checkpoint['run']['step'] < run['max_steps']:
+        print('nothing written: the run is not finished; the command that began it goes on')
+    else:  # the run's own test result
+        with locked(Path(settings.out_dir) / '.lock'):
+            write_results(settings.out_dir, json.loads(before.read_text()) | metrics, rows, predictions)
+        print(f'written: {settings.out_dir}/metrics.json, predictions.jsonl, samples.png')
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import configure, expect, keep_freed_memory, most_memory, run_script, seconds
+from configurator import configure, expect, keep_freed_memory, most_memory, pick_device, run_script, seconds
 
 
 @dataclass
@@ -361,7 +361,7 @@ class BenchConfig:
     states: bool = False     # print the size of states and gradients, by steps and norm, and stop
     profile: bool = False    # print the costliest operations of a training step of concat, and stop
     compile: bool = False    # time a compiled training step too (torch.compile; with CUDA graphs on a GPU)
-    device: str = 'cpu'      # cpu, cuda, ...
+    device: str = 'auto'     # auto (a GPU if there is one), cpu, cuda, ...
 
     def __post_init__(self):
         for key, value in vars(self).items():
@@ -589,6 +589,7 @@ def table(head, rows):
 def main(argv=None):
     settings, _ = configure(BenchConfig, sys.argv[1:] if argv is None else argv, 'model.py')
     keep_freed_memory()
+    settings.device = pick_device(settings.device)
     (show_states if settings.states else show_memory if settings.memory else show_profile if settings.profile else benchmark)(settings)
 
 

@@ -12,6 +12,7 @@ The same command goes on where a stopped or killed run stood, to the same result
 """
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from configurator import clock, configure, echo, expect, keep_freed_memory, locked, most_memory, printable, run_script, write_whole
+from configurator import clock, configure, echo, expect, keep_freed_memory, locked, most_memory, pick_device, printable, run_script, write_whole
 from data import Captions, Questions, Tokenizer, check_splits, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
 from model import ModelConfig, build_model, fast_dtypes, flops_of
@@ -39,6 +40,8 @@ from prepare.shapes import Config as ShapesConfig, DrawnCaptions, caption_sample
 
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
          'perceiver_width', 'perceiver_heads', 'encoder_dim', 'prefixes', 'text_width', 'text_layers')  # settings of stage align alone
+ANSWER = ('encoder', 'train_encoder', 'encoder_lr', 'vision_dim', 'max_question_tokens', 'max_answer_tokens', 'truncate', 'kind', 'n_layer', 'n_head', 'n_embd',
+          'recursion', 'inner_steps', 'outer_steps', 'shared', 'deep_supervision', 'checkpoint_recursion', 'norm', 'use_vision', 'prefix_lm')  # of stage answer alone
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')  # what is learnt is the same whatever these are, but for rounding
 
 
@@ -138,8 +141,22 @@ class TrainConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 0 and less than 1')
         if self.tokenizer == 'bpe' and self.vocab_size < 259:
             raise ValueError(f'vocab_size={self.vocab_size}: expected at least 259, the bytes and three marks')
-        if self.stage == 'answer' and (idle := [f.name for f in fields(self) if f.name in ALIGN and getattr(self, f.name) != f.default]):
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f'seed={self.seed}: expected 0 to 2^63 - 1')
+        if self.wandb:
+            try:
+                importlib.import_module('wandb')
+            except ImportError:
+                raise ValueError('wandb=True: the package is not there; pip install wandb, or leave the flag out') from None
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.stage == 'answer' and (idle := [key for key in changed if key in ALIGN]):
             raise ValueError(f'{", ".join(idle)}: of stage align; here the encoder is what --encoder names')
+        if self.stage == 'align' and (idle := [key for key in changed if key in ANSWER]):
+            raise ValueError(f'{", ".join(idle)}: of stage answer; an alignment trains the encoder alone')
+        if self.stage == 'align' and self.captions == 'drawn' and 'dataset' in changed:
+            raise ValueError(f'dataset={self.dataset} with captions=drawn: pictures are drawn as they are needed; give --captions=dataset')
+        if self.trunk and (idle := [key for key in changed if key in ('image_px', 'encoder_width', 'encoder_layers')]):
+            raise ValueError(f'{", ".join(idle)}: of an encoder without a trunk; the trunk has sizes of its own (--encoder_px is the side of its pictures)')
         if self.stage == 'align' and self.tokenizer == 'gpt2':
             raise ValueError('tokenizer=gpt2: of stage answer; an alignment learns its own words')
         if self.trunk and self.captions == 'drawn':
@@ -174,14 +191,15 @@ class AnswerTask:
         else:
             texts = (text for question, references, *_ in rows['train'].texts for text in (question, references[0]))
             self.tokenizer = Tokenizer(train_bpe(texts, settings.vocab_size))
-        self.questions = {split: self.tokenized(r) for split, r in rows.items()}
+        self.questions = {split: self.tokenized(r, settings.truncate) for split, r in rows.items()}
+        self.rows_sum = {split: r.sum.hexdigest() for split, r in rows.items()}
+        unchanged(settings, saved, 'dataset', self.rows_sum)
 
         encoder = evaluation.open_encoder(settings.encoder, asdict(settings)).to(device) if settings.use_vision else None
         if encoder and settings.vision_dim and settings.vision_dim not in encoder.config.prefixes:
             raise ValueError(f'vision_dim={settings.vision_dim}: expected one of the prefixes of the encoder, {encoder.config.prefixes}')
         self.fingerprint = encoder.fingerprint() if encoder else None
-        if saved and saved['encoder_fingerprint'] != self.fingerprint:
-            raise ValueError(f'encoder={settings.encoder}: not the one that the run in {settings.out_dir} began with; start over with --fresh=true')
+        unchanged(settings, saved, 'encoder', self.fingerprint)
         self.look = {split: evaluation.vision_source(asdict(settings), encoder, r, device) for split, r in rows.items()}
         self.frozen = None if settings.train_encoder else encoder
 
@@ -192,12 +210,9 @@ class AnswerTask:
         if settings.train_encoder:
             self.model['encoder'] = encoder.train().requires_grad_(True)
 
-    def tokenized(self, rows):
+    def tokenized(self, rows, truncate):
         s = self.settings
-        questions = Questions(rows, self.tokenizer, s.max_question_tokens, s.max_answer_tokens, s.truncate, few_shapes=s.compile)
-        if questions.cut:
-            print(f'{rows.path}: {questions.cut} questions or answers cut to their limits')
-        return questions
+        return Questions(rows, self.tokenizer, s.max_question_tokens, s.max_answer_tokens, truncate, few_shapes=s.compile)
 
     def chance(self):
         """What every loss is, about, before anything is learnt."""
@@ -233,7 +248,7 @@ class AnswerTask:
     def state(self):
         """What the checkpoint holds beside weights and optimizer."""
         return dict(model_config=asdict(self.config), encoder_config=self.encoder_config, encoder_fingerprint=self.fingerprint,
-                    tokenizer=self.tokenizer.state)
+                    dataset_fingerprint=self.rows_sum, tokenizer=self.tokenizer.state)
 
     def parameter_counts(self):
         encoder = self.encoder_of(self.model)
@@ -257,7 +272,7 @@ class AnswerTask:
     def finish(self, model, facts):
         """Evaluates the test split, which nothing has looked at so far, and writes the results."""
         rows = read_rows(self.settings.dataset, 'test')
-        questions = self.tokenized(rows)
+        questions = self.tokenized(rows, truncate=True)  # too late to refuse what is too long
         facts |= dict(mflop_per_example=self.flops() / 1e6, curve=evaluation.validation_curve(self.settings.out_dir))
         self.look['test'] = evaluation.vision_source(asdict(self.settings), self.encoder_of(model), rows, self.device)
         metrics, predictions = evaluation.evaluate(model['decoder'], questions, self.vision_of(model, 'test'), self.device)
@@ -271,7 +286,8 @@ class AlignTask:
     figure = 'R@1'
 
     def __init__(self, settings, device, saved, splits=('train', 'val')):
-        self.settings, self.device, self.frozen, self.fingerprint, self.look, world = settings, device, None, None, {}, evaluation.place()[1]
+        self.settings, self.device, self.frozen, self.fingerprint, self.look, self.rows_sum = settings, device, None, None, {}, None
+        world = evaluation.place()[1]
         if settings.batch_size % world:
             raise ValueError(f'batch_size={settings.batch_size}: {world} processes contrast as many captions each: expected a multiple of {world}')
         if settings.captions == 'drawn':
@@ -282,6 +298,9 @@ class AlignTask:
                 check_splits(settings.dataset)
             rows = {split: read_rows(settings.dataset, split) for split in splits}
             texts = (caption for caption in rows['train'].captions) if not saved else ()
+            if splits:
+                self.rows_sum = {split: r.sum.hexdigest() for split, r in rows.items()}
+                unchanged(settings, saved, 'dataset', self.rows_sum)
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))
         s, D = settings, settings.encoder_dim
         trunk = dict(image_px=s.image_px, width=s.encoder_width, n_layer=s.encoder_layers)
@@ -292,8 +311,7 @@ class AlignTask:
                 raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
             trunk = asdict(self.frozen.config)
             self.fingerprint = self.frozen.fingerprint()
-            if saved and saved['trunk_fingerprint'] != self.fingerprint:
-                raise ValueError(f'trunk={s.trunk}: not the one that the run in {s.out_dir} began with; start over with --fresh=true')
+            unchanged(settings, saved, 'trunk', self.fingerprint)
         if s.prefixes and not re.fullmatch(r'\d+(,\d+)*', s.prefixes):
             raise ValueError(f'prefixes={s.prefixes}: expected numbers, separated by commas')
         prefixes = [int(d) for d in s.prefixes.split(',')] if s.prefixes else [D // 8, D // 4, D // 2, D]
@@ -360,8 +378,7 @@ class AlignTask:
         return {'model': model.state_dict()}
 
     def state(self):
-        return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state,
-                    trunk_fingerprint=self.fingerprint)
+        return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state, dataset_fingerprint=self.rows_sum, trunk_fingerprint=self.fingerprint)
 
     def parameter_counts(self):
         encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
@@ -435,8 +452,9 @@ def train(settings, sources, device, stop):
                           run=vars(run), settings=asdict(settings), environment=about, facts=facts(settings, task, run, about), **task.state())
         evaluation.in_turn(lambda: write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint)))  # nobody goes on, or ends, before it is there
 
-    if settings.fresh and evaluation.place()[0] == 0:  # only now: a bad setting costs nobody the old run
-        for name in ('ckpt.pt', 'metrics.json'):
+    task.batch(run.step * settings.grad_accum)  # a bad setting, a batch that is too large, say, shows now and costs nobody the old run
+    if settings.fresh and evaluation.place()[0] == 0:
+        for name in ('ckpt.pt', 'metrics.json', 'encoder.pt', 'predictions.jsonl', 'vqav2_results.json', 'samples.png', 'curves.png'):
             (out_dir / name).unlink(missing_ok=True)
     log = Log(out_dir / 'log.jsonl', run.step, settings)
     log.write(dict(event='start', step=run.step, **about, parameters=task.parameter_counts(), settings=asdict(settings)))
@@ -582,7 +600,7 @@ def processes(settings):
     several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, settings.device
     if several and device in ('auto', 'cuda') and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = evaluation.pick_device(device)
+    device = pick_device(device)
     if settings.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
     if not several:
@@ -723,6 +741,12 @@ def saved_run(settings):
     return saved
 
 
+def unchanged(settings, saved, key, fingerprint):
+    """Raises: ValueError where a run that goes on finds another dataset, encoder or trunk under the name that it began with."""
+    if saved and saved[f'{key}_fingerprint'] != fingerprint:
+        raise ValueError(f'{key}={getattr(settings, key)}: not the one that the run in {settings.out_dir} began with; start over with --fresh=true')
+
+
 def facts(settings, task, run, about):
     """What metrics.json says beside the results."""
     return dict(parameters=task.parameter_counts(), step=run.step, best_step=run.best and run.best['step'], bad_steps=run.bad_steps, train_s=run.train_s,
@@ -770,14 +794,11 @@ class Log:
 
     def __init__(self, path, step, settings):
         self.path, self.max_steps, self.started, self.first = path, settings.max_steps, time.time(), step
-        kept = [line for line in path.read_text().splitlines() if line.endswith('}') and json.loads(line)['step'] <= step] if step else []
+        kept = [line for line in path.read_text().splitlines() if step_of(line) <= step] if step else []
         write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
         self.wandb = None
         if settings.wandb and evaluation.place()[0] == 0:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError('wandb=True: the package is not there; pip install wandb, or leave the flag out') from None
+            import wandb
             self.wandb = wandb.init(project='nano-trm-vlm', name=path.parent.name, config=asdict(settings))
 
     def write(self, event):
@@ -794,6 +815,14 @@ class Log:
         parts = [style.get(k, k + ' {:.3f}').format(v) for k, v in values.items() if k not in ('train_s', 'figure')]
         eta = (time.time() - self.started) / max(1, step - self.first) * (self.max_steps - step)
         print(' | '.join([f'{event} {step}/{self.max_steps}', *parts, f'eta {clock(eta)}']), flush=True)
+
+
+def step_of(line):
+    """The step of a log line; of one that was torn when the machine went down, infinity."""
+    try:
+        return json.loads(line)['step']
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 if __name__ == '__main__':

@@ -102,7 +102,7 @@ one() {  # NAME SEED
     local out=out/exp/$1_$2
     mkdir -p out/exp $RESULTS
     if $(run_of $1 $2) > $out.console 2>&1; then  # runs what run_of says
-        cp $out/metrics.json $RESULTS/$1_$2.json
+        cp $out/metrics.json $RESULTS/.$1_$2.json && mv $RESULTS/.$1_$2.json $RESULTS/$1_$2.json  # it appears whole
     else
         echo "$1, seed $2: failed, see $out.console"; tail -n 1 $out.console
     fi

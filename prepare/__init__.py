@@ -23,7 +23,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data import SCHEMA, SPLITS, KnownPictures, OnDisk, is_unicode, read_file, text_problem, write_dataset
+from configurator import write_whole
+from data import SCHEMA, SPLITS, KnownPictures, OnDisk, caption_problem, read_file, text_problem, write_dataset
 from encoder import open_picture
 
 
@@ -54,6 +55,9 @@ class ImportConfig:
         for key in ('workers', 'timeout_s', 'most_bytes'):
             if getattr(self, key) <= 0:
                 raise ValueError(f'{key}={getattr(self, key)}: expected more than 0')
+        for key in ('retries', 'backoff_s'):
+            if getattr(self, key) < 0:
+                raise ValueError(f'{key}={getattr(self, key)}: expected 0 or more')
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f'max_bad={self.max_bad}: expected a share, 0 to 1')
 
@@ -63,7 +67,7 @@ def import_dataset(module, config):
 
     Raises: ValueError where more than `config.max_bad` of the rows are bad; their list is then beside `config.out`.
     """
-    rejects, known, n, reasons, first, shared = OnDisk(), KnownPictures(), Counter(), Counter(), [], []
+    rejects, known, n, reasons, written, first, shared = OnDisk(), KnownPictures(), Counter(), Counter(), Counter(), [], []
 
     def reject(row, kind, reason):
         n[kind] += 1
@@ -96,17 +100,19 @@ def import_dataset(module, config):
                         elif earlier != place:
                             n['shared'] += 1
                             shared.extend([f'{row.get("sample_id")} of {place} is in {earlier}'] * (not shared))
+                        written[place] += 1
                         yield place, row | dict(image=picture, **texts(row))
 
     def finish(folder):
         allowed = n['bad'] <= config.max_bad * n['rows']
         path = folder / 'rejects.jsonl' if allowed else Path(config.out).with_name(f'{Path(config.out).name}.rejects.jsonl')
-        with open(path, 'w') as f:
-            f.writelines(json.dumps(r) + '\n' for r in rejects)
+        write_whole(path, lambda f: f.writelines(json.dumps(r).encode() + b'\n' for r in rejects))
         print(f"{n['rows']} rows read, {n['rows'] - len(rejects)} written, {n['missing']} without a picture, {n['bad']} bad"
               + ''.join(f' | {count} {reason}' for reason, count in reasons.most_common(9)))
         if shared:
             print(f"{n['shared']} rows have a picture that another split has too; splits are kept as they were published: {shared[0]}, for example")
+        if lacking := [split for split in SPLITS if not written[split]]:
+            print(f'no rows for {" and ".join(lacking)}: to train takes some in each split; more pictures, or files named train, val and test, give them')
         if not allowed:
             raise ValueError(f"{config.source}: {n['bad']} of {n['rows']} rows cannot be used, more than --max_bad={config.max_bad} allows: "
                              f"{'; '.join(first)}; all of them are in {path}")
@@ -128,9 +134,7 @@ def picture_file(split_row, config):
     problem = None
     if row.get('question') is not None or not (isinstance(caption, str) and caption.strip()):
         problem = text_problem(row.get('question'), texts(row)['answer'])
-    if not problem and caption is not None and not (isinstance(caption, str) and is_unicode(caption)):
-        problem = f'the caption is {"not in UTF-8" if isinstance(caption, str) else "no text"}'
-    return picture, hashlib.sha256(picture).digest(), problem
+    return picture, hashlib.sha256(picture).digest(), problem or caption_problem(caption)
 
 
 def texts(row):

@@ -51,6 +51,8 @@ class Config:
     show: bool = False        # draw a contact sheet, shapes.png, and nothing else
 
     def __post_init__(self):
+        if min(self.n_train, self.n_val, self.n_test) < 0 or not 0 <= self.describe <= 1:
+            raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, describe={self.describe}: expected 0 or more, and a share of 0 to 1')
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
             raise ValueError(f'min_objects={self.min_objects}, max_objects={self.max_objects}: expected '
                              f'1 <= min_objects <= max_objects <= {len(COLORS) * len(SHAPES)}')

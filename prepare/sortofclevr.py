@@ -26,6 +26,10 @@ class Config:
     n_test: int = 200              # pictures in test.parquet
     seed: int = 1337               # the same seed draws the same dataset, byte for byte
 
+    def __post_init__(self):
+        if min(self.n_train, self.n_val, self.n_test) < 0:
+            raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}: expected 0 or more')
+
 
 def rows(config):
     """Yields (split, row); a row's type is relational or non-relational. A picture is a pure function of (seed, split, its number)."""

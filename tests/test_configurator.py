@@ -66,7 +66,8 @@ def test_bad_flags(flag, message):
 @pytest.mark.parametrize('text, message', [
     ('n_layr = 3', 'n_layr: no such setting (did you mean n_layer?)'), ('n_layer = "3"', "n_layer = '3': expected a whole number, got str"),
     ('use_vision = 1', 'true or false, got int'), ('n_layer = True', 'a whole number, got bool'), ('lr = float("nan")', 'a finite number'),
-    ('n_layer = = 3', 'line 1: not Python'), ('helper = 3', 'a helper name may start with _')])
+    ('n_layer = = 3', 'line 1: not Python'), ('helper = 3', 'a helper name may start with _'),
+    ('n_layer = 3\nuse_vision = false', "line 2: NameError: name 'false' is not defined; Python writes True, False and None"), ('n_layer = 1 // 0', 'line 1: ZeroDivisionError')])
 def test_bad_files(tmp_path, text, message):
     """A misspelt name or a wrong type in a config file is refused too, and the file is named."""
     path = write(tmp_path, text)

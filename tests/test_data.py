@@ -200,6 +200,8 @@ def test_columns(tmp_path):
     rows = read_rows(write(tmp_path / 'b', image=[png(), png(), png((1, 1, 1))], caption=['a dog', 'a cat', 'a cow']), 'train')
     assert list(rows.references) == [['a dog'], ['a cat'], ['a cow']] and list(rows.picture) == [0, 0, 1]
     assert all(q in data.PROMPTS for q in rows.question) and list(rows.type) == ['describe'] * 3
+    rows = read_rows(write(tmp_path / 'c', image=[png()], caption=[['a dog', 'a pet']]), 'train')
+    assert list(rows.references) == [['a dog', 'a pet']] and list(rows.caption) == ['a dog']
 
 
 @pytest.mark.parametrize('columns, message', [
@@ -210,7 +212,9 @@ def test_columns(tmp_path):
     (dict(image=['../secret.png'], question=['q'], answer=['a']), "row 0: the image path '../secret.png' leaves the folder"),
     (dict(image=['no.png'], question=['q'], answer=['a']), 'there is no image file:'),
     (dict(image=[png()], question=['q'], answer=pa.array([None], pa.string())), 'the answer is empty or no text'),
-    (dict(image=[png()], question=[3], answer=['a']), 'the question is no text')])
+    (dict(image=[png()], question=[3], answer=['a']), 'the question is no text'),
+    (dict(image=[['a.png']], question=['q'], answer=['a']), 'row 0: the image is a list, expected bytes or a path'),
+    (dict(image=[png()], question=['q'], answer=['a'], caption=[3]), 'the caption is no text')])
 def test_bad_rows(tmp_path, columns, message):
     """Bad columns and bad rows are counted and named with file, row, reason and remedy, never skipped."""
     with pytest.raises(ValueError) as error:

@@ -4,8 +4,10 @@ import hashlib
 import io
 import math
 import os
+import random
 import types
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,6 +62,20 @@ def test_preprocess(mode):
     assert torch.allclose(gray, torch.full_like(gray, (51 / 255 - .5) / .25))
 
 
+@pytest.mark.parametrize('file', ['PNG', 'TIFF', 'PPM'])
+def test_grey_of_16_bits(file):
+    """Grey with 16 bits a pixel becomes grey with 8, not white; floats, whose range nobody knows, are refused."""
+    levels, buffer = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16, io.BytesIO()
+    if file == 'PPM':
+        buffer.write(b'P5 64 64 65535\n' + levels.astype('>u2').tobytes())
+    else:
+        Image.fromarray(levels).save(buffer, file)
+    pixels = small().pixels(open_picture(buffer.getvalue()))[0].numpy()
+    assert abs(pixels - levels / 257.).max() <= .5
+    with pytest.raises(ValueError, match='mode F with values from 0 to 65520: expected 8 or 16 bits a pixel'):
+        small().pixels(Image.fromarray(levels.astype(np.float32)))
+
+
 def test_files(tmp_path):
     """An encoder comes back from its file; the fingerprint tells encoders apart; the file is half as large as the weights."""
     e = small()
@@ -89,8 +105,26 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     torch.save({'weights': {}}, 'other.pt')
     with pytest.raises(ValueError, match='not an encoder of this project, not CLIP'):
         load_encoder('other.pt')
-    with pytest.raises(FileNotFoundError, match='config/align.py makes one'):
+    with pytest.raises(FileNotFoundError, match='none.pt: no such encoder file or folder; expected CLIP'):
         load_encoder('none.pt')
+    torch.save({'kind': 'encoder'}, 'bare.pt')
+    with pytest.raises(ValueError, match='bare.pt: an encoder file of format None'):
+        load_encoder('bare.pt')
+
+
+def test_damaged_files(tmp_path):
+    """Whatever byte of an encoder file is wrong, it is one message that names the file, or the weights are those that were written."""
+    save_encoder(small(width=16, n_layer=1, vision_dim=8, prefixes=(8,)), tmp_path / 'e.pt')
+    whole, rng, refused = (tmp_path / 'e.pt').read_bytes(), random.Random(0), 0
+    before = load_encoder(tmp_path / 'e.pt').fingerprint()
+    for place in [*rng.sample(range(len(whole)), 60), *range(len(whole) - 120, len(whole))]:  # the directory of the archive is at its end
+        (tmp_path / 'bad.pt').write_bytes(whole[:place] + bytes([whole[place] ^ rng.randint(1, 255)]) + whole[place + 1:])
+        try:
+            assert load_encoder(tmp_path / 'bad.pt').fingerprint() == before, place
+        except ValueError as e:
+            assert 'bad.pt' in str(e)
+            refused += 1
+    assert refused > 30
 
 
 def test_weights_are_accounted_for(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import data
+import encoder
 import eval as evaluation
 import model
 import train
@@ -405,6 +406,11 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (train, '--vocab_size=100', 'vocab_size=100: expected at least 259'),
     (train, 'config/align.py --text_width=130', 'text_width=130: expected a multiple of 4'),
     (train, '--n_latents=64 --pool=2', 'pool, n_latents: of stage align'),
+    (train, 'config/align.py --n_layer=3', 'n_layer: of stage answer'),
+    (train, 'config/align.py --dataset={data}', 'dataset=.* with captions=drawn'),
+    (train, 'config/align_pixmo.py --image_px=32', 'image_px: of an encoder without a trunk'),
+    (train, '--seed=-1', 'seed=-1: expected 0 to'),
+    (train, '{here}/false.py', 'false.py, line 1: NameError'),
     (train, 'config/align.py --tokenizer=gpt2', 'tokenizer=gpt2: of stage answer'),
     (train, '--dataset={here}/none', 'train.parquet: no such file; a dataset is a folder with'),
     (train, '--dataset={here}/text', 'train.parquet: not a parquet file'),
@@ -427,13 +433,23 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (evaluation, '--out_dir={run} --image={here}/none.png --question=what?', 'none.png: no such file'),
     (evaluation, '--out_dir={run} --image={here}/typo.py --question=what?', 'typo.py: not a picture'),
     (evaluation, '--out_dir={run} --image={here}/none.png', '--image and --question belong together'),
+    (evaluation, '--out_dir={run} --states=true --attention=true', '--attention and --states: one at a time'),
+    (evaluation, '--out_dir={run} --top_k=3', '--top_k goes with a --temperature above 0'),
+    (evaluation, '--out_dir={run} --attention=true --temperature=1', 'go with an evaluation or a picture, not with --attention'),
     (evaluation, '--majority=true --dataset={here}/no_rows --split=train', 'train.parquet: has no rows'),
     (evaluation, '--compare={run},{here}/none', 'none/metrics.json: no such file; --compare takes'),
+    (evaluation, '--compare={here}/torn.json', 'torn.json: not the metrics.json of a run'),
     (data, 'coco --source=x --out=y', 'coco: no such format; there are clevr'),
     (data, 'vqav2 --source={here}/none --out={here}/x', 'no such file; --source is the folder of the published files'),
     (data, 'shapes --out={data}', 'already there; delete it or choose another --out'),
     (data, 'shapes --max_hops=99', 'max_hops=99'),
+    (data, 'shapes --n_val=-1', 'n_val=-1'),
+    (data, 'sortofclevr --n_test=-1', 'n_test=-1'),
+    (data, 'pixmo --source=x --out=y --retries=-1', 'retries=-1: expected 0 or more'),
     (model, '--repeats=0', 'repeats=0: expected at least 1'),
+    (model, '--device=cuda:9', 'device=cuda:9: not to be had here'),
+    (encoder, '{here}/typo.py --device=cuda:9', 'device=cuda:9: not to be had here'),
+    (encoder, '{here}/typo.py', 'typo.py: not a picture'),
 ]
 
 
@@ -442,7 +458,7 @@ def rubbish(tmp_path_factory):
     import pyarrow as pa
     import pyarrow.parquet as pq
     here = tmp_path_factory.mktemp('rubbish')
-    for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'text/train.parquet': 'words'}.items():
+    for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'false.py': 'use_vision = false\n', 'torn.json': '', 'text/train.parquet': 'words'}.items():
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text(text)
     for name in ('columns', 'evil', 'no_rows', 'no_test'):

@@ -1,11 +1,15 @@
 """train.py: both stages through the command line, resuming, and what can go wrong."""
 
 import copy
+import io
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import types
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -296,6 +300,43 @@ def test_other_settings_are_not_mixed(flags, tmp_path):
     assert evaluation.read_checkpoint(tmp_path)['settings']['batch_size'] == 4
 
 
+def test_another_dataset_under_the_same_name(flags, tiny_shapes, tmp_path):
+    """A run does not go on with other rows than it began with. Where only the test split has a question that is too long, it is cut and this is said."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    shutil.copytree(tiny_shapes, tmp_path / 'data')
+    table = pq.read_table(tmp_path / 'data/test.parquet')
+    longer = [question and question + ' please' * 50 * (i == 3) for i, question in enumerate(table['question'].to_pylist())]
+    pq.write_table(table.set_column(table.column_names.index('question'), 'question', pa.array(longer)), tmp_path / 'data/test.parquet')
+    again = [*flags, f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/run']
+    with redirect_stdout(io.StringIO()) as text:
+        train.main(again)
+        evaluation.main([f'--out_dir={tmp_path}/run', '--device=cpu'])
+    assert text.getvalue().count('test.parquet: 1 questions or answers cut to their limits') == 2 and 'written: ' in text.getvalue()
+    table = pq.read_table(tmp_path / 'data/train.parquet')
+    pq.write_table(table[:-1], tmp_path / 'data/train.parquet')
+    with pytest.raises(ValueError, match='dataset=.*not the one that the run in .* began with.*--fresh=true'):
+        train.main(again)
+
+
+def test_unfinished_runs(flags, tmp_path, monkeypatch, capsys):
+    """eval.py judges a run that was stopped, and leaves metrics.json to the end of it. A torn line of its log does no harm."""
+    def stopping(step, settings, lr=train.learning_rate):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lr(step, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, 'learning_rate', stopping)
+        train.main([*flags, f'--out_dir={tmp_path}'])
+    evaluation.main([f'--out_dir={tmp_path}', '--device=cpu'])
+    assert 'the run is not finished' in capsys.readouterr().out and not (tmp_path / 'metrics.json').exists()
+    log = (tmp_path / 'log.jsonl').read_text()
+    (tmp_path / 'log.jsonl').write_text('{"event": "start", "st}\n' + log)
+    train.main([*flags, f'--out_dir={tmp_path}'])
+    assert (tmp_path / 'log.jsonl').read_text().startswith(log) and json.loads((tmp_path / 'metrics.json').read_text())['step'] == 12
+
+
 def test_non_finite_loss(flags, tmp_path, monkeypatch):
     """A loss that is not finite stops the run with step, learning rate and sample ids."""
     losses = train.AnswerTask.losses
@@ -338,16 +379,16 @@ def test_captions_only(flags, tiny_shapes, tmp_path):
 
 
 def test_columns_of_numbers(flags, tiny_shapes, tmp_path):
-    """Types and sample ids that are numbers in the data set become text; 0 is an id."""
+    """Types and sample ids that are numbers in the data set become text; 0 is one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     (tmp_path / 'data').mkdir()
     for split in ('train', 'val', 'test'):
         table = pq.read_table(tiny_shapes / f'{split}.parquet').drop_columns(['type', 'sample_id'])
         n = table.num_rows
-        pq.write_table(table.append_column('type', pa.array([1 + i % 2 for i in range(n)])).append_column('sample_id', pa.array(range(n))), tmp_path / f'data/{split}.parquet')
+        pq.write_table(table.append_column('type', pa.array([i % 2 for i in range(n)])).append_column('sample_id', pa.array(range(n))), tmp_path / f'data/{split}.parquet')
     train.main([*flags, f'--dataset={tmp_path}/data', '--max_steps=1', f'--out_dir={tmp_path}/a'])
-    assert set(json.loads((tmp_path / 'a/metrics.json').read_text())['by_type']) == {'1', '2', 'describe'}  # a caption stays one
+    assert set(json.loads((tmp_path / 'a/metrics.json').read_text())['by_type']) == {'0', '1', 'describe'}  # a caption stays one
     assert json.loads((tmp_path / 'a/predictions.jsonl').read_text().splitlines()[0])['sample_id'] == '0'
 
 
