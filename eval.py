@@ -149,7 +149,7 @@ def vqa_accuracy(prediction, answers):
 # ----------------------------------------------------------------------------
 # one process of several that work together, started by torchrun
 
-def place():
+def rank_and_world():
     """-> the number of this process, and how many there are; (0, 1) where it works alone."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
@@ -158,7 +158,7 @@ def place():
 def in_turn(make):
     """Calls make() in the first process, then in the first of every other machine, then in all others, and returns what it returns there:
     what the first one leaves on disk, the others find."""
-    rank, world = place()
+    rank, world = rank_and_world()
     turn = 0 if rank == 0 else 1 if int(os.environ.get('LOCAL_RANK', 0)) == 0 else 2
     for now in range(3 if world > 1 else 1):
         if now == turn:
@@ -170,7 +170,7 @@ def in_turn(make):
 
 def from_all(item):
     """-> the items of all processes, a list; items are plain Python values."""
-    items = [item] * place()[1]
+    items = [item] * rank_and_world()[1]
     if len(items) > 1:
         torch.distributed.all_gather_object(items, item)
     return items
@@ -197,7 +197,7 @@ def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_si
     every one of its tokens is the likeliest after the true ones before it. Captions count for the loss only. Processes share the work.
     `vision_of`: picture indices (B,) -> image tokens (B, N, D)."""
     loss = count = right = n = 0
-    rank, world = place()
+    rank, world = rank_and_world()
     for rows in islice(questions.rows_in_order(batch_size, most_rows), rank, None, world):
         batch = on_device(questions.batch(rows), device)
         losses, hit, real = teacher_forced(decoder, batch, vision_of(batch['picture']))
@@ -217,7 +217,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     little for them; 'em_types' is the mean over the question types; 'tokens_per_s' counts those written in the seconds of the whole evaluation.
     """
     rows, tokenizer, done, start, tokens, order, mine = questions.rows, questions.tokenizer, 0, time.time(), 0, array('q'), OnDisk()
-    rank, world = place()
+    rank, world = rank_and_world()
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         batch = on_device(questions.batch(indices), device)
         vision = vision_of(batch['picture'])
@@ -452,9 +452,9 @@ def draw_curves(out_dir):
     left.plot([e['step'] for e in evals], [e['loss'] for e in evals], 'o-', label='validation', markersize=3)
     left.set(xlabel='step', ylabel='loss, nats per token', yscale='log')
     left.legend()
-    figure_of_merit = evals[0]['figure'] if evals else 'em'
-    right.plot([e['step'] for e in evals], [e[figure_of_merit] for e in evals], 'o-', markersize=3, color='tab:green')
-    right.set(xlabel='step', ylabel=f'validation {figure_of_merit}', ylim=(0, 1))
+    metric = evals[0]['metric'] if evals else 'em'
+    right.plot([e['step'] for e in evals], [e[metric] for e in evals], 'o-', markersize=3, color='tab:green')
+    right.set(xlabel='step', ylabel=f'validation {metric}', ylim=(0, 1))
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter('{x:g}')
     left.yaxis.set_minor_formatter('')

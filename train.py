@@ -176,7 +176,7 @@ class TrainConfig:
 
 class AnswerTask:
     """Stage 2: a decoder learns to answer. What the loop needs to know of it; the encoder is frozen unless `train_encoder`."""
-    figure = 'em'  # what the curves show of validation
+    metric = 'em'  # what the curves show of validation
 
     def __init__(self, settings, device, saved):
         self.settings, self.device = settings, device
@@ -200,7 +200,7 @@ class AnswerTask:
             raise ValueError(f'vision_dim={settings.vision_dim}: expected one of the prefixes of the encoder, {encoder.config.prefixes}')
         self.fingerprint = encoder.fingerprint() if encoder else None
         unchanged(settings, saved, 'encoder', self.fingerprint)
-        self.look = {split: evaluation.vision_source(asdict(settings), encoder, r, device) for split, r in rows.items()}
+        self.vision = {split: evaluation.vision_source(asdict(settings), encoder, r, device) for split, r in rows.items()}
         self.frozen = None if settings.train_encoder else encoder
 
         t, D = self.tokenizer, settings.vision_dim or encoder.config.vision_dim if encoder else 1
@@ -233,7 +233,7 @@ class AnswerTask:
         return model['encoder'] if 'encoder' in model else self.frozen
 
     def vision_of(self, model, split):
-        return partial(self.look[split], self.encoder_of(model))
+        return partial(self.vision[split], self.encoder_of(model))
 
     def validate(self, model):
         return evaluation.quick_scores(model['decoder'], self.questions['val'], self.vision_of(model, 'val'), self.device)
@@ -274,7 +274,7 @@ class AnswerTask:
         rows = read_rows(self.settings.dataset, 'test')
         questions = self.tokenized(rows, truncate=True)  # too late to refuse what is too long
         facts |= dict(mflop_per_example=self.flops() / 1e6, curve=evaluation.validation_curve(self.settings.out_dir))
-        self.look['test'] = evaluation.vision_source(asdict(self.settings), self.encoder_of(model), rows, self.device)
+        self.vision['test'] = evaluation.vision_source(asdict(self.settings), self.encoder_of(model), rows, self.device)
         metrics, predictions = evaluation.evaluate(model['decoder'], questions, self.vision_of(model, 'test'), self.device)
         print(evaluation.result_table(metrics))
         evaluation.write_results(self.settings.out_dir, facts | metrics, rows, predictions)
@@ -283,11 +283,11 @@ class AnswerTask:
 class AlignTask:
     """Stage 1: the encoder learns from captions, of pictures that are drawn as they are needed or of a dataset. A pretrained trunk is
     frozen: what it makes of the pictures is computed once, and what follows it is trained."""
-    figure = 'R@1'
+    metric = 'R@1'
 
     def __init__(self, settings, device, saved, splits=('train', 'val')):
-        self.settings, self.device, self.frozen, self.fingerprint, self.look, self.rows_sum = settings, device, None, None, {}, None
-        world = evaluation.place()[1]
+        self.settings, self.device, self.frozen, self.fingerprint, self.vision, self.rows_sum = settings, device, None, None, {}, None
+        world = evaluation.rank_and_world()[1]
         if settings.batch_size % world:
             raise ValueError(f'batch_size={settings.batch_size}: {world} processes contrast as many captions each: expected a multiple of {world}')
         if settings.captions == 'drawn':
@@ -334,7 +334,7 @@ class AlignTask:
         """Makes a split of the dataset ready: its captions as tokens, its pictures encoded by the frozen trunk."""
         captions = Captions(rows, self.tokenizer)
         seen = asdict(self.settings) | dict(use_vision=True, vision_dim=None, train_encoder=self.frozen is None)
-        self.look[split] = evaluation.vision_source(seen, self.frozen or self.model.encoder, rows, self.device)
+        self.vision[split] = evaluation.vision_source(seen, self.frozen or self.model.encoder, rows, self.device)
         self.data[split], self.pictures[split] = captions.batch, len(rows.pictures)
 
     def chance(self):
@@ -351,7 +351,7 @@ class AlignTask:
         """The encoder's tokens of a batch. -> (B, N, D)"""
         if self.drawn:
             return model.encoder(model.encoder.normalise(batch['pixels']))
-        seen = self.look[split](self.frozen or model.encoder, batch['picture'])
+        seen = self.vision[split](self.frozen or model.encoder, batch['picture'])
         return model.encoder.resample(seen) if self.frozen else seen
 
     def losses(self, model, batch, split='train'):
@@ -414,7 +414,7 @@ class AlignTask:
 def main(argv=None):
     settings, sources = configure(TrainConfig, sys.argv[1:] if argv is None else argv)
     with processes(settings) as device, Stop() as stop:
-        with locked(Path(settings.out_dir) / '.lock') if evaluation.place()[0] == 0 else nullcontext():
+        with locked(Path(settings.out_dir) / '.lock') if evaluation.rank_and_world()[0] == 0 else nullcontext():
             train(settings, sources, device, stop)
 
 
@@ -427,7 +427,7 @@ def train(settings, sources, device, stop):
     torch.manual_seed(settings.seed)
     torch.use_deterministic_algorithms(settings.deterministic)
     about = dict(commit=commit(), torch=str(torch.__version__), python=platform.python_version(), device=device_name(device),
-                 processes=evaluation.place()[1], threads=torch.get_num_threads(), seed=settings.seed)
+                 processes=evaluation.rank_and_world()[1], threads=torch.get_num_threads(), seed=settings.seed)
     print(' | '.join(f'{k} {v}' for k, v in about.items()))
     print(echo(settings, sources))
 
@@ -453,7 +453,7 @@ def train(settings, sources, device, stop):
         evaluation.in_turn(lambda: write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint)))  # nobody goes on, or ends, before it is there
 
     task.batch(run.step * settings.grad_accum)  # a bad setting, a batch that is too large, say, shows now and costs nobody the old run
-    if settings.fresh and evaluation.place()[0] == 0:
+    if settings.fresh and evaluation.rank_and_world()[0] == 0:
         for name in ('ckpt.pt', 'metrics.json', 'encoder.pt', 'predictions.jsonl', 'vqav2_results.json', 'samples.png', 'curves.png'):
             (out_dir / name).unlink(missing_ok=True)
     log = Log(out_dir / 'log.jsonl', run.step, settings)
@@ -491,7 +491,7 @@ def train(settings, sources, device, stop):
 
         if run.step % settings.eval_interval == 0 or run.step == settings.max_steps:
             scores = task.validate(learner.average)
-            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, figure=task.figure), event='eval')
+            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric=task.metric), event='eval')
             if run.best is None or task.better(scores, run.best['scores']):
                 run.best = dict(step=run.step, scores=scores, **copy.deepcopy(task.weights(learner.average)))
             save()
@@ -509,7 +509,7 @@ def train(settings, sources, device, stop):
     for name, weights in task.weights(learner.average).items():
         for key, tensor in weights.items():
             tensor.copy_(run.best[name][key])
-    print(f"best validation {task.figure} {run.best['scores'][task.figure]:.3f} at step {run.best['step']}")
+    print(f"best validation {task.metric} {run.best['scores'][task.metric]:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
     task.finish(learner.average, facts(settings, task, run, about))
     print(f'{out_dir}: done after {clock(time.time() - run.started)}, at most {most_memory(device) / 1e9:.2f} GB of memory')
@@ -541,13 +541,13 @@ class Learner:
             group['lr'] = lr * group['share']
         for k in range(s.grad_accum):
             batch = self.task.batch(step * s.grad_accum + k)
-            rows, names, batch = rows + len(batch['counted']), [*names, batch.pop('names')], my_share(batch)
+            rows, names, batch = rows + len(batch['counted']), [*names, batch.pop('names')], shard(batch)
             with self.autocast:
                 parts = self.task.losses(self.model, evaluation.on_device(batch, self.device))
             self.scaler.scale(sum(parts.values()) / s.grad_accum).backward()
             for key, value in parts.items():
                 losses[key] = losses.get(key, 0) + value.detach() / s.grad_accum
-        losses, stopping = averaged(self.parameters, losses, stop)
+        losses, stopping = all_reduce(self.parameters, losses, stop)
         loss = sum(losses.values())
         gnorm, good = update(self.parameters, self.optimizers, self.scaler, loss, s.grad_clip)
         if not good:
@@ -611,7 +611,7 @@ def processes(settings):
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all the same
     torch.distributed.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=1))
-    with redirect_stdout(open(os.devnull, 'w')) if evaluation.place()[0] else nullcontext():
+    with redirect_stdout(open(os.devnull, 'w')) if evaluation.rank_and_world()[0] else nullcontext():
         yield device
     torch.distributed.barrier()  # gloo's threads have then let go of every tensor; one that they hold while Python ends aborts the process, now and then
     torch.distributed.destroy_process_group()
@@ -624,19 +624,19 @@ def end_with(parent):
     os._exit(1)
 
 
-def my_share(batch):
+def shard(batch):
     """Of a batch, the rows of this process: every so-many-th one. A loss that is a mean over the rows' `counted` targets gets a `weight`, with
     which the mean over the processes is the mean over the whole batch; a process for which no row is left takes the first one, with weight 0."""
-    (rank, world), counted = evaluation.place(), batch.pop('counted')
+    (rank, world), counted = evaluation.rank_and_world(), batch.pop('counted')
     if world > 1:
         weight, rows = world * counted[rank::world].sum() / counted.sum(), slice(rank, None, world) if rank < len(counted) else slice(1)
         batch = {key: value[rows] if torch.is_tensor(value) else value for key, value in batch.items()} | dict(weight=weight)
     return batch
 
 
-def averaged(parameters, losses, stop):
+def all_reduce(parameters, losses, stop):
     """Makes every gradient the mean over the processes -> the mean losses, a dict of floats, and whether any process was asked to stop: the same in all."""
-    world, values = evaluation.place()[1], torch.stack([*losses.values()]).float()
+    world, values = evaluation.rank_and_world()[1], torch.stack([*losses.values()]).float()
     if world > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads] + [values, values.new_tensor([float(stop)])])
@@ -797,12 +797,12 @@ class Log:
         kept = [line for line in path.read_text().splitlines() if step_of(line) <= step] if step else []
         write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
         self.wandb = None
-        if settings.wandb and evaluation.place()[0] == 0:
+        if settings.wandb and evaluation.rank_and_world()[0] == 0:
             import wandb
             self.wandb = wandb.init(project='nano-trm-vlm', name=path.parent.name, config=asdict(settings))
 
     def write(self, event):
-        if evaluation.place()[0]:
+        if evaluation.rank_and_world()[0]:
             return
         with open(self.path, 'a') as f:
             f.write(json.dumps(event) + '\n')
@@ -812,7 +812,7 @@ class Log:
     def line(self, step, values, event='step'):
         self.write(dict(event=event, step=step, **values))
         style = dict(loss='loss {:.4f}', lr='lr {:.2e}', gnorm='gnorm {:.2f}', ms='{:.1f} ms', examples_per_s='{:.0f} ex/s')
-        parts = [style.get(k, k + ' {:.3f}').format(v) for k, v in values.items() if k not in ('train_s', 'figure')]
+        parts = [style.get(k, k + ' {:.3f}').format(v) for k, v in values.items() if k not in ('train_s', 'metric')]
         eta = (time.time() - self.started) / max(1, step - self.first) * (self.max_steps - step)
         print(' | '.join([f'{event} {step}/{self.max_steps}', *parts, f'eta {clock(eta)}']), flush=True)
 

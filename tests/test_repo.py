@@ -39,6 +39,12 @@ def test_configs_load(config):
     assert settings.out_dir == f'out/{config.removesuffix(".py")}'
 
 
+def test_pixmo_configs_agree():
+    """The baseline at full size differs from its TRM in the decoder alone."""
+    trm, plain = (configure(TrainConfig, [str(ROOT / f'config/{name}_pixmo.py')])[0] for name in ('trm', 'plain'))
+    assert {f.name for f in fields(trm) if getattr(trm, f.name) != getattr(plain, f.name)} == {'out_dir', 'kind', 'n_layer'}
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_readme_commands(command):
     """Every command of the README names files that exist and settings that are accepted."""

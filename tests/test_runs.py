@@ -220,14 +220,14 @@ with train.processes(settings) as device:
     parameters, out = list(task.model.parameters()), []
     for step in range(6):
         task.model.zero_grad()
-        batch = train.my_share(task.batch(step))
+        batch = train.shard(task.batch(step))
         losses = task.losses(task.model, batch)
         sum(losses.values()).backward()
         losses = {key: value.detach() for key, value in losses.items()}
-        losses, stopping = train.averaged(parameters, losses, train.evaluation.place()[0] == 1 and step == 5)
-        assert stopping == (step == 5 and train.evaluation.place()[1] > 1)  # all know that one was asked to stop
+        losses, stopping = train.all_reduce(parameters, losses, train.evaluation.rank_and_world()[0] == 1 and step == 5)
+        assert stopping == (step == 5 and train.evaluation.rank_and_world()[1] > 1)  # all know that one was asked to stop
         out.append([torch.tensor(list(losses.values()))] + [p.grad.clone() for p in parameters if p.grad is not None])
-    if train.evaluation.place()[0] == 0:
+    if train.evaluation.rank_and_world()[0] == 0:
         torch.save(out, 'gradients.pt')
 '''
 
@@ -291,7 +291,7 @@ def make():
     open('made', 'w').write(made + str(rank))
     return rank
 with train.processes(settings):
-    rank = train.evaluation.place()[0]
+    rank = train.evaluation.rank_and_world()[0]
     assert train.evaluation.in_turn(make) == rank and train.evaluation.from_all(rank) == [0, 1]
 '''
     done = torchrun(2, script, cwd=tmp_path)

@@ -162,6 +162,22 @@ def test_align_objective(objective, left, optimizer, tmp_path, monkeypatch):
     assert list(tasks[0].chance()) == [objective]
 
 
+@pytest.mark.parametrize('option', ['--perceiver_layers=1', '--perceiver_heads=2', '--perceiver_width=16', '--text_layers=2', '--text_width=64', '--adapter=mlp', '--pool=2',
+                                    '--max_objects=3', '--prefixes=4,16'])
+def test_align_settings_matter(option, tmp_path, monkeypatch):
+    """Every one of these settings changes what stage 1 trains, or what it is trained on."""
+    monkeypatch.setattr(train.AlignTask, 'finish', lambda *args: None)
+    monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
+    ends = []
+    for flag in ([], [option]):
+        out = tmp_path / str(len(ends))
+        train.main([str(ROOT / 'config/align.py'), '--max_steps=2', '--warmup_ratio=0', '--batch_size=4', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4',
+                    *flag, f'--out_dir={out}'])
+        ends.append(weights(out))
+    a, b = ends
+    assert a.keys() != b.keys() or any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
+
+
 @pytest.mark.parametrize('rate, warned', [(1e-9, True), (3e-3, False)])
 def test_a_loss_at_chance_is_said(rate, warned, tmp_path, capsys, monkeypatch):
     """A run whose contrast has not fallen below that of a guess after a hundred steps says so, once; one that learns does not."""
@@ -246,8 +262,8 @@ def test_settings_matter(option, flags, tmp_path):
 
 def test_gradient_accumulation(flags, tmp_path, monkeypatch):
     """The gradient of an accumulated step is the mean of the gradients of its batches, clipped only together; so is its loss."""
-    averaged, seen, tasks = train.averaged, [], []
-    monkeypatch.setattr(train, 'averaged', lambda parameters, losses, stop: (seen.append([p.grad.clone() for p in parameters]), averaged(parameters, losses, stop))[1])
+    all_reduce, seen, tasks = train.all_reduce, [], []
+    monkeypatch.setattr(train, 'all_reduce', lambda parameters, losses, stop: (seen.append([p.grad.clone() for p in parameters]), all_reduce(parameters, losses, stop))[1])
     monkeypatch.setattr(train.AnswerTask, 'finish', lambda *args: None)
     init = train.AnswerTask.__init__
     monkeypatch.setattr(train.AnswerTask, '__init__', lambda self, *args: (init(self, *args), tasks.append((self, copy.deepcopy(self.model))))[0])
