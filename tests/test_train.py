@@ -162,14 +162,14 @@ def test_align_objective(objective, left, optimizer, tmp_path, monkeypatch):
     assert list(tasks[0].chance()) == [objective]
 
 
-@pytest.mark.parametrize('option', ['--perceiver_layers=1', '--perceiver_heads=2', '--perceiver_width=16', '--text_layers=2', '--text_width=64', '--adapter=mlp', '--pool=2',
+@pytest.mark.parametrize('option', ['--perceiver_layers=1', '--perceiver_heads=2', '--adapter=linear --perceiver_width=16', '--text_layers=2', '--text_width=64', '--adapter=mlp', '--pool=2',
                                     '--max_objects=3', '--prefixes=4,16'])
 def test_align_settings_matter(option, tmp_path, monkeypatch):
     """Every one of these settings changes what stage 1 trains, or what it is trained on."""
     monkeypatch.setattr(train.AlignTask, 'finish', lambda *args: None)
     monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
     ends = []
-    for flag in ([], [option]):
+    for flag in (option.split()[:-1], option.split()):
         out = tmp_path / str(len(ends))
         train.main([str(ROOT / 'config/align.py'), '--max_steps=2', '--warmup_ratio=0', '--batch_size=4', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4',
                     *flag, f'--out_dir={out}'])
