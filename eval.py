@@ -661,7 +661,7 @@ def compare(paths, judged=None, reach=None):
             'run': printable(name), 'seeds': len(runs), 'core': f"{m['parameters']['core']:,}", 'total': f"{m['parameters']['total']:,}", 'depth': depth(m),
             'training steps': m['step'], 'TFLOP': f'{spread([training_flops(r) for r in runs])[0] / 1e12:.1f}', 'min': f"{spread([r['train_s'] for r in runs])[0] / 60:.1f}",
             'mean of types': plus_minus([score(r) for r in runs]), 'by seed': ' '.join(f'{score(r):.3f}' for r in runs),
-            'less the first': plus_minus(seeds, sign='+') if seeds else '-', 'em less the first': f'{questions[0]:+.3f} ± {questions[1]:.3f}' if questions else '-'}
+            'minus the first': plus_minus(seeds, sign='+') if seeds else '-', 'em minus the first': f'{questions[0]:+.3f} ± {questions[1]:.3f}' if questions else '-'}
             | ({f'validation {reach:g} at training step': ', '.join(reached(r, reach) for r in runs)} if reach else {}))
         of_type = lambda t: [r['by_type'][t]['f1' if t == 'describe' else 'em'] for r in runs if t in r['by_type']]
         scores.append({'run': printable(name)} | {key: plus_minus([r[key] for r in runs]) for key in ('em', 'f1')}
@@ -669,7 +669,7 @@ def compare(paths, judged=None, reach=None):
     draw_comparison(groups, Path((sorted(glob(str(paths[0]))) or paths)[0]).parent)
     made = sorted({f"{m['commit']} on {m['device']}, {m['threads']} threads" for runs in groups.values() for m in runs})
     return ('\n'.join(table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (about, scores)) +
-            f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `less the first` over the differences between runs of one seed, of `em less the"
+            f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `minus the first` over the differences between runs of one seed, of `em less the"
             f" first` over the questions; describe: f1\nTFLOP, min: of the whole training; depth: blocks in a row for an answer token; commit {'; '.join(made)}")
 
 
