@@ -216,6 +216,13 @@ def pick_device(device):
     return device
 
 
+def fast_dtypes(device):
+    """float32, and bfloat16 after it where the hardware multiplies in it; elsewhere it is emulated, a hundred times slower."""
+    import torch
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
+    return [torch.float32] + [torch.bfloat16] * bf16
+
+
 def seconds(function, device):
     """Wall clock of a call. On a GPU, waits for it."""
     wait = lambda: None

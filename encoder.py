@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from configurator import expect, locked, most_memory, pick_device, progress, run_script, seconds, write_whole
+from configurator import expect, fast_dtypes, locked, most_memory, pick_device, progress, run_script, seconds, write_whole
 
 
 @dataclass
@@ -823,7 +823,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_b
     Raises: ValueError naming the pictures that cannot be decoded, and where the disk is too small.
     """
     dim = dim or encoder.config.vision_dim
-    dtype = torch.bfloat16 if device.startswith('cuda') and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32  # of the matrix products
+    dtype = fast_dtypes(device)[-1] if device.startswith('cuda') else torch.float32  # of the matrix products
     with torch.no_grad():
         shape = encoder(torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)).shape[1:-1] + (dim,)
     per_part, maker = max(1, part_bytes // (2 * math.prod(shape))), f'{encoder.fingerprint()} {dim} {dtype}'.encode()

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import configure, expect, keep_freed_memory, most_memory, pick_device, run_script, seconds
+from configurator import configure, expect, fast_dtypes, keep_freed_memory, most_memory, pick_device, run_script, seconds
 
 
 @dataclass
@@ -471,12 +471,6 @@ def bench_run(b, name, loop, dtype, decoder, batch):
     else:
         write(2)
     return dict(name=name, loop=loop, dtype=dtype, step=partial(step, forward), write=write, flops=flops)
-
-
-def fast_dtypes(device):
-    """float32, and bfloat16 after it where the hardware multiplies in it."""
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
-    return [torch.float32] + [torch.bfloat16] * bf16
 
 
 def benchmark(b):

@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from configurator import clock, configure, echo, expect, keep_freed_memory, locked, most_memory, pick_device, printable, run_script, write_whole
+from configurator import clock, configure, echo, expect, fast_dtypes, keep_freed_memory, locked, most_memory, pick_device, printable, run_script, write_whole
 from data import Captions, Questions, Tokenizer, check_splits, read_rows, train_bpe
 from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
-from model import ModelConfig, build_model, fast_dtypes, flops_of
+from model import ModelConfig, build_model, flops_of
 from prepare.shapes import Config as ShapesConfig, DrawnCaptions, caption_sample, draw_shapes
 
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
@@ -754,7 +754,7 @@ def facts(settings, task, run, about):
 
 
 def pick_dtype(dtype, device):
-    """auto: bfloat16 where the hardware multiplies in it; elsewhere it is emulated, a hundred times slower than float32."""
+    """auto: bfloat16 where it is fast."""
     return fast_dtypes(device)[-1] if dtype == 'auto' else getattr(torch, dtype)
 
 
