@@ -364,7 +364,6 @@ class BenchConfig:
     device: str = 'auto'     # auto (a GPU if there is one), cpu, cuda, ...
 
     def __post_init__(self):
-        self.device = pick_device(self.device)
         for key, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f'{key}={value}: expected at least 1')
@@ -584,6 +583,7 @@ def table(head, rows):
 def main(argv=None):
     settings, _ = configure(BenchConfig, sys.argv[1:] if argv is None else argv, 'model.py')
     keep_freed_memory()
+    settings.device = pick_device(settings.device)
     (show_states if settings.states else show_memory if settings.memory else show_profile if settings.profile else benchmark)(settings)
 
 

@@ -60,7 +60,7 @@ def test_deterministic_and_killed(flags, tmp_path):
 @pytest.mark.parametrize('settings', [dict(kind='plain', n_layer=4), dict(recursion='concat'), dict(recursion='add'), dict(recursion='loop', shared=False)], ids=str)
 def test_same_numbers_as_the_cpu(settings):
     """Logits, loss, gradient and written answers of a decoder in float32 are those of the CPU."""
-    b = model.BenchConfig(n_embd=64, n_head=2, vocab_size=200, vision_dim=32, n_answer=6, batch_size=4, inner_steps=3)
+    b = model.BenchConfig(device='cpu', n_embd=64, n_head=2, vocab_size=200, vision_dim=32, n_answer=6, batch_size=4, inner_steps=3)
     decoder, batch = model.bench_decoder(b, **settings)
     results = []
     for device in ('cpu', 'cuda'):

@@ -296,7 +296,7 @@ def test_state_sizes():
 
 def test_benchmark(capsys):
     """`python model.py` counts FLOPs as they follow from the shapes, and shows parameters and times for every decoder."""
-    b = BenchConfig(n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
+    b = BenchConfig(device='cpu', n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
                     batch_size=2, repeats=1, peak_size=64)
     C, V, D, S, A = b.n_embd, b.vocab_size, b.vision_dim, 8, 4
     T = S + 2 * A
@@ -317,7 +317,7 @@ def test_benchmark_compiled(capsys, monkeypatch):
     """With --compile the compiled step is timed beside the others, and it is torch.compile's that runs."""
     compiled = []
     monkeypatch.setattr(torch, 'compile', lambda decoder, mode: lambda *batch: compiled.append(mode) or decoder(*batch))
-    benchmark(BenchConfig(n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
+    benchmark(BenchConfig(device='cpu', n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
                           batch_size=2, repeats=1, peak_size=64, compile=True))
     text = capsys.readouterr().out
     assert text.count(' compiled |') * 4 == len(compiled) and text.count(' - |') == 2 * text.count(' compiled |')
