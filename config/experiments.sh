@@ -86,6 +86,7 @@ done
 # published: Sort-of-CLEVR; with the frozen encoder also other decoders, with the training FLOPs of n=2
 for c in sortofclevr sortofclevr_encoder; do add published $c config/$c.py; done
 add published sortofclevr_n4 config/sortofclevr.py --inner_steps=4 --max_steps=4537
+add published sortofclevr_loop4 config/sortofclevr.py --recursion=loop --inner_steps=4 --max_steps=6005
 add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
 # gpu: Edge-Glass' experiments at its own scale, bash config/experiments_gpu.sh; left out, as wide is, unless asked for
