@@ -6,7 +6,7 @@ A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a 
     image      the encoded file as bytes, or {bytes, path} as the Hugging Face writes it, or a path below the folder
     question   a string; null where the row has only a caption
     answer     a string, or a list of reference answers (the first one is trained on)
-    caption    optional, a string, or a list of which the first counts; a row without a question becomes "describe this picture" with the caption as its answer
+    caption    optional, a string or a list of several; a row without a question becomes "describe this picture" with the caption as its answer
     sample_id  optional, any string; names the row in messages and predictions
     type       optional; results are broken down by it
 

@@ -669,7 +669,7 @@ def compare(paths, judged=None, reach=None):
     draw_comparison(groups, Path((sorted(glob(str(paths[0]))) or paths)[0]).parent)
     made = sorted({f"{m['commit']} on {m['device']}, {m['threads']} threads" for runs in groups.values() for m in runs})
     return ('\n'.join(table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (about, scores)) +
-            f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `minus the first` over the differences between runs of one seed, of `em less the"
+            f"\nmean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `minus the first` over the differences between runs of one seed, of `em minus the"
             f" first` over the questions; describe: f1\nTFLOP, min: of the whole training; depth: blocks in a row for an answer token; commit {'; '.join(made)}")
 
 
