@@ -549,12 +549,12 @@ def show_states(b):
     print(table(['recursion', 'norm', *(f'z after {n}' for n in marks), f'y after {marks[-1]}', *(f'gradient at n={n}' for n in (4, 8, 16))], rows))
 
 
-def show_memory(b):
+def show_memory(b, steps=(1, 2, 4, 8, 16)):
     """Prints how much memory a forward and backward pass adds to the weights, gradients included, each in a process of its own."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     rows = []
-    for n in (1, 2, 4, 8, 16):
+    for n in steps:
         row = [n]
         for recompute in (False, True):
             with ProcessPoolExecutor(1, get_context('spawn')) as pool:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import data
-from data import Questions, Tokenizer, read_rows, train_bpe
+from data import Captions, Questions, Tokenizer, read_rows, train_bpe
 from prepare import shapes
 from prepare.shapes import Config as ShapesConfig, DrawnCaptions
 
@@ -255,6 +255,11 @@ def test_easyvqa(tmp_path):
     data.main(['easyvqa', f"--source={tmp_path / 'src'}", f"--out={tmp_path / 'out'}"])
     train, val, test = (read_rows(tmp_path / 'out', split) for split in data.SPLITS)
     assert len(train) + len(val) == 120 and len(test) == 10 and 2 <= len(val) <= 30
+    for part, rows in (('train', train), ('train', val), ('test', test)):
+        for name, question, references, k in zip(rows.sample_id, rows.question, rows.references, rows.picture):
+            image, n = map(int, name.split('-')[1:])
+            assert rows.pictures[k] == (tmp_path / f'src/{part}/images/{image}.png').read_bytes()
+            assert (question, references) == (('is there a circle?', ['yes']), ('what color is it?', ['red']))[n % 2]
     assert not set(train.pictures.digests) & set(val.pictures.digests) and set(test.type) == {'yes/no', 'open'}
 
 
@@ -418,3 +423,82 @@ def test_few_shapes_of_long_answers(tmp_path):
     assert all(B * A <= 256 for B, _, _, A in shapes) and sum(B for B, *_ in shapes) > .98 * len(rows)
     real = sum(a + 1 for _, a in lengths)
     assert real / sum(B * A for B, _, _, A in tight_shapes) > .7  # the rest is padding
+
+
+def test_sum_of_rows(tmp_path):
+    """The sum of a split, which tells datasets apart, depends on its pictures, questions, answers and captions and on their order."""
+    def total(**change):
+        row = dict(image=png((1, 2, 3)), question='q', answer='a', caption='c') | change
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        pq.write_table(pa.Table.from_pylist([row, dict(image=png((9, 9, 9)), question='p', answer='b', caption='d')][::change.get('order', 1)]), folder / 'train.parquet')
+        return read_rows(folder, 'train').sum.hexdigest()
+    sums = [total(), total(image=png((3, 2, 1))), total(question='Q'), total(answer='A'), total(caption='C'), total(order=-1)]
+    assert len(set(sums)) == 6 and total() == sums[0]
+
+
+def test_batch_holds_its_rows(tiny_shapes):
+    """A row's question, whole answer, from its first token on, and picture are those of the data set."""
+    rows = read_rows(tiny_shapes, 'train')
+    t = Tokenizer(train_bpe(rows.question, 400))
+    questions = data.Questions(rows, t, 64, 128)
+    for step in range(10):
+        chosen = questions.rows_of_step(step, 16, seed=1)
+        batch = questions.batch(chosen)
+        for k, i in enumerate(chosen):
+            assert batch['question'][k][batch['question'][k] != t.pad_id].tolist() == t.encode(rows.question[i])
+            assert batch['targets'][k][batch['targets'][k] >= 0].tolist() == t.encode(rows.references[i][0]) + [t.eos_id]
+            assert batch['picture'][k] == rows.picture[i]
+
+
+def test_epochs_differ(tiny_shapes):
+    """Every epoch has another order, and its long answers do not come in a row."""
+    rows = read_rows(tiny_shapes, 'train')
+    questions = data.Questions(rows, Tokenizer(train_bpe(rows.question, 400)), 64, 128)
+    one, two = (questions.epoch(4, 1, k) for k in (0, 1))
+    assert [b.tolist() for b in one] != [b.tolist() for b in two] and {tuple(sorted(b)) for b in one} != {tuple(sorted(b)) for b in two}
+    lengths = [max(len(questions.answers[i]) for i in b) for b in one]
+    assert lengths != sorted(lengths) and max(lengths[:len(lengths) // 2]) > 8 < max(lengths[len(lengths) // 2:])
+    some = np.concatenate(list(questions.rows_in_order(16, most=40)))
+    assert len(some) == len(set(some)) == 40 and sorted(some) != list(range(40)) and (some > len(rows) // 2).sum() > 10
+    assert np.array_equal(some, np.concatenate(list(questions.rows_in_order(16, most=40))))
+
+
+def test_captions(tmp_path):
+    """A batch has its pictures' own sentences, long ones cut without loss; an epoch shows every picture once, in another order each time; a batch is a function of
+    (seed, step); pictures without a caption are named."""
+    words = [f'w{k}' for k in range(9)]
+    texts = [f'{w} is here. ' + ' '.join([w] * (2 + 40 * (k == 3))) + '! And so on.' for k, w in enumerate(words)]
+    pq.write_table(pa.table(dict(image=[png((k, 0, 0)) for k in range(9)], caption=texts)), tmp_path / 'train.parquet')
+    rows = read_rows(tmp_path, 'train')
+    t = Tokenizer(train_bpe(texts, 300))
+    captions = Captions(rows, t, n_phrases=4, most_tokens=8)
+    for k, text in enumerate(texts):
+        assert max(map(len, captions.phrases[k])) <= 8 and t.bpe.decode(sum((p.tolist() for p in captions.phrases[k]), [])).replace(' ', '') == text.replace(' ', '')
+    orders = []
+    for step in range(6):
+        batch = captions.batch(step, 3, seed=1)
+        assert batch['caption'].shape[:2] == (3, 4) and all(torch.equal(batch[key], captions.batch(step, 3, seed=1)[key]) for key in ('picture', 'caption', 'left_out'))
+        for i, phrases in zip(batch['picture'].tolist(), batch['caption']):
+            said = [t.bpe.decode(p[p >= 0].tolist()) for p in phrases]
+            own = [t.bpe.decode(p.tolist()) for p in captions.phrases[i]]
+            assert set(said) <= set(own) and (i == 3 or len(set(said)) == 3) and not any(w in ' '.join(said) for w in words if w != words[i])
+        orders += batch['picture'].tolist()
+    assert sorted(orders[:9]) == sorted(orders[9:]) == list(range(9)) and orders[:9] != orders[9:]
+    with pytest.raises(ValueError, match='batch_size=10: more than the 9 pictures'):
+        captions.batch(0, 10, seed=1)
+    pq.write_table(pa.table(dict(image=[png((1, 0, 0)), png((2, 0, 0))], question=['q', 'q'], answer=['a', 'a'], caption=['c', ' '])), tmp_path / 'train.parquet')
+    with pytest.raises(ValueError, match='1 of 2 pictures have no caption.*row 1'):
+        Captions(read_rows(tmp_path, 'train'), t)
+
+
+def test_drawn_captions_are_of_their_picture():
+    """Each phrase names an object of its own scene."""
+    config = shapes.Config()
+    t = Tokenizer(train_bpe(shapes.caption_sample(config, 300), 512))
+    drawn = shapes.DrawnCaptions(config, t)
+    batch, (scenes, pixels, _) = drawn.batch('train', 3, 6, 0), drawn.scenes('train', 3, 6, 0)
+    assert torch.equal(batch['pixels'], pixels)
+    for scene, phrases in zip(scenes, batch['caption']):
+        there = {f"{o['size']} {o['color']} {o['shape']}" for o in scene}
+        assert {t.bpe.decode(p[p >= 0].tolist()).split(' at ')[0] for p in phrases} <= there

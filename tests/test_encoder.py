@@ -351,3 +351,30 @@ def test_command_line(tmp_path, tiny_encoder, capsys):
     assert all(word in text for word in ('decoding, all cores', 'encoding, float32', 'encoding, bfloat16', 'GB of memory'))
     with pytest.raises(SystemExit):
         encoder_module.main([])
+
+
+def test_contrast_is_infonce():
+    """The contrast is the mean over the prefixes, the first so many dimensions, of symmetric InfoNCE with a learned scale, 100 at most."""
+    model = AlignModel(small(), 30).double()
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 6, 16, dtype=torch.float64)
+    for scale in (10., 1000.):
+        model.log_scale.data.fill_(np.log(scale))
+        expected = 0
+        for d in (4, 8, 16):
+            p = (min(scale, 100) * torch.nn.functional.cosine_similarity(a[:, None, :d], b[None, :, :d], dim=-1))
+            expected += -(p.log_softmax(0).diagonal() + p.log_softmax(1).diagonal()).mean() / 2 / 3
+        assert model.contrast(a, b).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_cloze_does_not_see_its_answers():
+    """A word that is left out does not reach the loss but as what is to be found; what is there, and the picture, do."""
+    torch.manual_seed(0)
+    model = AlignModel(small(), 30).double()
+    tokens, caption, left_out = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True), torch.randint(30, (2, 2, 5)), torch.rand(2, 2, 5) < .5
+    seen = []
+    model.head.register_forward_hook(lambda module, args, out: seen.append(out))
+    for change in (torch.zeros_like(left_out), left_out, ~left_out):
+        losses = model(tokens, (caption + change) % 30, left_out)
+    assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2])
+    assert torch.autograd.grad(losses['cloze'], tokens)[0].abs().amax(2).min() > 0

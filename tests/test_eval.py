@@ -296,3 +296,12 @@ def test_against_references_written_another_way():
         ten = [rng.choice(said) for _ in range(10)] if rng.random() < .9 else said[:1] * 10
         prediction = rng.choice([*said, a, cleaned(said[0])])
         assert evaluation.vqa_accuracy(prediction, ten) == leave_one_out(prediction, ten)
+
+
+def test_summaries():
+    """Captions count for their own type alone; the mean over the types is over the others."""
+    rows = [dict(type=type, em=em, f1=em, equal=em, tokens=2, hits=1, loss=3.) for type, em in (('color', 1.), ('count', 0.), ('count', 1.), ('describe', 0.))]
+    m = evaluation.summaries(rows)
+    assert m['em'] == 2 / 3 and m['n'] == 3 and m['em_types'] == .75 and m['by_type']['describe']['em'] == 0 and m['loss'] == 1.5 and list(m['by_type']) == ['color', 'count', 'describe']
+    alone = evaluation.summaries(rows[3:])
+    assert alone['em_types'] == alone['em'] == 0 and alone['n'] == 1

@@ -79,13 +79,17 @@ def test_everything_lives(settings, prefix_lm):
 @every_decoder
 @every_mask
 def test_context_once(settings, prefix_lm):
-    """Running the context once equals recomputing it in every step: the naive loop over [x | stream] with one mask."""
+    """Running the context once equals recomputing it in every step, the naive loop over [x | stream] with one mask, and so do the gradients: nothing is cut off."""
     decoder = decoder_of(settings, prefix_lm=prefix_lm)
     vision, question, answer = sample()
     question[1, 4:] = PAD
-    fast, _ = decoder(vision, question, answer)
+    (fast, _), naive = decoder(vision, question, answer), []
     for logits, v, q, a in zip(fast, vision, question, answer):  # the naive loop knows no padding
-        assert torch.allclose(logits, naive_logits(decoder, v[None], q[None, q != PAD], a[None])[0], atol=1e-10, rtol=0)
+        slow = naive_logits(decoder, v[None], q[None, q != PAD], a[None])[0]
+        assert torch.allclose(logits, slow, atol=1e-10, rtol=0)
+        naive.append(slow)
+    grads = [torch.autograd.grad(torch.stack(list(l)).sin().sum(), list(decoder.parameters()), materialize_grads=True) for l in (fast, naive)]
+    assert all(torch.allclose(a, b, atol=1e-9, rtol=1e-9) for a, b in zip(*grads))
 
 
 @every_decoder
@@ -242,12 +246,15 @@ def test_learns_by_heart(settings):
     answer = torch.cat([torch.full((8, 1), BOS), targets[:, :-1]], dim=1).where(torch.arange(5) <= (targets >= 0).sum(1, keepdim=True), PAD)
     answer = answer.clamp(min=PAD)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
-    for _ in range(250):
+    wanted = targets.where(targets >= 0, PAD)
+    for step in range(250):
+        if step % 25 == 0 and torch.equal(decoder.generate(vision, question, 5), wanted):
+            break
         _, loss = decoder(vision, question, answer, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert torch.equal(decoder.generate(vision, question, 5), targets.where(targets >= 0, PAD))
+    assert torch.equal(decoder.generate(vision, question, 5), wanted)
 
 
 def test_targets_are_ignored_at_padding():
@@ -307,7 +314,7 @@ def test_benchmark(capsys):
     assert all(text.count(f' {name} |') >= 3 for name in ('plain', 'concat', 'add'))
     show_states(b)
     assert 'gradient at n=16' in capsys.readouterr().out
-    show_memory(b)
+    show_memory(b, steps=(1,))
     assert 'checkpoint_recursion' in capsys.readouterr().out
     show_profile(b)
     assert 'mm' in capsys.readouterr().out
@@ -357,3 +364,13 @@ def test_bad_settings(bad, message):
     """A setting out of range is an error that names it."""
     with pytest.raises(ValueError, match=message):
         ModelConfig(**bad)
+
+
+def test_top_k():
+    """top_k draws from so many of the likeliest tokens and no others."""
+    decoder = decoder_of(DECODERS[2])
+    vision, question, _ = sample()
+    likeliest = decoder(vision, question, torch.full((3, 1), BOS))[0][:, 0].topk(3).indices
+    firsts = torch.stack([decoder.generate(vision, question, 1, temperature=9., top_k=3, generator=torch.Generator().manual_seed(k))[:, 0] for k in range(60)])
+    assert all(set(drawn.tolist()) == set(best.tolist()) for drawn, best in zip(firsts.T, likeliest))
+    decoder.generate(vision, question, 1, temperature=1., top_k=10 ** 6)

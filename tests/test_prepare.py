@@ -30,9 +30,18 @@ from data import read_rows
 from prepare import pixmo
 
 
+NOISE = random.Random()
+
+
+@pytest.fixture(autouse=True)
+def same_noise_in_every_run():
+    NOISE.seed(0)
+
+
 def picture(seed, size=(20, 12), mode='RGB', form='PNG', **options):
+    """A picture file, never the same one twice in a test."""
     buffer = io.BytesIO()
-    Image.effect_noise(size, 90).convert('L').point(lambda v: (v * (seed + 3)) % 256).convert(mode).save(buffer, form, **options)
+    Image.frombytes('L', size, NOISE.randbytes(size[0] * size[1])).convert(mode).save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -45,6 +54,11 @@ def put(path, content):
 def imported(format, tmp_path, *flags, source='src'):
     data.main([format, f'--source={tmp_path / source}', f"--out={tmp_path / 'out'}", *flags])
     return {split: read_rows(tmp_path / 'out', split) for split in data.SPLITS}
+
+
+def told(rows):
+    """What a split tells, row by row: (picture file, question, references)."""
+    return list(zip((rows.pictures[k] for k in rows.picture), rows.question, rows.references))
 
 
 def rejects(tmp_path):
@@ -74,10 +88,12 @@ def test_gqa(tmp_path):
     entry = lambda image, answer: dict(imageId=image, question='Is it red?', answer=answer, fullAnswer='x', isBalanced=True, types=dict(structural='verify'),
                                        semantic=[], entailed=[], annotations={})
     for part in ('train', 'val', 'testdev'):
-        put(tmp_path / f'src/{part}_balanced_questions.json', {'07333408': entry('n250821', 'yes'), '02': entry('2407890', 'no'), '01': entry('n250821', 'no')})
+        put(tmp_path / f'src/{part}_balanced_questions.json', {'07333408': entry('n250821', f'{part} 1'), '02': entry('2407890', f'{part} 2'), '01': entry('n250821', f'{part} 3')})
     for i, name in enumerate(('n250821', '2407890')):
         put(tmp_path / f'src/images/{name}.jpg', picture(i, form='JPEG'))
     rows = imported('gqa', tmp_path)
+    for split, part in zip(data.SPLITS, ('train', 'val', 'testdev')):
+        assert told(rows[split]) == [((tmp_path / f'src/images/{image}.jpg').read_bytes(), 'Is it red?', [f'{part} {k}']) for image, k in (('2407890', 2), ('n250821', 3), ('n250821', 1))]
     assert list(rows['test'].sample_id) == ['02', '01', '07333408'] and list(rows['test'].picture) == [0, 1, 1] and list(rows['val'].type) == ['verify'] * 3
 
 
@@ -102,19 +118,23 @@ def test_clevr(tmp_path):
         for i in range(5):
             put(tmp_path / f'src/images/{part}/CLEVR_{part}_{i:06}.png', picture(i, mode='RGBA'))
     rows = imported('clevr', tmp_path)
+    assert [picture for picture, *_ in told(rows['test'])] == [(tmp_path / f'src/images/val/CLEVR_val_{i:06}.png').read_bytes() for i in range(5)]
     assert list(rows['test'].references) == [['3'], ['yes'], ['no'], ['no'], ['cube']] and list(rows['test'].type) == ['count', 'exist', 'exist', 'exist', 'query_shape']
 
 
 def test_nlvr(tmp_path):
     """JSON lines without a newline at the end, labels that are the words true and false, six pictures to an example."""
     for part in ('train', 'dev', 'test'):
-        lines = [json.dumps(dict(sentence='There is a box.', label=label, identifier=f'{i}-0', directory='7', evals={}, structured_rep=[]))
+        lines = [json.dumps(dict(sentence=f'There is box {i} of {part}.', label=label, identifier=f'{i}-0', directory='7', evals={}, structured_rep=[]))
                  for i, label in enumerate(('true', 'false'))]
         put(tmp_path / f'src/{part}/{part}.json', '\n'.join(lines))
         for i in range(2):
             for k in range(6):
                 put(tmp_path / f'src/{part}/images/7/{part}-{i}-0-{k}.png', picture(i * 6 + k, (400, 100), 'RGBA'))
     rows = imported('nlvr', tmp_path)
+    for split, part in zip(data.SPLITS, ('train', 'dev', 'test')):
+        assert told(rows[split]) == [((tmp_path / f'src/{part}/images/7/{part}-{i}-0-{k}.png').read_bytes(), f'There is box {i} of {part}.', [label])
+                                     for i, label in enumerate(('true', 'false')) for k in range(6)]
     assert [len(rows[split]) for split in data.SPLITS] == [12] * 3 and list(rows['val'].references) == [['true']] * 6 + [['false']] * 6
 
 
@@ -132,7 +152,8 @@ def test_hugging_face(tmp_path):
         put(tmp_path / f'converted/default/{split}/0000.parquet', b'')
         pq.write_table(pa.table(dict(image=pa.array(images[k:k + 1], struct), question=['q?'], answer=['a'])), tmp_path / f'converted/default/{split}/0000.parquet')
     data.main(['parquet', f"--source={tmp_path / 'converted'}", f"--out={tmp_path / 'converted_out'}"])
-    assert [pq.read_metadata(tmp_path / f'converted_out/{split}.parquet').num_rows for split in data.SPLITS] == [1, 0, 1]
+    n = [pq.read_metadata(tmp_path / f'converted_out/{split}.parquet').num_rows for split in data.SPLITS]
+    assert n[0] + n[1] == n[2] == 1  # no file is named after val: the picture says where the row for training goes
     pq.write_table(pa.table(dict(images=pa.array([images[:2], images[:1]], pa.list_(struct)), question=['q?'] * 2, answer=[['a', 'b']] * 2)), tmp_path / 'two.parquet')
     data.main(['parquet', f"--source={tmp_path / 'two.parquet'}", f"--out={tmp_path / 'two'}", '--max_bad=0.5'])
     assert '2 pictures in one row' in (tmp_path / 'two/rejects.jsonl').read_text()

@@ -1,6 +1,7 @@
 """The repository: what the README says exists, every config loads, the files are the ones they should be."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -8,10 +9,13 @@ import subprocess
 import sys
 from dataclasses import fields
 from functools import partial
+from glob import glob
 
+import numpy as np
 import pytest
 
 import encoder
+import eval as evaluation
 import train
 from configurator import configure
 from conftest import ROOT
@@ -105,7 +109,7 @@ def test_experiments_again(results, left):
     assert listed.stdout.count('python train.py') == left
 
 
-@pytest.mark.parametrize('page', ['README.md', 'results/README.md', 'results/speed.md'])
+@pytest.mark.parametrize('page', ['README.md', *sorted(f'results/{p.name}' for p in ROOT.glob('results/*.md'))])
 def test_paths(page):
     """Every path in back quotes that looks like one of the repository's files is there, and every picture."""
     text = (ROOT / page).read_text()
@@ -115,14 +119,19 @@ def test_paths(page):
         assert (ROOT / page).parent.joinpath(path).is_file(), path
 
 
-PAGES = ''.join((ROOT / page).read_text() for page in ('README.md', 'results/README.md', 'results/speed.md'))
+PAGES = ''.join(page.read_text() for page in (ROOT / 'README.md', *sorted(ROOT.glob('results/*.md'))))
 
 
-@pytest.mark.parametrize('command', sorted(set(re.findall(r'`(python (?:train|eval|model)\.py [^`]*)`', PAGES))))
+@pytest.mark.parametrize('command', sorted(set(re.findall(r'`(?:\w+=\S+ )*(python (?:train|eval|model|data|encoder)\.py [^`]*)`', PAGES))))
 def test_commands_in_the_text(command):
     """The commands behind the numbers name configs that exist and settings that are accepted."""
     script, *words = shlex.split(command)[1:]
-    configure({'train.py': TrainConfig, 'eval.py': EvalConfig, 'model.py': BenchConfig}[script], [str(ROOT / w) if w.startswith('config/') else w for w in words])
+    if script == 'encoder.py':
+        assert all(w.split('=')[0] in ('--encoder', '--bench', '--device') for w in words if w.startswith('-'))
+    elif script == 'data.py':
+        assert words == ['--help'] or configure(getattr(importlib.import_module(f'prepare.{words[0]}'), 'Config', ImportConfig), words[1:])
+    else:
+        configure({'train.py': TrainConfig, 'eval.py': EvalConfig, 'model.py': BenchConfig}[script], [str(ROOT / w) if w.startswith('config/') else w for w in words])
 
 
 @pytest.mark.parametrize('names', sorted(set(re.findall(r'bash config/experiments\.sh ([\w ]+)', PAGES))))
@@ -137,3 +146,18 @@ def test_requirements():
     """The runtime needs the five packages, pinned, and nothing else."""
     lines = (ROOT / 'requirements.txt').read_text().split()
     assert [line.split('==')[0] for line in lines] == ['torch', 'numpy', 'tiktoken', 'pyarrow', 'pillow'] and all('==' in l for l in lines)
+
+
+def test_results_table():
+    """The numbers of the README's table on recursion are those of results/runs."""
+    runs = lambda name: [json.loads(open(path).read()) for path in sorted(glob(str(ROOT / f'results/runs/{name}_?.json')))]
+    lines = [line for line in (ROOT / 'README.md').read_text().split('| runs that follow three |')[1].split('\n\n')[0].splitlines() if line.startswith('| ') and ' of ' in line]
+    assert len(lines) == 11
+    for name, line in zip(('n1', 'n2', 'n4', 'n8', 'loop2', 'loop4', 'loop8', 'own4', 'plain2', 'plain4', 'plain8'), lines):
+        shapes, swaps = runs(f'flops_{name}'), runs(f'swaps_{name}_lr1e-3')
+        of = lambda type: [m['by_type'][type]['em'] for m in swaps]
+        trained = [sum(four) / 4 for four in zip(*map(of, ('0 swaps', '1 swap', '2 swaps', '3 swaps')))]
+        assert [cell.strip() for cell in line.strip('|').split('|')][1:] == [
+            f"{swaps[0]['parameters']['core'] / 1e3:.0f} k", f'{evaluation.depth(swaps[0])}', evaluation.plus_minus([m['em'] for m in shapes]) if shapes else '',
+            evaluation.plus_minus(trained) + f' ({len(swaps)} seeds)' * (len(swaps) < 5), f"{np.mean(of('3 swaps')):.2f}",
+            f"{sum(em >= .95 for em in of('3 swaps'))} of {len(swaps)}", f"{np.mean(of('4 swaps')):.2f}"], line

@@ -11,13 +11,20 @@ import sys
 import types
 from contextlib import redirect_stdout
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+import data
 import eval as evaluation
 import train
 from configurator import configure
 from conftest import ROOT
+from data import train_bpe
+from encoder import Encoder, EncoderConfig, save_encoder
+from prepare import shapes
 
 TINY = ['--max_steps=12', '--eval_interval=4', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu',
         '--inner_steps=2', '--max_question_tokens=40']
@@ -318,8 +325,6 @@ def test_other_settings_are_not_mixed(flags, tmp_path):
 
 def test_another_dataset_under_the_same_name(flags, tiny_shapes, tmp_path):
     """A run does not go on with other rows than it began with. Where only the test split has a question that is too long, it is cut and this is said."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     shutil.copytree(tiny_shapes, tmp_path / 'data')
     table = pq.read_table(tmp_path / 'data/test.parquet')
     longer = [question and question + ' please' * 50 * (i == 3) for i, question in enumerate(table['question'].to_pylist())]
@@ -379,8 +384,6 @@ def test_update_float16():
 
 def test_captions_only(flags, tiny_shapes, tmp_path):
     """A data set of captions alone trains, keeps the checkpoint of the least validation loss, and is compared."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     tables = [pq.read_table(tiny_shapes / f'{split}.parquet') for split in ('train', 'val', 'test')]
     captions = pa.concat_tables(tables).to_pylist()
     captions = [row | dict(type='coco') for row in captions if row['type'] == 'describe']  # a caption, whatever its source is called
@@ -396,8 +399,6 @@ def test_captions_only(flags, tiny_shapes, tmp_path):
 
 def test_columns_of_numbers(flags, tiny_shapes, tmp_path):
     """Types and sample ids that are numbers in the data set become text; 0 is one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     (tmp_path / 'data').mkdir()
     for split in ('train', 'val', 'test'):
         table = pq.read_table(tiny_shapes / f'{split}.parquet').drop_columns(['type', 'sample_id'])
@@ -425,10 +426,9 @@ def test_bad_checkpoints(tmp_path, flags):
 def test_errors_are_one_line(tmp_path):
     """A user's mistake ends a script with one line on stderr and a code that is not zero."""
     import subprocess
-    for script, argv in (('train.py', ['--n_layers=3']), ('train.py', ['config/trm.py', f'--dataset={tmp_path}/none', '--device=cpu']),
-                         ('eval.py', [f'--out_dir={tmp_path}']), ('data.py', ['shapes', '--max_hops=9'])):
-        done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
+    for script, argv, message in (('train.py', ['--n_layers=3'], 'no such setting'), ('eval.py', [f'--out_dir={tmp_path}'], 'no such file; a run writes it')):
+        done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1 and message in done.stderr, done.stderr
 
 
 def test_learning_rate():
@@ -518,3 +518,130 @@ def test_curves_without_matplotlib(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     evaluation.draw_curves(tmp_path)
     assert 'pip install matplotlib' in capsys.readouterr().out
+
+
+def test_learns_a_dataset_by_heart(tmp_path, monkeypatch, capsys):
+    """The whole way from files to answers: what depends on picture and question, and has several tokens, is learnt and written exactly, whatever place a picture has in its
+    split; validation's Exact Match is that of writing; the weights that are kept are the best; the test split is opened at the end; eval.py answers about a file."""
+    answers = {'what is it': ['red', 'blue sky', 'dog', 'big old tree', 'nine', 'sea', 'two cats', 'sun'], 'who is it': ['tom', 'ann lee', 'jim', 'max', 'old mary sue', 'bo', 'eve', 'pat']}
+    pictures = []
+    for k in range(8):
+        picture = Image.new('RGB', (64, 64), (236, 236, 236))
+        picture.paste(list(shapes.COLORS.values())[k], (10, 10 + 5 * k, 24, 24 + 5 * k))
+        picture.save(tmp_path / f'{k}.png')
+        pictures.append((tmp_path / f'{k}.png').read_bytes())
+    (tmp_path / 'data').mkdir()
+    for shift, split in enumerate(data.SPLITS):
+        rows = [dict(image=pictures[k], question=q, answer=a[k], sample_id=f'{q}-{k}', type='who' if 'who' in q else 'what', caption=None)
+                for k in (5 * i + 3 * shift for i in range(8)) for k in [k % 8] for q, a in answers.items()]
+        if split == 'val':
+            rows.append(dict(image=pictures[0], question=None, answer=None, sample_id='c', type=None, caption='a caption that nobody knows'))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f'data/{split}.parquet')
+
+    events, quick, read = [], evaluation.quick_scores, train.read_rows
+
+    def both(decoder, questions, vision_of, device):
+        scores, (written, _) = quick(decoder, questions, vision_of, device), evaluation.evaluate(decoder, questions, vision_of, device)
+        assert scores['em'] == pytest.approx(written['em']) and questions.rows.path.name == 'val.parquet'
+        events.append(scores['em'])
+        return scores
+    monkeypatch.setattr(evaluation, 'quick_scores', both)
+    monkeypatch.setattr(train, 'read_rows', lambda folder, split: events.append(split) or read(folder, split))
+    train.main(['--max_steps=140', '--eval_interval=20', '--batch_size=8', '--n_embd=64', '--n_head=2', '--inner_steps=2', '--learning_rate=5e-3', '--dtype=float32', '--device=cpu', '--ema=0.9',
+                f'--dataset={tmp_path}/data', f'--encoder={ROOT}/assets/encoder_shapes.pt', f'--cache_dir={tmp_path}/cache', f'--out_dir={tmp_path}/run'])
+    assert events[:2] == ['train', 'val'] and events[-1] == 'test' and 'test' not in events[:-1]
+    ems = events[2:-1]
+    assert ems[-1] == 1 and any(0 < em < 1 for em in ems)
+    metrics = json.loads((tmp_path / 'run/metrics.json').read_text())
+    assert metrics['em'] == metrics['token_accuracy'] == 1 and ems[metrics['best_step'] // 20 - 1] == 1
+    said = [json.loads(line) for line in (tmp_path / 'run/predictions.jsonl').read_text().splitlines()]
+    asked, learnt = (read(tmp_path / 'data', split) for split in ('test', 'train'))
+    assert evaluation.read_checkpoint(tmp_path / 'run')['tokenizer'] == train_bpe([text for q, refs in zip(learnt.question, learnt.references) for text in (q, refs[0])], 512)
+    assert [(p['sample_id'], p['prediction']) for p in said] == [(name, refs[0]) for name, refs in zip(asked.sample_id, asked.references)]
+    capsys.readouterr()
+    for k, q in ((2, 'what is it'), (7, 'who is it'), (4, 'who is it')):
+        evaluation.main([f'--out_dir={tmp_path}/run', f'--image={tmp_path}/{k}.png', f'--question={q}', '--device=cpu'])
+        assert capsys.readouterr().out.strip().endswith(answers[q][k])
+
+
+def test_what_is_judged(flags, tmp_path, monkeypatch):
+    """Validation and the test split judge the averaged weights; the test split, and eval.py after it, those that were best in validation, even if later ones are there."""
+    judged = []
+    for name in ('quick_scores', 'evaluate'):
+        monkeypatch.setattr(evaluation, name, lambda decoder, *args, real=getattr(evaluation, name), **more: (
+            judged.append({key: t.clone() for key, t in decoder.state_dict().items()}), real(decoder, *args, **more))[1])
+    monkeypatch.setattr(train.AnswerTask, 'better', lambda *args: False)
+    train.main([*flags, f'--out_dir={tmp_path}'])
+    evaluation.main([f'--out_dir={tmp_path}', '--device=cpu'])
+    saved = evaluation.read_checkpoint(tmp_path)
+    state = {kind: {key.removeprefix('decoder.'): t for key, t in saved['state'][kind].items() if key.startswith('decoder.')} for kind in ('ema', 'model')}
+    assert len(judged) == 5 and saved['run']['best']['step'] == 4                  # steps 4, 8, 12, the test split, eval.py
+    assert same(judged[2], state['ema']) and not same(state['ema'], state['model'])
+    assert same(judged[0], saved['run']['best']['decoder']) and not same(judged[0], judged[2])
+    assert same(judged[3], judged[0]) and same(judged[4], judged[0])
+
+
+def test_better():
+    """The higher Exact Match is better, of captions alone the lower loss; the later of equals."""
+    task = lambda *types: type('', (), dict(questions=dict(val=type('', (), dict(rows=type('', (), dict(type=types)))))))
+    a, b = dict(em=.5, loss=1.), dict(em=.6, loss=2.)
+    better = lambda *types: [train.AnswerTask.better(task(*types), new, old) for new, old in ((a, b), (b, a), (a, a))]
+    assert better('color', 'describe') == [False, True, True] and better('describe') == [True, False, True]
+
+
+def test_average(flags, tmp_path):
+    """The average follows the weights, closely at first and with the decay `ema` in the end; AdamW and Muon move both parts of the model."""
+    settings, _ = configure(train.TrainConfig, [*flags, '--ema=0.3', f'--out_dir={tmp_path}'])
+    task = train.AnswerTask(settings, 'cpu', None)
+    learner = train.Learner(task, settings, 'cpu')
+    expected = [p.detach().clone() for p in task.model.parameters()]
+    for step, kept in enumerate((1 / 10, 2 / 11, 3 / 12, .3, .3)):
+        learner.step(step, 1e-2, False)
+        expected = [kept * a + (1 - kept) * p.detach() for a, p in zip(expected, task.model.parameters())]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, learner.average.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(learner.average.parameters(), task.model.parameters()))
+
+
+def test_batches_of_steps(flags, tmp_path, monkeypatch):
+    """Every forward pass has a batch of its own, also where several make a step."""
+    asked, batch = [], train.AnswerTask.batch
+    monkeypatch.setattr(train.AnswerTask, 'batch', lambda task, step: asked.append(step) or batch(task, step))
+    monkeypatch.setattr(train.AnswerTask, 'finish', lambda *args: None)
+    train.main([*flags, '--grad_accum=3', '--max_steps=2', f'--out_dir={tmp_path}'])
+    assert asked[1:] == [0, 1, 2, 3, 4, 5]  # the first one is looked at before the run begins
+
+
+def test_another_encoder_under_the_same_name(flags, tiny_encoder, tmp_path):
+    """A run neither goes on nor is judged with another encoder than it began with."""
+    (tmp_path / 'e.pt').write_bytes(tiny_encoder.read_bytes())
+    run = [*flags, '--max_steps=2', '--eval_interval=2', f'--encoder={tmp_path}/e.pt', f'--out_dir={tmp_path}/run']
+    train.main(run)
+    torch.manual_seed(1)
+    save_encoder(Encoder(EncoderConfig(width=32, n_layer=1, n_latents=4, vision_dim=16, prefixes=(4, 8, 16))), tmp_path / 'e.pt')
+    with pytest.raises(ValueError, match='encoder=.*not the one that the run in .* began with.*--fresh=true'):
+        train.main(run)
+    with pytest.raises(ValueError, match='not the encoder that this run was trained with'):
+        evaluation.main([f'--out_dir={tmp_path}/run', '--device=cpu'])
+
+
+def test_optimizers_step_by_hand():
+    """Weight decay shrinks matrices, those of Muon too, and nothing else; Muon's momentum is a running mean and looks one step ahead."""
+    model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
+    adamw, muon = train.make_optimizers(model, train.TrainConfig(weight_decay=.05))
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p]: group['weight_decay'] for group in adamw.param_groups for p in group['params']} == {'embed.weight': .05, 'vision_proj.bias': 0., 'z_start': 0.}
+    assert [group['weight_decay'] for group in muon.param_groups] == [.05]
+    p = torch.nn.Parameter(torch.randn(6, 4))
+    start, (first, second) = p.detach().clone(), torch.randn(2, 6, 4)
+    optimizer = train.Muon([p], lr=.01, momentum=.9, weight_decay=.5)
+    p.grad = torch.zeros(6, 4)
+    optimizer.step()
+    assert torch.allclose(p, start * (1 - .01 * .5))
+    p.data.copy_(start)
+    average = torch.zeros(6, 4)
+    for g in (first, second):
+        p.grad, before = g.clone(), p.detach().clone()
+        optimizer.step()
+        average = .9 * average + .1 * g
+        direction = train.orthogonal(.9 * average + .1 * g)
+        assert torch.allclose(p, before * (1 - .005) - .01 * .2 * 6 ** .5 * direction, atol=1e-6)
