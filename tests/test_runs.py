@@ -236,10 +236,10 @@ with train.processes(settings) as device:
 def test_gradients_of_two_processes(stage, flags, tmp_path):
     """Two processes give the gradients of one that has the whole batch, to 1e-6, whatever the lengths of answers and however few rows a batch has; the
     contrast of stage align sees the captions of both."""
-    more = ['--batch_size=6'] if stage == 'answer' else ['--stage=align', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4']
+    argv = [*flags, '--batch_size=6'] if stage == 'answer' else ['--stage=align', '--device=cpu', '--batch_size=8', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4']
     ends = []
     for n in (1, 2):
-        done = torchrun(n, GRADIENTS, *flags, *more, cwd=tmp_path)
+        done = torchrun(n, GRADIENTS, *argv, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         ends.append(torch.load(tmp_path / 'gradients.pt', weights_only=True))
     for one, two in zip(*ends):
