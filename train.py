@@ -449,7 +449,7 @@ def train(settings, sources, device, stop):
     def save():
         run.wall_s = time.time() - run.started
         checkpoint = dict(format=evaluation.FORMAT, stage=settings.stage, state={name: part.state_dict() for name, part in learner.parts.items()},
-                          run=vars(run), settings=asdict(settings), environment=about, facts=facts(settings, task, run, about), **task.state())
+                          run=vars(run), settings=asdict(settings), environment=about, **task.state())
         evaluation.in_turn(lambda: write_whole(out_dir / 'ckpt.pt', partial(torch.save, checkpoint)))  # nobody goes on, or ends, before it is there
 
     task.batch(run.step * settings.grad_accum)  # a bad setting, a batch that is too large, say, shows now and costs nobody the old run

@@ -426,7 +426,9 @@ def test_bad_checkpoints(tmp_path, flags):
 def test_errors_are_one_line(tmp_path):
     """A user's mistake ends a script with one line on stderr and a code that is not zero."""
     import subprocess
-    for script, argv, message in (('train.py', ['--n_layers=3'], 'no such setting'), ('eval.py', [f'--out_dir={tmp_path}'], 'no such file; a run writes it')):
+    for script, argv, message in (('train.py', ['--n_layers=3'], 'no such setting'), ('eval.py', [f'--out_dir={tmp_path}'], 'no such file; a run writes it'),
+                                  ('train.py', [f'{ROOT}/config/trm.py', f'--dataset={tmp_path}/none', '--device=cpu'], 'no such file; a dataset is a folder'),
+                                  ('data.py', ['shapes', '--max_hops=9'], 'max_hops=9: expected 1 to 8')):
         done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1 and message in done.stderr, done.stderr
 
