@@ -111,12 +111,15 @@ def test_experiments_again(results, left):
 
 @pytest.mark.parametrize('page', ['README.md', *sorted(f'results/{p.name}' for p in ROOT.glob('results/*.md'))])
 def test_paths(page):
-    """Every path in back quotes that looks like one of the repository's files is there, and every picture."""
+    """Every path in back quotes that looks like one of the repository's files is there, and every picture and link, down to the heading."""
     text = (ROOT / page).read_text()
     for path in re.findall(r'`((?:config|assets|tests|prepare|\.ci|results)/[\w./*-]+)`', text):
         assert list(ROOT.glob(path)), path
-    for path in re.findall(r'!\[[^]]*\]\(([^)]*)\)', text):
-        assert (ROOT / page).parent.joinpath(path).is_file(), path
+    for path, heading in re.findall(r'\]\((?!http)([^)#]*)#?([^)]*)\)', text):
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.is_file(), path
+        headings = re.findall(r'^#+ (.*)$', there.read_text(), re.M) if heading else []
+        assert not heading or heading in [re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in headings], heading
 
 
 PAGES = ''.join(page.read_text() for page in (ROOT / 'README.md', *sorted(ROOT.glob('results/*.md'))))
