@@ -151,16 +151,20 @@ def test_requirements():
     assert [line.split('==')[0] for line in lines] == ['torch', 'numpy', 'tiktoken', 'pyarrow', 'pillow'] and all('==' in l for l in lines)
 
 
-def test_results_table():
-    """The numbers of the README's table on recursion are those of results/runs."""
+@pytest.mark.parametrize('page, n', [('README.md', 9), ('results/README.md', 13)])
+def test_results_table(page, n):
+    """The numbers of the tables on recursion are those of results/runs."""
     runs = lambda name: [json.loads(open(path).read()) for path in sorted(glob(str(ROOT / f'results/runs/{name}_?.json')))]
-    lines = [line for line in (ROOT / 'README.md').read_text().split('| runs that follow three |')[1].split('\n\n')[0].splitlines() if line.startswith('| ') and ' of ' in line]
-    assert len(lines) == 11
-    for name, line in zip(('n1', 'n2', 'n4', 'n8', 'loop2', 'loop4', 'loop8', 'own4', 'plain2', 'plain4', 'plain8'), lines):
-        shapes, swaps = runs(f'flops_{name}'), runs(f'swaps_{name}_lr1e-3')
-        of = lambda type: [m['by_type'][type]['em'] for m in swaps]
-        trained = [sum(four) / 4 for four in zip(*map(of, ('0 swaps', '1 swap', '2 swaps', '3 swaps')))]
-        assert [cell.strip() for cell in line.strip('|').split('|')][1:] == [
-            f"{swaps[0]['parameters']['core'] / 1e3:.0f} k", f'{evaluation.depth(swaps[0])}', evaluation.plus_minus([m['em'] for m in shapes]) if shapes else '',
-            evaluation.plus_minus(trained) + f' ({len(swaps)} seeds)' * (len(swaps) < 5), f"{np.mean(of('3 swaps')):.2f}",
-            f"{sum(em >= .95 for em in of('3 swaps'))} of {len(swaps)}", f"{np.mean(of('4 swaps')):.2f}"], line
+    head, _, *lines = re.search(r'(?:^\|.*\n)*\|.*runs that follow three.*\n(?:\|.*\n)+', (ROOT / page).read_text(), re.M).group(0).splitlines()
+    rows = [dict(zip(*([cell.strip() for cell in text.strip('|').split('|')] for text in (head, line)))) for line in lines if '`' in line]
+    assert len(rows) == n
+    for row in rows:
+        name, rate = re.search('`(\\w+)`(, 2e-3)?', row['decoder']).groups()
+        shapes, swaps = runs(f'flops_{name}'), runs(f'swaps_{name}' + ('' if rate else '_lr1e-3'))
+        of = lambda k: [m['by_type'][f"{k} swap{'s' * (k != 1)}"]['em'] for m in swaps]
+        made = {'core parameters': f"{swaps[0]['parameters']['core'] / 1e3:.0f} k", 'depth': f'{evaluation.depth(swaps[0])}', 'training steps': f"{swaps[0]['step']:,}",
+                'seeds': f'{len(swaps)}', 'shapes, 15 TFLOP': evaluation.plus_minus([m['em'] for m in shapes]) if shapes else '',
+                '0 to 3 swaps': evaluation.plus_minus([sum(four) / 4 for four in zip(*map(of, range(4)))]),
+                'runs that follow three': f'{sum(em >= .95 for em in of(3))} of {len(swaps)}', **{f'{k}': f'{np.mean(of(k)):.2f}' for k in range(7)}}
+        made |= {'0 to 3 swaps, 33 TFLOP': made['0 to 3 swaps'], '3 swaps': made['3'], 'decoder': row['decoder']}
+        assert row == {key: made[key] for key in row}
