@@ -72,7 +72,8 @@ for rate in 2e-3 1e-3; do
     add swapsdeep swaps_T2$(suffix $rate) config/swaps.py --inner_steps=2 --outer_steps=2 --eval_interval=150 --learning_rate=$rate
 done
 # deeper: up to four swaps in training and seven in the test; every decoder with the training FLOPs of n=4 in 5000 steps there, at the rate that it prefers with three
-for k in "n4 5000 1e-3 --inner_steps=4" "n8 3485 1e-3 --inner_steps=8" "loop4 6393 1e-3 --recursion=loop --inner_steps=4" "plain4 3087 2e-3 --kind=plain --n_layer=4"; do
+for k in "n4 5000 1e-3 --inner_steps=4" "n8 3485 1e-3 --inner_steps=8" "loop4 6393 1e-3 --recursion=loop --inner_steps=4" "loop8 5005 1e-3 --recursion=loop --inner_steps=8" \
+         "plain4 3087 2e-3 --kind=plain --n_layer=4"; do
     set -- $k; add deeper swaps4_$1 config/swaps.py --dataset=data/swaps4 --max_steps=$2 --eval_interval=150 --learning_rate=$3 "${@:4}"
 done
 # five: likewise up to five and eight, with the FLOPs of n=4 in 3000 steps: too few to get far there, so left out unless asked for
