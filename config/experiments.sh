@@ -72,13 +72,11 @@ for rate in 2e-3 1e-3; do
     add swapsdeep swaps_T2$(suffix $rate) config/swaps.py --inner_steps=2 --outer_steps=2 --eval_interval=150 --learning_rate=$rate
 done
 # deeper: up to four swaps in training and seven in the test; every decoder with the training FLOPs of n=4 in 5000 steps there, at the rate that it prefers with three
-for k in "n4 5000 1e-3 --inner_steps=4" "n8 3485 1e-3 --inner_steps=8" "loop4 6393 1e-3 --recursion=loop --inner_steps=4" "loop8 5005 1e-3 --recursion=loop --inner_steps=8" \
-         "plain4 3087 2e-3 --kind=plain --n_layer=4"; do
-    set -- $k; add deeper swaps4_$1 config/swaps.py --dataset=data/swaps4 --max_steps=$2 --eval_interval=150 --learning_rate=$3 "${@:4}"
-done
 # five: likewise up to five and eight, with the FLOPs of n=4 in 3000 steps: too few to get far there, so left out unless asked for
-for k in "n4 3000 --inner_steps=4" "n8 2120 --inner_steps=8"; do
-    set -- $k; add five swaps5_$1 config/swaps.py --dataset=data/swaps5 --max_steps=$2 --eval_interval=150 --learning_rate=1e-3 "${@:3}"
+for k in "deeper swaps4 n4 5000 1e-3 --inner_steps=4" "deeper swaps4 n8 3485 1e-3 --inner_steps=8" "deeper swaps4 loop4 6393 1e-3 --recursion=loop --inner_steps=4" \
+         "deeper swaps4 loop8 5005 1e-3 --recursion=loop --inner_steps=8" "deeper swaps4 plain4 3087 2e-3 --kind=plain --n_layer=4" \
+         "five swaps5 n4 3000 1e-3 --inner_steps=4" "five swaps5 n8 2120 1e-3 --inner_steps=8"; do
+    set -- $k; add $1 $2_$3 config/swaps.py --dataset=data/$2 --max_steps=$4 --eval_interval=150 --learning_rate=$5 "${@:6}"
 done
 # wide: the swaps at four times the width, sixteen times the core parameters, again with the training FLOPs of n=4 in 3000 steps; for a GPU, where that takes a minute or two
 for k in "n1 4581 --inner_steps=1" "n4 3000 --inner_steps=4" "plain2 5022 --kind=plain --n_layer=2" "plain4 1906 --kind=plain --n_layer=4"; do
