@@ -1,7 +1,6 @@
 """The repository: what the README says exists, every config loads, the files are the ones they should be."""
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -9,13 +8,10 @@ import subprocess
 import sys
 from dataclasses import fields
 from functools import partial
-from glob import glob
 
-import numpy as np
 import pytest
 
 import encoder
-import eval as evaluation
 import train
 from configurator import configure
 from conftest import ROOT
@@ -149,22 +145,3 @@ def test_requirements():
     """The runtime needs the five packages, pinned, and nothing else."""
     lines = (ROOT / 'requirements.txt').read_text().split()
     assert [line.split('==')[0] for line in lines] == ['torch', 'numpy', 'tiktoken', 'pyarrow', 'pillow'] and all('==' in l for l in lines)
-
-
-@pytest.mark.parametrize('page, n', [('README.md', 9), ('results/README.md', 13)])
-def test_results_table(page, n):
-    """The numbers of the tables on recursion are those of results/runs."""
-    runs = lambda name: [json.loads(open(path).read()) for path in sorted(glob(str(ROOT / f'results/runs/{name}_?.json')))]
-    head, _, *lines = re.search(r'(?:^\|.*\n)*\|.*runs that follow three.*\n(?:\|.*\n)+', (ROOT / page).read_text(), re.M).group(0).splitlines()
-    rows = [dict(zip(*([cell.strip() for cell in text.strip('|').split('|')] for text in (head, line)))) for line in lines if '`' in line]
-    assert len(rows) == n
-    for row in rows:
-        name, rate = re.search('`(\\w+)`(, 2e-3)?', row['decoder']).groups()
-        shapes, swaps = runs(f'flops_{name}'), runs(f'swaps_{name}' + ('' if rate else '_lr1e-3'))
-        of = lambda k: [m['by_type'][f"{k} swap{'s' * (k != 1)}"]['em'] for m in swaps]
-        made = {'core parameters': f"{swaps[0]['parameters']['core'] / 1e3:.0f} k", 'depth': f'{evaluation.depth(swaps[0])}', 'training steps': f"{swaps[0]['step']:,}",
-                'seeds': f'{len(swaps)}', 'shapes, 15 TFLOP': evaluation.plus_minus([m['em'] for m in shapes]) if shapes else '',
-                '0 to 3 swaps': evaluation.plus_minus([sum(four) / 4 for four in zip(*map(of, range(4)))]),
-                'runs that follow three': f'{sum(em >= .95 for em in of(3))} of {len(swaps)}', **{f'{k}': f'{np.mean(of(k)):.2f}' for k in range(7)}}
-        made |= {'0 to 3 swaps, 33 TFLOP': made['0 to 3 swaps'], '3 swaps': made['3'], 'decoder': row['decoder']}
-        assert row == {key: made[key] for key in row}
