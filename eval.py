@@ -557,7 +557,7 @@ def forgetful(decoder, which):
 # ----------------------------------------------------------------------------
 # finished runs, side by side
 
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t of a two-sided 95 % interval, by degrees of freedom from 1 on
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t of a two-sided 95 % interval, by degrees of freedom from 1 on
 
 
 def spread(values):
