@@ -26,8 +26,9 @@ suffix() { [ $1 = 2e-3 ] || echo _lr$1; }  # of a run's name, by its learning ra
 for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_steps=4" "loop2 2128 --recursion=loop --inner_steps=2" "loop4 1801 --recursion=loop --inner_steps=4" \
          "plain2 2341 --kind=plain --n_layer=2" "plain4 903 --kind=plain --n_layer=4" "plain8 405 --kind=plain --n_layer=8"; do
     set -- $k
-    for r in "flops 2e-3" "shaperate 1e-3" "shaperate 4e-3"; do
+    for r in "flops 2e-3" "shaperate 1e-3" "shaperate 4e-3" "shaperate 8e-3"; do
         read -r group rate <<< "$r"
+        if [ $rate = 8e-3 ] && [[ $1 != plain[48] ]]; then continue; fi  # the two that prefer 4e-3 to 2e-3
         add $group flops_$1$(suffix $rate) --max_steps=$2 --eval_interval=150 "${@:3}" --learning_rate=$rate
     done
 done
