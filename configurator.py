@@ -45,8 +45,7 @@ def configure(cls, argv, prog='train.py'):
     if '-h' in argv or '--help' in argv:
         print(help_text(cls, prog))
         raise SystemExit(0)
-    settings = {f.name: f for f in fields(cls)}
-    hints = typing.get_type_hints(cls)
+    kinds = {f.name: f.type for f in fields(cls)}
     values, sources = {}, {}
     files = [arg for arg in argv if not arg.startswith('-')]
     flags = [arg for arg in argv if arg.startswith('-')]
@@ -55,13 +54,13 @@ def configure(cls, argv, prog='train.py'):
             raise ValueError(f'{flag}: a flag is written --key=value, for example --{flag.lstrip("-").split("=")[0]}=VALUE '
                              f'(one word, no space; true or false for a switch)')
     for file in files:
-        for key, value in read_config_file(file, settings).items():
-            values[key], sources[key] = check_type(key, value, hints[key], file), file
+        for key, value in read_config_file(file, kinds).items():
+            values[key], sources[key] = check_type(key, value, kinds[key], file), file
     for flag in flags:
         key, _, text = flag.removeprefix('--').partition('=')
-        if key not in settings:
-            raise ValueError(f'--{key}: no such setting{nearest(key, settings)}; --help lists them all')
-        values[key], sources[key] = parse(key, text, hints[key]), 'flag'
+        if key not in kinds:
+            raise ValueError(f'--{key}: no such setting{nearest(key, kinds)}; --help lists them all')
+        values[key], sources[key] = parse(key, text, kinds[key]), 'flag'
 
     return cls(**values), sources
 
@@ -74,9 +73,12 @@ def read_config_file(file, settings):
         raise FileNotFoundError(f'{file}: no such config file{hint}; the ready ones are in config/')
     namespace = {}
     try:
-        exec(compile(path.read_text(), file, 'exec'), namespace)
-    except SyntaxError as e:
-        raise ValueError(f'{file}, line {e.lineno}: not Python: {e.msg}') from None
+        code = compile(path.read_bytes(), file, 'exec')
+    except (SyntaxError, ValueError) as e:  # ValueError: null bytes
+        line = f', line {e.lineno}' if getattr(e, 'lineno', None) else ''
+        raise ValueError(f'{file}{line}: not Python: {getattr(e, "msg", e)}') from None
+    try:
+        exec(code, namespace)
     except Exception as e:
         line = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file][-1]
         python = '; Python writes True, False and None' * (str(e).split("'")[1:2] in (['true'], ['false'], ['none'], ['null']))
@@ -91,7 +93,7 @@ def read_config_file(file, settings):
 
 def check_type(key, value, kind, file):
     """A value from a config file, already Python: checks that it is of the setting's type; an int may stand for a float."""
-    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    allowed = typing.get_args(kind) or (kind,)
     if float in allowed and type(value) is int:
         value = float(value)
     if type(value) not in allowed or (type(value) is float and not math.isfinite(value)):
@@ -101,7 +103,7 @@ def check_type(key, value, kind, file):
 
 def parse(key, text, kind):
     """The value of a flag, still text, as the setting's type. A string is taken as it stands."""
-    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    allowed = typing.get_args(kind) or (kind,)
     if type(None) in allowed and text == 'None':
         return None
     try:
@@ -123,7 +125,7 @@ def parse(key, text, kind):
 
 def spell(kind):
     words = {bool: 'true or false', int: 'a whole number', float: 'a finite number', str: 'text', type(None): 'None'}
-    return ' or '.join(words[k] for k in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)))
+    return ' or '.join(words[k] for k in typing.get_args(kind) or (kind,))
 
 
 def nearest(key, names):
@@ -149,7 +151,7 @@ def help_text(cls, prog):
 def echo(settings, sources):
     """The settings that differ from their defaults, a line each, with where they come from."""
     changed = [f for f in fields(settings) if getattr(settings, f.name) != f.default]
-    return '\n'.join(f'{f.name} = {getattr(settings, f.name)!r} ({sources.get(f.name, "derived")})' for f in changed)
+    return '\n'.join(f'{f.name} = {getattr(settings, f.name)!r} ({sources[f.name]})' for f in changed)
 
 
 # ----------------------------------------------------------------------------
@@ -193,9 +195,14 @@ def clock(seconds):
 
 
 def progress(what, done, n, start):
-    """Says on the console how far a long loop is that began at time `start`, over what it said before."""
-    eta = (time.time() - start) / max(1, done) * (n - done)
-    print(f'\r{what} | {done}/{n} | eta {clock(eta)} ', end='', flush=True)
+    """Says on the console how far a long loop is that began at time `start`, over what it said before; in a log, which keeps everything, every half minute."""
+    now = time.time()
+    if sys.stdout.isatty() or done >= n or now > max(start, progress.said) + 30:
+        progress.said = now
+        print(f'\r{what} | {done}/{n} | eta {clock((now - start) / max(1, done) * (n - done))} ', end='', flush=True)
+
+
+progress.said = 0
 
 
 def expect(config, **choices):

@@ -6,7 +6,7 @@ A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a 
     image      the encoded file as bytes, or {bytes, path} as the Hugging Face writes it, or a path below the folder
     question   a string; null where the row has only a caption
     answer     a string, or a list of reference answers (the first one is trained on)
-    caption    optional, a string or a list of several; a row without a question becomes "describe this picture" with the caption as its answer
+    caption    optional, a string or a list of several; a row without a question gets one of PROMPTS, with the caption as its answer
     sample_id  optional, any string; names the row in messages and predictions
     type       optional; results are broken down by it
 
@@ -575,9 +575,10 @@ def padded(lists, value, length=None):
 
 
 def cloze(phrases, batch_size, rng):
-    """Shapes: phrases, batch_size * P lists of tokens -> caption (B, P, L), padded with -100, left_out (B, P, L), every other word or so."""
+    """Shapes: phrases, batch_size * P lists of tokens -> caption (B, P, L), padded with -100, left_out (B, P, L), every other word or so, no padding."""
     caption = padded(phrases, -100).unflatten(0, (batch_size, -1))
-    return dict(caption=caption, left_out=torch.rand(caption.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))) < .5)
+    drawn = torch.rand(caption.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))) < .5
+    return dict(caption=caption, left_out=drawn & (caption >= 0))
 
 
 class Captions:

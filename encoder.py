@@ -327,12 +327,12 @@ class AlignModel(nn.Module):
 
     def forward(self, tokens, caption, left_out):
         """Shapes: tokens (B, N, D), the encoder's; caption (B, P, L), P phrases of up to L tokens, padded with -100; left_out (B, P, L)
-        bool -> losses, a dict of scalars in nats."""
+        bool, words alone -> losses, a dict of scalars in nats."""
         idx = caption.masked_fill(left_out, self.embed.num_embeddings - 1)
         h, embedding = self.read_text(idx)                                             # (B, P * L, W), (B, D)
         losses = {'contrast': self.contrast(tokens.mean(1), embedding)}
         h = self.cloze_norm(self.reader(h, self.vision_projection(tokens)))            # (B, P * L, W)
-        wanted = (left_out & (caption >= 0)).flatten(1)
+        wanted = left_out.flatten(1)
         losses['cloze'] = F.cross_entropy(self.head(h[wanted]), caption.flatten(1)[wanted])
         return losses
 
@@ -430,7 +430,7 @@ def load_encoder(path, **changes):
     it, or an aligned checkpoint of Edge-Glass. Which one it is, its content says. A relative path is also looked up beside this file.
 
     CLIP alone has no resampler: its tokens are the last hidden states of the patches. `changes` are settings of `EncoderConfig` that
-    shall differ from what is read: activation, fit, upright, n_head, perceiver_heads, image_px (the positions are interpolated).
+    shall differ from what is read: activation, fit, upright, pool, n_head, perceiver_heads, image_px (the positions are interpolated).
     Raises: FileNotFoundError; ValueError for another kind of file and for missing or left-over weights, which it names.
     """
     found = next((p for p in (Path(path), Path(__file__).parent / path) if p.exists()), None)

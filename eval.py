@@ -94,7 +94,7 @@ def normalize_answer(text):
 
 def exact_match(prediction, references):
     """1.0 if the prediction equals a reference after normalisation, else 0.0. `references`: a string or a list of strings."""
-    return max(float(normalize_answer(prediction) == reference) for reference in gold_answers(references))
+    return float(normalize_answer(prediction) in gold_answers(references))
 
 
 def token_f1(prediction, references):
@@ -366,6 +366,14 @@ def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
 # ----------------------------------------------------------------------------
 # pictures
 
+def picture_of(rows, i):
+    """Raises: ValueError, naming the picture."""
+    try:
+        return open_picture(rows.pictures[rows.picture[i]])
+    except ValueError as e:
+        raise ValueError(f'{rows.pictures.names[rows.picture[i]]}: {e}: remove or repair it') from None
+
+
 def draw_samples(path, rows, predictions, n=24, image_px=192):
     """Writes a sheet of samples, every type in turn, right answers in green and wrong ones in red (captions in black)."""
     by_type, chosen = {}, []
@@ -375,7 +383,7 @@ def draw_samples(path, rows, predictions, n=24, image_px=192):
         chosen += [queue.pop() for type in sorted(by_type, key=type_order) if (queue := by_type[type])]
     tiles, colors = [], []
     for i in chosen[:n]:
-        picture, p = open_picture(rows.pictures[rows.picture[i]]).convert('RGB'), predictions[i]
+        picture, p = picture_of(rows, i).convert('RGB'), predictions[i]
         picture = picture.resize((image_px, image_px), Image.NEAREST if picture.width < image_px else Image.BICUBIC)
         tiles.append((picture, [p['question'], f"says: {p['prediction']}", f"true: {' / '.join(p['references'][:3])}"]))
         colors.append('black' if p['type'] == 'describe' else 'darkgreen' if p['em'] else 'firebrick')
@@ -391,7 +399,7 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
     font, tiles, colors = ImageFont.load_default(13), [], []
     chosen = [next((i for i, t in enumerate(rows.type) if t == type), None) for type in types]
     for i in [i for i in chosen if i is not None] or range(min(4, len(rows))):
-        picture, read, watch = open_picture(rows.pictures[rows.picture[i]]), [], []
+        picture, read, watch = picture_of(rows, i), [], []
         patches = encoder.adapter(encoder.patches(encoder.preprocess(picture)[None].to(device)))   # (1, P, W)
         tokens = encoder.resampler(patches, read) if encoder.config.n_latents else patches
         vision = encoder.projection(tokens)[..., :decoder.config.vision_dim]           # (1, N, D)
@@ -518,7 +526,8 @@ def vision_source(settings, encoder, rows, device):
         return lambda encoder, picture: None
     if settings['train_encoder'] or not settings['cache']:
         pixels = pixel_array(encoder, rows.pictures) if settings['cache'] else PixelReader(encoder, rows.pictures)
-        encode = (lambda encoder, images: encoder(images)) if settings['train_encoder'] else (lambda encoder, images: encoder.encode_images(images))
+        trained = settings['train_encoder']
+        encode = lambda encoder, images: encoder(images) if trained and torch.is_grad_enabled() else encoder.encode_images(images)  # a few at a time
         return lambda encoder, picture: encode(encoder, encoder.normalise(pixels[picture.cpu()].to(device)))[..., :settings['vision_dim']]
     features = in_turn(lambda: cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim']))
     return lambda encoder, picture: features[picture.cpu()].to(device).float()  # halves travel
@@ -529,7 +538,7 @@ def write_results(out_dir, metrics, rows, predictions):
     run is finished."""
     out_dir = Path(out_dir)
     write_whole(out_dir / 'predictions.jsonl', lambda f: f.writelines(json.dumps(p).encode() + b'\n' for p in predictions))
-    if all('vqa' in p and p['sample_id'].isdigit() for p in predictions):  # the official form of VQA v2
+    if all('vqa' in p and p['sample_id'].isdecimal() for p in predictions):  # the official form of VQA v2
         results = [dict(question_id=int(p['sample_id']), answer=p['prediction']) for p in predictions]
         write_whole(out_dir / 'vqav2_results.json', lambda f: f.write(json.dumps(results).encode()))
     draw_samples(out_dir / 'samples.png', rows, predictions)
@@ -743,7 +752,7 @@ def report_alignment(settings, checkpoint, device):
     if settings.attention or settings.states or settings.forget or settings.inner_steps or settings.outer_steps:
         raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
     run = checkpoint['settings']
-    task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'], tokenizer='bpe')), device, checkpoint, splits=())
+    task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'], wandb=False)), device, checkpoint, splits=())
     task.model.load_state_dict(checkpoint['run']['best']['model'])
     task.report(task.model.to(device).eval(), settings.split)
 

@@ -54,20 +54,22 @@ class ModelConfig:
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
+        if self.kind == 'plain':                # the loop, once
+            self.recursion, self.inner_steps, self.outer_steps = 'loop', 1, 1
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
-        if self.kind == 'trm' and not self.shared and self.outer_steps > 1 and not self.deep_supervision:
+        if not self.shared and self.outer_steps > 1 and not self.deep_supervision:
             raise ValueError('shared=False with several cycles: the blocks of all but the last one would never be trained; give deep_supervision=True')
 
     @property
     def calls(self):
-        """How often F runs over the states: once, or in every step."""
-        return 1 if self.kind == 'plain' else self.outer_steps * (self.inner_steps + (self.recursion == 'add'))
+        """How often F runs over the states."""
+        return self.outer_steps * (self.inner_steps + (self.recursion == 'add'))
 
     @property
     def streams(self):
         """States for an answer position that go through F together: y and z, or one of them."""
-        return 2 if self.kind == 'trm' and self.recursion == 'concat' else 1
+        return 2 if self.recursion == 'concat' else 1
 
 
 def norm(x):
@@ -87,35 +89,9 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
-class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy, 64 rows at a time, so that at a vocabulary of 50,000 they stay in a CPU's cache; the gradient is made in passing.
-
-    Shapes: logits (R, V); targets (R,), -100 where there is nothing to predict -> mean nats per target
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        small = logits.dtype == torch.float16  # too small for it before the gradient is scaled
-        total, count, grad = 0, (targets >= 0).sum().clamp(min=1), torch.empty_like(logits, dtype=torch.float32 if small else None)
-        for l, t, g in zip(logits.split(64), targets.split(64), grad.split(64)):
-            real, t = (t >= 0)[:, None], t.clamp(min=0)[:, None]
-            p = l.to(torch.promote_types(l.dtype, torch.float32)).log_softmax(-1)      # (64, V)
-            total = total - p.gather(1, t).mul(real).sum()
-            p = p.exp_().scatter_add_(1, t, -torch.ones_like(t, dtype=p.dtype))
-            g.copy_(p.mul_(real).div_(count))
-        ctx.save_for_backward(grad)
-        return total / count
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return ctx.saved_tensors[0] * upstream, None
-
-
 def cross_entropy(logits, targets):
-    """Shapes: logits (B, A, V), targets (B, A) -> mean nats per target that is not -100."""
-    if logits.device.type == 'cpu' and not torch.compiler.is_compiling():
-        return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+    """Shapes: logits (B, A, V), targets (B, A) -> mean nats per target that is not -100, computed in float32 or better."""
+    return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
 
 
 class Attention(nn.Module):
@@ -184,7 +160,7 @@ class Decoder(nn.Module):
         self.head.weight = self.embed.weight
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
-        if config.kind == 'trm' and config.recursion != 'loop':
+        if config.recursion != 'loop':
             self.z_start = nn.Parameter(torch.randn(C))
             if config.recursion == 'add':
                 self.y_start = nn.Parameter(torch.randn(C))
@@ -274,10 +250,9 @@ class Decoder(nn.Module):
             return h
 
         step = partial(checkpoint, network, use_reentrant=False) if c.checkpoint_recursion and torch.is_grad_enabled() else network
-        if c.kind == 'plain':
-            return [self.read_out(network(e, 0))]
         y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else e
-        h, ends = y if c.recursion == 'loop' else torch.cat([y, norm(self.z_start).expand_as(e)], dim=1), []
+        h = y if c.recursion == 'loop' else torch.cat([y, norm(self.z_start).expand_as(e)], dim=1)
+        ends = []
         for t in range(c.outer_steps):  # the gradient goes through a whole cycle and not beyond it
             trained = c.deep_supervision or t == c.outer_steps - 1
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
@@ -290,7 +265,7 @@ class Decoder(nn.Module):
         return norm(y) if self.config.norm == 'unbounded' else y
 
     def fresh_past(self, context, length):
-        """Memory for keys and values of `length` answer positions: (calls of F, n_layer, 2, B, nh, T, hs), T states in a stream."""
+        """Memory for keys and values of `length` answer positions: (calls of F, n_layer, 2, B, nh, T, hs), T = streams * length."""
         c, keys = self.config, context[0][0][0]                        # (B, nh, S, hs)
         return keys.new_empty(c.calls, c.n_layer, 2, len(keys), c.n_head, c.streams * length, keys.size(3))
 
@@ -396,22 +371,19 @@ def naive_logits(decoder, vision, question, answer):
             both = after
         return carry(both[:, S:])
 
-    if c.kind == 'plain':
-        y = network(e)
-    else:
-        y = norm(decoder.y_start).expand_as(e) if c.recursion == 'add' else e
-        z = None if c.recursion == 'loop' else norm(decoder.z_start).expand_as(e)
-        for t in range(c.outer_steps):
-            with torch.set_grad_enabled(t == c.outer_steps - 1 and torch.is_grad_enabled()):
-                for _ in range(c.inner_steps):
-                    if c.recursion == 'concat':
-                        y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)
-                    elif c.recursion == 'loop':
-                        y = network(y)
-                    else:
-                        z = network(carry(e + y + z))
-                if c.recursion == 'add':
-                    y = network(carry(y + z))
+    y = norm(decoder.y_start).expand_as(e) if c.recursion == 'add' else e
+    z = None if c.recursion == 'loop' else norm(decoder.z_start).expand_as(e)
+    for t in range(c.outer_steps):
+        with torch.set_grad_enabled(t == c.outer_steps - 1 and torch.is_grad_enabled()):
+            for _ in range(c.inner_steps):
+                if c.recursion == 'concat':
+                    y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)
+                elif c.recursion == 'loop':
+                    y = network(y)
+                else:
+                    z = network(carry(e + y + z))
+            if c.recursion == 'add':
+                y = network(carry(y + z))
     return decoder.head(decoder.read_out(y))
 
 
@@ -449,7 +421,7 @@ def bench_run(b, name, loop, dtype, decoder, batch):
     def loss(forward):
         with autocast:
             if loop == 'naive':
-                return F.cross_entropy(naive_logits(decoder, *batch[:3]).flatten(0, 1).float(), batch[3].flatten())
+                return cross_entropy(naive_logits(decoder, *batch[:3]), batch[3])
             return forward(*batch)[1]
 
     def step(forward):
@@ -534,7 +506,7 @@ def state_sizes(decoder, vision, question, answer, steps=64):
 
 
 def show_states(b):
-    """Prints the sizes of fresh states and gradients for every recursion and norm, at the width of the benchmark."""
+    """Prints the sizes of fresh states and gradients for the recursions concat and add with every norm, at the width of the benchmark."""
     rows, marks = [], (1, 4, 16, 64)
     for recursion in ('concat', 'add'):
         for placement in ('pre', 'post', 'unbounded'):

@@ -41,7 +41,7 @@ from prepare.shapes import Config as ShapesConfig, DrawnCaptions, caption_sample
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
          'perceiver_width', 'perceiver_heads', 'encoder_dim', 'prefixes', 'text_width', 'text_layers')  # settings of stage align alone
 ANSWER = ('encoder', 'train_encoder', 'encoder_lr', 'vision_dim', 'max_question_tokens', 'max_answer_tokens', 'truncate', 'kind', 'n_layer', 'n_head', 'n_embd',
-          'recursion', 'inner_steps', 'outer_steps', 'shared', 'deep_supervision', 'checkpoint_recursion', 'norm', 'use_vision', 'prefix_lm')  # of stage answer alone
+          'recursion', 'inner_steps', 'outer_steps', 'shared', 'deep_supervision', 'checkpoint_recursion', 'norm', 'use_vision', 'prefix_lm', 'tokenizer')  # of stage answer alone
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')  # what is learnt is the same whatever these are, but for rounding
 
 
@@ -157,8 +157,6 @@ class TrainConfig:
             raise ValueError(f'dataset={self.dataset} with captions=drawn: pictures are drawn as they are needed; give --captions=dataset')
         if self.trunk and (idle := [key for key in changed if key in ('image_px', 'encoder_width', 'encoder_layers')]):
             raise ValueError(f'{", ".join(idle)}: of an encoder without a trunk; the trunk has sizes of its own (--encoder_px is the side of its pictures)')
-        if self.stage == 'align' and self.tokenizer == 'gpt2':
-            raise ValueError('tokenizer=gpt2: of stage answer; an alignment learns its own words')
         if self.trunk and self.captions == 'drawn':
             raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; give --captions=dataset')
         if self.stage == 'align' and self.encoder_px and not self.trunk:
@@ -203,7 +201,8 @@ class AnswerTask:
         self.vision = {split: evaluation.vision_source(asdict(settings), encoder, r, device) for split, r in rows.items()}
         self.frozen = None if settings.train_encoder else encoder
 
-        t, D = self.tokenizer, settings.vision_dim or encoder.config.vision_dim if encoder else 1
+        t = self.tokenizer
+        D = (settings.vision_dim or encoder.config.vision_dim) if encoder else 1
         self.config = settings.model_config(vocab_size=t.vocab_size, pad_id=t.pad_id, bos_id=t.bos_id, eos_id=t.eos_id, vision_dim=D)
         self.model = torch.nn.ModuleDict(dict(decoder=build_model(self.config)))
         self.encoder_config = asdict(encoder.config) if encoder else None
@@ -345,7 +344,7 @@ class AlignTask:
 
     def batch(self, step):
         batch = self.data['train'](step, self.settings.batch_size, self.settings.seed)
-        return batch | dict(counted=batch['left_out'] & (batch['caption'] >= 0))
+        return batch | dict(counted=batch['left_out'])
 
     def tokens(self, model, batch, split):
         """The encoder's tokens of a batch. -> (B, N, D)"""
@@ -794,7 +793,7 @@ class Log:
 
     def __init__(self, path, step, settings):
         self.path, self.max_steps, self.started, self.first = path, settings.max_steps, time.time(), step
-        kept = [line for line in path.read_text().splitlines() if step_of(line) <= step] if step else []
+        kept = [line for line in path.read_text().splitlines() if step_of(line) <= step] if step and path.is_file() else []
         write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
         self.wandb = None
         if settings.wandb and evaluation.rank_and_world()[0] == 0:

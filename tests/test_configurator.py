@@ -1,10 +1,12 @@
 """configurator.py: precedence, types and messages."""
 
+import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 
-from configurator import configure, echo
+from configurator import clock, configure, echo, progress
 from train import TrainConfig
 
 
@@ -115,3 +117,16 @@ def test_no_blind_encoder_training():
         configure(TrainConfig, ['--train_encoder=true', '--use_vision=false'])
     with pytest.raises(ValueError, match='encoder_lr=0.1: the encoder is frozen'):
         configure(TrainConfig, ['--encoder_lr=0.1'])
+
+
+@pytest.mark.parametrize('console, said', [(True, range(1, 11)), (False, [4, 8, 10])])
+def test_progress(console, said, capsys, monkeypatch):
+    """A console has progress at every step; a log, which keeps what a console overwrites, every half minute and at the end."""
+    now = [1000.]
+    monkeypatch.setattr(time, 'time', lambda: now[0])
+    monkeypatch.setattr(progress, 'said', 0)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: console)
+    for done in range(1, 11):
+        now[0] += 9
+        progress('reading', done, 10, 1000.)
+    assert capsys.readouterr().out == ''.join(f'\rreading | {done}/10 | eta {clock(9 * (10 - done))} ' for done in said)

@@ -398,20 +398,28 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (train, 'config/trn.py', 'config/trn.py: no such config file.*config/'),
     (train, '{here}/typo.py', 'typo.py: n_layr: no such setting .did you mean n_layer'),
     (train, '{here}/syntax.py', 'syntax.py, line 2: not Python'),
+    (train, '{encoder}', 'not Python'),
+    (train, '{here}/torn', 'torn, line 1: not Python'),
     (train, '--batch_size=32.5', 'batch_size=32.5: expected a whole number'),
     (train, '--use_vision=maybe', 'use_vision=maybe: expected true or false'),
     (train, '--learning_rate=-1', 'learning_rate=-1.0: expected more than 0'),
     (train, '--kind=trn --dataset={data} --encoder={encoder}', 'kind=trn: expected one of plain, trm'),
     (train, '--n_embd=30 --dataset={here}/none', 'n_embd=30: expected a multiple of'),  # said before anything is read
+    (train, '--grad_clip=-1', 'grad_clip=-1.0.*expected 0 or more'),
+    (train, '--min_lr_ratio=2', 'min_lr_ratio=2.0: expected between 0 and 1'),
     (train, '--vocab_size=100', 'vocab_size=100: expected at least 259'),
     (train, 'config/align.py --text_width=130', 'text_width=130: expected a multiple of 4'),
+    (train, 'config/align.py --trunk={encoder}', 'trunk with captions=drawn'),
+    (train, 'config/align.py --encoder_px=32', 'encoder_px without a trunk'),
+    (train, 'config/align.py --prefixes=a', 'prefixes=a: expected numbers'),
+    (train, 'config/align_pixmo.py --dataset={data} --trunk={encoder}', 'an encoder with a resampler or a projection; expected CLIP alone'),
     (train, '--n_latents=64 --pool=2', 'pool, n_latents: of stage align'),
     (train, 'config/align.py --n_layer=3', 'n_layer: of stage answer'),
     (train, 'config/align.py --dataset={data}', 'dataset=.* with captions=drawn'),
     (train, 'config/align_pixmo.py --image_px=32', 'image_px: of an encoder without a trunk'),
     (train, '--seed=-1', 'seed=-1: expected 0 to'),
     (train, '{here}/false.py', 'false.py, line 1: NameError'),
-    (train, 'config/align.py --tokenizer=gpt2', 'tokenizer=gpt2: of stage answer'),
+    (train, 'config/align.py --tokenizer=gpt2', 'tokenizer: of stage answer'),
     (train, '--dataset={here}/none', 'train.parquet: no such file; a dataset is a folder with'),
     (train, '--dataset={here}/text', 'train.parquet: not a parquet file'),
     (train, '--dataset={here}/columns', 'has no column image; it has picture'),
@@ -434,6 +442,7 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (evaluation, '--out_dir={run} --image={here}/typo.py --question=what?', 'typo.py: not a picture'),
     (evaluation, '--out_dir={run} --image={here}/none.png', '--image and --question belong together'),
     (evaluation, '--out_dir={run} --states=true --attention=true', '--attention and --states: one at a time'),
+    (evaluation, '--out_dir={run} --states=true --forget=z', '--forget goes with an evaluation, a picture or --attention, not with --states'),
     (evaluation, '--out_dir={run} --top_k=3', '--top_k goes with a --temperature above 0'),
     (evaluation, '--out_dir={run} --attention=true --temperature=1', 'go with an evaluation or a picture, not with --attention'),
     (evaluation, '--majority=true --dataset={here}/no_rows --split=train', 'train.parquet: has no rows'),
@@ -458,9 +467,9 @@ def rubbish(tmp_path_factory):
     import pyarrow as pa
     import pyarrow.parquet as pq
     here = tmp_path_factory.mktemp('rubbish')
-    for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'false.py': 'use_vision = false\n', 'torn.json': '', 'text/train.parquet': 'words'}.items():
+    for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'false.py': 'use_vision = false\n', 'torn.json': '', 'torn': 'out_dir = "\ud800"', 'text/train.parquet': 'words'}.items():
         (here / name).parent.mkdir(exist_ok=True)
-        (here / name).write_text(text)
+        (here / name).write_text(text, errors='surrogatepass')
     for name in ('columns', 'evil', 'no_rows', 'no_test'):
         (here / name).mkdir()
     table = pa.table(dict(picture=[b'1'], question=['q'], answer=['a']))
