@@ -90,7 +90,7 @@ def rotate(x, cos, sin):
 
 
 def cross_entropy(logits, targets):
-    """Shapes: logits (B, A, V), targets (B, A) -> mean nats per target that is not -100, computed in float32 or better."""
+    """Shapes: logits (B, A, V), targets (B, A) -> mean nats per target that is not -100 (nan if none is), in float32 or better."""
     return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
 
 

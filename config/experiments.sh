@@ -28,7 +28,8 @@ for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_st
     set -- $k
     for r in "flops 2e-3" "shaperate 1e-3" "shaperate 4e-3" "shaperate 8e-3"; do
         read -r group rate <<< "$r"
-        if [ $rate = 8e-3 ] && [[ $1 != plain[48] ]]; then continue; fi  # the two that prefer 4e-3 to 2e-3
+        if [ $rate = 8e-3 ] && [[ $1 != plain[48] ]]; then continue; fi
+        if [ $rate = 4e-3 ] && [[ $1 = plain[48] ]]; then group=flops; fi  # which these two prefer
         add $group flops_$1$(suffix $rate) --max_steps=$2 --eval_interval=150 "${@:3}" --learning_rate=$rate
     done
 done

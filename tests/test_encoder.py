@@ -266,7 +266,7 @@ def align_batch(B=16, V=30):
 
 @pytest.mark.parametrize('adapter', ['none', 'linear', 'mlp'])
 def test_alignment_losses(adapter):
-    """Both losses start at chance, and together they reach every weight of the encoder and of what reads the captions."""
+    """Both losses start near chance, and together they reach every weight of the encoder and of what reads the captions."""
     model = AlignModel(small(adapter=adapter), 30, n_layer=2)
     images, *captions = align_batch()
     losses = model(model.encoder(images), *captions)

@@ -1,4 +1,4 @@
-"""The pages on recursion say what results/runs says: their tables cell by cell, and every `mean ± half an interval` of their text."""
+"""The pages on recursion say what results/runs says: their tables cell by cell, and every `mean ± half an interval` of their text is one that is computed here."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def test_rates(number, name, score, digits, n):
 INTERVALS = [
     ('0 to 3 swaps', 'swaps_', 'n4_lr1e-3 n1_lr1e-3, n4_lr1e-3 n2_lr1e-3, n4_lr1e-3 plain2_lr1e-3, n4_lr1e-3 plain4_lr1e-3, n4_lr1e-3 plain4, loop2_lr1e-3 plain4, n2_lr1e-3 plain4'),
     ('0 to 3 swaps', 'swaps_', 'n2_lr1e-3 loop2_lr1e-3, own4_lr1e-3 n1_lr1e-3, own4_lr1e-3 plain2_lr1e-3, own4_lr1e-3 plain4, own4_lr1e-3 plain4_lr1e-3, own4_lr1e-3 loop4_lr1e-3, own4 loop4'),
-    ('0 to 3 swaps', 'swaps_', 'n4_lr1e-3 plain8_clock, n4_lr1e-3 plain4_clock, n4_lr1e-3 plain4_2360, n4_lr1e-3 T2_lr1e-3, n4_lr1e-3 T2_deep_lr1e-3, n2_lr1e-3 T2_lr1e-3, n2_lr1e-3 T2_deep_lr1e-3'),
+    ('0 to 3 swaps', 'swaps_', 'n4_lr1e-3 plain8_clock, n4_lr1e-3 plain4_clock, n4_lr1e-3 plain4_2360, T2_lr1e-3 n4_lr1e-3, T2_deep_lr1e-3 n4_lr1e-3, T2_lr1e-3 n2_lr1e-3, T2_deep_lr1e-3 n2_lr1e-3'),
     ('0 to 3 swaps', 'swaps_', 'n4 n1, n4 n1 3, n4 plain2, n4 plain2 3, n4 plain4, n4 plain4 3, n4 loop4, n4 loop4 3'),
     ('3 swaps', 'swaps_', 'n4_lr1e-3 n1_lr1e-3, n4_lr1e-3 n2_lr1e-3, n4_lr1e-3 plain2_lr1e-3, n4_lr1e-3 plain4, n4_lr1e-3 T2_lr1e-3, n4_lr1e-3 T2_deep_lr1e-3'),
     ('4 swaps', 'swaps_', 'n8_lr1e-3'), ('TFLOP until .99', 'swaps_', 'n4_lr1e-3 n8_lr1e-3'), ('TFLOP until .70', 'swaps_', 'n1_lr1e-3 n4_lr1e-3, plain2_lr1e-3 n4_lr1e-3'),
@@ -128,14 +128,14 @@ INTERVALS = [
     ('0 to 4 swaps', 'swaps4_', 'n8 n4, n4 loop4, n4 plain4, loop4 plain4, n8 plain4, loop8 plain4, loop8 n8, loop8 loop4'),
     ('Exact Match', 'flops_', 'n1 plain2, n2 n1, n4 n1, n2 plain4, n2 plain4_lr4e-3, plain2 plain4, plain2 plain4_lr4e-3, plain2 plain8_lr4e-3, loop4 plain8, loop4 plain8_lr4e-3, n4 plain2, loop4 plain2, loop2 plain2, n2 loop2, n2 loop4'),
     ('Exact Match', '', 'trm, plain4, n8 n1, trm n1, plain4 plain2, plain8 plain2, loop2 n2, T3 trm, T2_deep T2, T3_deep T3, c64 trm, plain4_c64 plain4, plain4_c64 plain4 c64 trm'),
-    ('Exact Match', 'encoder_', 'contrast both'), ('captions, F1', 'flops_', 'n4 plain2, loop4 loop2, n4 n1'), ('captions, F1', '', 'trm n1, loop4 loop2, plain8 plain2, plain8 plain4, plain4_c192 trm, plain4 plain2, loop2 plain2, n6 trm, n8 trm'),
+    ('Exact Match', 'encoder_', 'contrast both'), ('captions, F1', 'flops_', 'n4 plain2, plain4_lr4e-3 plain2, loop4 loop2, n4 n1'), ('captions, F1', '', 'trm n1, loop4 loop2, plain8 plain2, plain8 plain4, plain4_c192 trm, plain4 plain2, loop2 plain2, n6 trm, n8 trm'),
     ('relational, %', 'sortofclevr_', 'n4, loop4, plain2, n4 plain2, n4 plain2 3, n4 loop4, n4 loop4 3, loop4 plain2 3'), ('relational, %', 'sortofclevr', ' _plain2, _encoder ')]
 
 
 def test_intervals():
     """Every interval in the text is one of those, and every one of those is in the text; the tables are tested above."""
     text = '\n'.join(line for page in (README, RESULTS, DETAILS, HYPOTHESES) for line in (ROOT / page).read_text().splitlines() if page == HYPOTHESES or not line.startswith('|'))
-    quoted, made = {(a.lstrip('0'), b.lstrip('0')) for a, b in re.findall(r'(\d*\.\d+) ± (\d*\.\d+)', text)}, set()
+    quoted, made = {(sign + a.lstrip('0'), b.lstrip('0')) for sign, a, b in re.findall(r'([+-]?)(\d*\.\d+) ± (\d*\.\d+)', text)}, set()
     for score, start, lists in INTERVALS:
         for words in (one.split(' ') for one in lists.replace(', ', ',').split(',')):
             first = int(words.pop()) if words[-1].isdigit() else 9
@@ -143,7 +143,10 @@ def test_intervals():
             seeds = sorted(set.intersection(*map(set, several)))[:first]
             values = [sum(sign * SCORES[score](of[seed]) for sign, of in zip((1, -1, -1, 1), several)) for seed in seeds]
             spread = evaluation.spread([value for value in values if not np.isnan(value)])
-            forms = {tuple(f'{abs(x):.{digits}f}'.lstrip('0') for x in spread) for digits in ((1,) if '%' in score or 'TFLOP' in score else (2, 3))}
+            forms = set()
+            for digits in (1,) if '%' in score or 'TFLOP' in score else (2, 3):
+                mean, half = (f'{abs(x):.{digits}f}'.lstrip('0') for x in spread)
+                forms |= {(mean, half), ('-+'[bool(spread[0] >= 0)] + mean, half)}
             assert forms & quoted, f'{score}, {start} {words}: {spread} is on no page'
             made |= forms
     assert quoted <= made
