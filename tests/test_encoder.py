@@ -266,11 +266,11 @@ def align_batch(B=16, V=30):
 
 @pytest.mark.parametrize('adapter', ['none', 'linear', 'mlp'])
 def test_alignment_losses(adapter):
-    """Both losses start near chance, and together they reach every weight of the encoder and of what reads the captions."""
-    model = AlignModel(small(adapter=adapter), 30, n_layer=2)
+    """Both losses start at chance, and together they reach every weight of the encoder and of what reads the captions."""
+    model = AlignModel(small(adapter=adapter), 30)
     images, *captions = align_batch()
     losses = model(model.encoder(images), *captions)
-    assert abs(losses['contrast'].item() - math.log(16)) < 1 and abs(losses['cloze'].item() - math.log(30)) < 1
+    assert abs(losses['contrast'].item() - math.log(16)) < .7 and abs(losses['cloze'].item() - math.log(30)) < .7
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 

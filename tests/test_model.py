@@ -279,6 +279,10 @@ def test_cross_entropy(dtype):
     assert loss.item() == pytest.approx(-logits.detach().double().log_softmax(-1)[counted, targets[counted]].mean().item(), rel=1e-6)
     (loss * 2 ** 16).backward()
     assert (logits.grad[counted] != 0).all() and not logits.grad[~counted].any()
+    exact = logits.detach().double().requires_grad_()
+    (-exact.log_softmax(-1)[counted, targets[counted]].mean() * 2 ** 16).backward()
+    tolerance = 1e-9 if dtype == torch.float64 else .01
+    assert torch.allclose(logits.grad.double(), exact.grad, rtol=tolerance, atol=0)
 
 
 def test_state_sizes():

@@ -34,15 +34,11 @@ def reached(m, em):
     return next((step for step, _, best in m['curve'] if best >= em), None)
 
 
-def flops_of_a_step(m):
-    return evaluation.training_flops(m) / m['step']
-
-
 SCORES = {
     'Exact Match': lambda m: m['em'], 'mean of types': lambda m: m['em_types'], 'captions, F1': lambda m: m['by_type']['describe']['f1'],
     **{f'{kind}, %': lambda m, kind=kind: 100 * m['by_type'][kind]['em'] for kind in ('relational', 'non-relational')},
     **{f'0 to {k} swaps': lambda m, k=k: swaps(m, *range(k + 1)) for k in (3, 4, 5)}, **{f'{k} swaps': lambda m, k=k: swaps(m, k) for k in range(9)},
-    **{f'TFLOP until {em}': lambda m, em=em: (reached(m, float(em)) or np.nan) * flops_of_a_step(m) / 1e12 for em in ('.70', '.78', '.99')}}
+    **{f'TFLOP until {em}': lambda m, em=em: (reached(m, float(em)) or np.nan) / m['step'] * evaluation.training_flops(m) / 1e12 for em in ('.70', '.78', '.99')}}
 
 
 def cell(column, of, ms=0):
@@ -51,9 +47,9 @@ def cell(column, of, ms=0):
     m, score = several[0], SCORES.get(re.sub(', by seed|, \\d+ TFLOP', '', f'{column} swaps' if column.isdigit() else column))
     digits = 1 if '%' in column else 3
     if found := re.fullmatch(r'(seconds|TFLOP) until (\.\d+)', column):
-        there = [step for m in several if (step := reached(m, float(found.group(2))))]
-        spent = np.mean(there) * (ms / 1e3 if found.group(1) == 'seconds' else flops_of_a_step(m) / 1e12) if there else 0
-        return f"{spent:.{0 if found.group(1) == 'seconds' else 1}f}" + (f' ({len(there)} of {len(of)})' if len(there) < len(of) else '') if there else 'never'
+        spent = np.array([score(m) if score else (reached(m, float(found.group(2))) or np.nan) * ms / 1e3 for m in several])
+        there = spent[~np.isnan(spent)]
+        return f'{there.mean():.{1 if score else 0}f}' + (f' ({len(there)} of {len(of)})' if len(there) < len(of) else '') if len(there) else 'never'
     if column.startswith('training step at'):
         steps = [reached(m, float(column.split()[-1])) or 'never' for m in several]
         return 'never' if set(steps) == {'never'} else ', '.join(map(str, steps))
