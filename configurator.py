@@ -11,27 +11,15 @@ setting's type, is an error that says what was expected.
     python configurator.py config/trm.py    # print what a config means
 """
 
-import ctypes
 import difflib
-import errno
 import inspect
 import math
-import os
 import re
-import signal
-import sys
-import time
 import traceback
 import types
 import typing
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 def configure(cls, argv, prog='train.py'):
@@ -154,165 +142,8 @@ def echo(settings, sources):
     return '\n'.join(f'{f.name} = {getattr(settings, f.name)!r} ({sources[f.name]})' for f in changed)
 
 
-# ----------------------------------------------------------------------------
-# what all scripts share
-
-def run_script(main):
-    """Runs main(argv). What a user can mend ends it with one message and an exit code that is not zero, --debug with the stack trace too.
-
-    SIGTERM is taken as Ctrl-C, which a script answers by saving what it has.
-    """
-    argv = [arg for arg in sys.argv[1:] if arg != '--debug']
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main(argv)
-    except KeyboardInterrupt as e:
-        end(str(e) or 'stopped; what is finished is kept, and the same command goes on from there', code=130)
-    except BrokenPipeError:  # | head
-        raise SystemExit(1)
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
-        if isinstance(e, OSError) and e.strerror and '--debug' not in sys.argv:
-            room = '; make room: what was finished is kept, and the same command goes on from there' * (e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-            end(f'error: {f"{e.filename}: " if e.filename else ""}{e.strerror}{room}', code=1)
-        full = isinstance(e, MemoryError) or 'out of memory' in str(e).lower() or 'allocate memory' in str(e).lower()
-        if '--debug' in sys.argv or isinstance(e, RuntimeError) and not full:  # the latter is a fault of this code
-            raise
-        end(f'error: out of memory: a smaller --batch_size is the usual remedy; {e}' if full else f'error: {e}', code=1)
-
-
-def end(message, code):
-    print('\n' * sys.stdout.isatty() + printable(message), file=sys.stderr)
-    raise SystemExit(code)
-
-
-def printable(text):
-    """Text without control characters, fit for a terminal and for a picture."""
-    return ''.join(ch if ch.isprintable() else ' ' for ch in text)
-
-
-def clock(seconds):
-    return f'{int(seconds) // 60}:{int(seconds) % 60:02}'
-
-
-def progress(what, done, n, start):
-    """Says on the console how far a long loop is that began at time `start`, over what it said before; in a log, which keeps everything, every half minute."""
-    now = time.time()
-    if sys.stdout.isatty() or done >= n or now > max(start, progress.said) + 30:
-        progress.said = now
-        print(f'\r{what} | {done}/{n} | eta {clock((now - start) / max(1, done) * (n - done))} ', end='', flush=True)
-
-
-progress.said = 0
-
-
 def expect(config, **choices):
     """Raises ValueError where a setting is none of its choices."""
     for key, allowed in choices.items():
         if getattr(config, key) not in allowed:
             raise ValueError(f'{key}={getattr(config, key)}: expected one of {", ".join(allowed)}')
-
-
-def pick_device(device):
-    """Raises: ValueError where there is no such device."""
-    import torch
-    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda or cuda:N') from None
-    return device
-
-
-def fast_dtypes(device):
-    """float32, and bfloat16 after it where the hardware multiplies in it; elsewhere it is emulated, a hundred times slower."""
-    import torch
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
-    return [torch.float32] + [torch.bfloat16] * bf16
-
-
-def seconds(function, device):
-    """Wall clock of a call. On a GPU, waits for it."""
-    wait = lambda: None
-    if device.startswith('cuda'):
-        import torch
-        wait = lambda: torch.cuda.synchronize(device)
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
-
-
-def most_memory(device):
-    """The most bytes that this process has used so far, of the GPU's memory or, on a CPU, of the machine's; 0 where it cannot be told."""
-    if device.startswith('cuda'):
-        import torch
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
-def keep_freed_memory():
-    """Lets glibc keep the memory that a step frees for the next one, instead of handing it back to Linux and asking for fresh,
-    zeroed pages: a quarter of an alignment step on a CPU. Elsewhere it does nothing."""
-    if sys.platform == 'linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallopt'):
-            M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2  # malloc.h
-            for option, value in ((M_MMAP_THRESHOLD, 2 ** 30), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 28)):
-                libc.mallopt(option, value)
-
-
-def write_whole(path, write):
-    """Calls write(file) on a temporary file and puts it in place: `path` is the old or the new file, never a part of one. Of several
-    processes that work together only the first one writes. Raises: OSError naming the path, where the disk is full, say."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and int(os.environ.get('RANK', 0)):
-        return
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        with open(partial, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        full = e if isinstance(e, OSError) else e.__context__  # torch.save, which cannot end its file then, hides it behind a RuntimeError
-        if not isinstance(full, OSError):
-            raise
-        raise OSError(full.errno, full.strerror or str(full), str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(file, wait=False):
-    """Keeps other processes that ask for the same lock file out, until the block or the process ends, however it ends. On Windows, and on a disk that
-    knows no locks, it does not. Raises: ValueError where another process is in it, unless `wait`, which waits for that one to finish.
-    """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, 'w') as f:
-        if fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise ValueError(f'{file.parent}: another process is writing there; wait for it, or choose another folder') from None
-                print(f'{file.parent}: another process is writing there, waiting for it', flush=True)
-                fcntl.flock(f, fcntl.LOCK_EX)
-            except OSError as e:
-                print(f'{file}: no lock is to be had here ({e.strerror}); see to it that no other process writes to {file.parent}')
-        yield
-
-
-def show(argv):
-    from train import TrainConfig
-    print(echo(*configure(TrainConfig, argv, 'configurator.py')))
-
-
-if __name__ == '__main__':
-    run_script(show)

@@ -13,30 +13,37 @@ The same command goes on where a stopped or killed run stood, to the same result
 
 import copy
 import importlib
-import json
 import math
-import os
 import platform
-import re
-import signal
-import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import eval as evaluation
-from configurator import clock, configure, echo, expect, fast_dtypes, keep_freed_memory, locked, most_memory, pick_device, printable, run_script, write_whole
-from data import Captions, Questions, Tokenizer, check_splits, read_rows, train_bpe
-from encoder import AlignModel, Encoder, EncoderConfig, load_encoder, save_encoder
-from model import ModelConfig, build_model, flops_of
-from prepare.shapes import Config as ShapesConfig, DrawnCaptions, caption_sample, draw_shapes
+from configurator import configure, echo, expect
+from data import Questions, Tokenizer, read_rows, train_bpe
+from model import ModelConfig, build_model
+from plumbing.console import clock, printable, run_script
+from plumbing.files import locked, write_whole
+from plumbing.machine import (
+    commit,
+    compile_layers,
+    device_name,
+    flops_of,
+    keep_freed_memory,
+    most_memory,
+    pick_dtype,
+)
+from plumbing.ranks import all_reduce, processes, shard
+from plumbing.run import Log, Run, Stop
+from plumbing.tables import check_splits
+from prepare.shapes import Config as ShapesConfig
+from prepare.shapes import draw_shapes
 
 ALIGN = ('objective', 'captions', 'max_objects', 'trunk', 'image_px', 'encoder_width', 'encoder_layers', 'pool', 'adapter', 'n_latents', 'perceiver_layers',
          'perceiver_width', 'perceiver_heads', 'encoder_dim', 'prefixes', 'text_width', 'text_layers')  # settings of stage align alone
@@ -279,137 +286,6 @@ class AnswerTask:
         evaluation.write_results(self.settings.out_dir, facts | metrics, rows, predictions)
 
 
-class AlignTask:
-    """Stage 1: the encoder learns from captions, of pictures that are drawn as they are needed or of a dataset. A pretrained trunk is
-    frozen: what it makes of the pictures is computed once, and what follows it is trained."""
-    metric = 'R@1'
-
-    def __init__(self, settings, device, saved, splits=('train', 'val')):
-        self.settings, self.device, self.frozen, self.fingerprint, self.vision, self.rows_sum = settings, device, None, None, {}, None
-        world = evaluation.rank_and_world()[1]
-        if settings.batch_size % world:
-            raise ValueError(f'batch_size={settings.batch_size}: {world} processes contrast as many captions each: expected a multiple of {world}')
-        if settings.captions == 'drawn':
-            shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
-            texts = caption_sample(shapes)
-        else:
-            if splits:  # it trains; who only evaluates needs no more than what is evaluated
-                check_splits(settings.dataset)
-            rows = {split: read_rows(settings.dataset, split) for split in splits}
-            texts = (caption for caption in rows['train'].captions) if not saved else ()
-            if splits:
-                self.rows_sum = {split: r.sum.hexdigest() for split, r in rows.items()}
-                unchanged(settings, saved, 'dataset', self.rows_sum)
-        self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))
-        s, D = settings, settings.encoder_dim
-        trunk = dict(image_px=s.image_px, width=s.encoder_width, n_layer=s.encoder_layers)
-        trunk |= {key: getattr(s, key) for key in ('fit', 'upright', 'activation') if getattr(s, key) is not None}
-        if s.trunk:
-            self.frozen = evaluation.open_encoder(s.trunk, asdict(s), pool=s.pool).to(device)
-            if self.frozen.config.n_latents or self.frozen.config.projection != 'none':
-                raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
-            trunk = asdict(self.frozen.config)
-            self.fingerprint = self.frozen.fingerprint()
-            unchanged(settings, saved, 'trunk', self.fingerprint)
-        if s.prefixes and not re.fullmatch(r'\d+(,\d+)*', s.prefixes):
-            raise ValueError(f'prefixes={s.prefixes}: expected numbers, separated by commas')
-        prefixes = [int(d) for d in s.prefixes.split(',')] if s.prefixes else [D // 8, D // 4, D // 2, D]
-        self.config = EncoderConfig(**trunk | dict(
-            pool=s.pool, adapter=s.adapter, n_latents=s.n_latents, perceiver_layers=s.perceiver_layers, perceiver_width=s.perceiver_width,
-            perceiver_heads=s.perceiver_heads, projection='linear', vision_dim=D, prefixes=tuple(sorted(prefixes))))
-        self.model = AlignModel(Encoder(self.config), self.tokenizer.vocab_size, s.text_width, s.text_layers)
-        if s.trunk:
-            self.model.encoder.trunk = torch.nn.Identity()
-        if s.captions == 'drawn':
-            drawn = DrawnCaptions(shapes, self.tokenizer)
-            self.data = {split: partial(drawn.batch, split) for split in ('train', 'val', 'test')}
-            self.drawn, self.pictures = drawn, dict.fromkeys(self.data, 1000)
-        else:
-            self.data, self.drawn, self.pictures = {}, None, {}
-            for split in splits:
-                self.open(split, rows[split])
-
-    def open(self, split, rows):
-        """Makes a split of the dataset ready: its captions as tokens, its pictures encoded by the frozen trunk."""
-        captions = Captions(rows, self.tokenizer)
-        seen = asdict(self.settings) | dict(use_vision=True, vision_dim=None, train_encoder=self.frozen is None)
-        self.vision[split] = evaluation.vision_source(seen, self.frozen or self.model.encoder, rows, self.device)
-        self.data[split], self.pictures[split] = captions.batch, len(rows.pictures)
-
-    def chance(self):
-        return self.chosen({'contrast': math.log(self.settings.batch_size), 'cloze': math.log(self.tokenizer.vocab_size)})
-
-    def chosen(self, losses):
-        return {name: loss for name, loss in losses.items() if self.settings.objective in (name, 'both')}
-
-    def batch(self, step):
-        batch = self.data['train'](step, self.settings.batch_size, self.settings.seed)
-        return batch | dict(counted=batch['left_out'])
-
-    def tokens(self, model, batch, split):
-        """The encoder's tokens of a batch. -> (B, N, D)"""
-        if self.drawn:
-            return model.encoder(model.encoder.normalise(batch['pixels']))
-        seen = self.vision[split](self.frozen or model.encoder, batch['picture'])
-        return model.encoder.resample(seen) if self.frozen else seen
-
-    def losses(self, model, batch, split='train'):
-        losses = model(self.tokens(model, batch, split), batch['caption'], batch['left_out'])
-        return self.chosen(losses | {'cloze': losses['cloze'] * batch.get('weight', 1)})
-
-    @torch.no_grad()
-    def validate(self, model, split='val', most=1000):
-        """Loss, and retrieval among up to `most` pictures."""
-        loss, pooled, text, size = 0, [], [], min(250, most, self.pictures[split])
-        steps = min(most, self.pictures[split]) // size
-        for step in range(steps):
-            batch = evaluation.on_device(self.data[split](step, size, self.settings.seed), self.device)
-            loss += sum(self.losses(model, batch, split).values()).item() / steps
-            pooled.append(self.tokens(model, batch, split).mean(1).float())
-            text.append(model.read_text(batch['caption'])[1].float())
-        self.retrieval, self.ranked = evaluation.retrieval(torch.cat(pooled), torch.cat(text), self.config.prefixes), steps * size
-        return {'loss': loss, 'R@1': self.retrieval[self.config.vision_dim]['R@1']}
-
-    def better(self, new, old):
-        return new['loss'] <= old['loss']
-
-    def weights(self, model):
-        return {'model': model.state_dict()}
-
-    def state(self):
-        return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state, dataset_fingerprint=self.rows_sum, trunk_fingerprint=self.fingerprint)
-
-    def parameter_counts(self):
-        encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
-        return dict(encoder=encoder, text=total - encoder, total=total) | (
-            {'frozen trunk': sum(p.numel() for p in self.frozen.parameters())} if self.frozen else {})
-
-    def report(self, model, split, most=5000):
-        """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens -> both, and the loss."""
-        if split not in self.data:
-            self.open(split, evaluation.rows_to_judge(self.settings.dataset, split))
-        scores = self.validate(model, split, most)
-        print(f'retrieval among {self.ranked} pictures, both ways')
-        print(evaluation.table(['dimensions', 'R@1', 'R@5', 'R@10', 'median rank'], [
-            [d, *(f'{r[k]:.3f}' for k in ('R@1', 'R@5', 'R@10')), f"{r['median rank']:.0f}"] for d, r in self.retrieval.items()]))
-        scores |= dict(retrieval=self.retrieval)
-        if self.drawn:
-            scores['probe'] = evaluation.probe(model.encoder, self.drawn, self.device)
-            print('probe | ' + ' | '.join(f'{k} {v:.3f}' for k, v in scores['probe'].items()))
-        return scores
-
-    def finish(self, model, facts):
-        """Writes encoder.pt, the trunk included, and reports on the test split, which nothing has looked at so far."""
-        out_dir = Path(self.settings.out_dir)
-        if self.frozen:
-            model.encoder.trunk = self.frozen.trunk
-        evaluation.in_turn(lambda: save_encoder(model.encoder, out_dir / 'encoder.pt'))
-        model.encoder = load_encoder(out_dir / 'encoder.pt').to(self.device)  # what was written is what is judged
-        metrics = facts | self.report(model, 'test')
-        write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-        evaluation.draw_curves(out_dir)
-
-
 def main(argv=None):
     settings, sources = configure(TrainConfig, sys.argv[1:] if argv is None else argv)
     with processes(settings) as device, Stop() as stop:
@@ -558,94 +434,6 @@ class Learner:
         return losses, rows, gnorm, stopping, None
 
 
-@dataclass
-class Run:
-    """How far a run is: what its checkpoint holds beside weights, optimizers and settings. There is no random state in it, as a batch depends
-    on (seed, step) alone and nothing else is drawn."""
-    started: float             # time.time(), moved back by what earlier processes of the run took
-    step: int = 0              # optimizer steps that are done
-    best: dict | None = None   # step, scores and weights of the best validation
-    train_s: float = 0.0       # seconds of training
-    wall_s: float = 0.0        # seconds of everything, until the test split is evaluated
-    total: dict = field(default_factory=dict)  # losses, summed up over the good steps since the last log line
-    since: int = 0             # how many these are
-    since_s: float = 0.0       # and the seconds of training since then
-    rows: int = 0              # and the rows
-    bad_steps: int = 0         # steps that were left out
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: while it `waits`, the first one is only noted in `asked`, for the loop to end behind a whole step."""
-
-    def __enter__(self):
-        self.asked = self.waits = False
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        if not self.waits or self.asked and number == signal.SIGINT:  # whoever is impatient presses Ctrl-C again; SIGTERM may come from several sides
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def processes(settings):
-    """Joins the processes that torchrun started, where it did -> the device of this one. Only the first one prints to the console.
-    Raises: ValueError where the device is not there."""
-    several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, settings.device
-    if several and device in ('auto', 'cuda') and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(device)
-    if settings.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
-    if not several:
-        yield device
-        return
-    if device.startswith('cuda'):
-        torch.cuda.set_device(device)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all the same
-    torch.distributed.init_process_group('nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=1))
-    with redirect_stdout(open(os.devnull, 'w')) if evaluation.rank_and_world()[0] else nullcontext():
-        yield device
-    torch.distributed.barrier()  # gloo's threads have then let go of every tensor; one that they hold while Python ends aborts the process, now and then
-    torch.distributed.destroy_process_group()
-
-
-def end_with(parent):
-    """Ends this process soon after its parent: a torchrun that was killed would else leave it behind, in the middle of the run and holding its lock."""
-    while os.getppid() == parent:
-        time.sleep(.5)
-    os._exit(1)
-
-
-def shard(batch):
-    """Of a batch, the rows of this process: every so-many-th one. A loss that is a mean over the rows' `counted` targets gets a `weight`, with
-    which the mean over the processes is the mean over the whole batch; a process for which no row is left takes the first one, with weight 0."""
-    (rank, world), counted = evaluation.rank_and_world(), batch.pop('counted')
-    if world > 1:
-        weight, rows = world * counted[rank::world].sum() / counted.sum(), slice(rank, None, world) if rank < len(counted) else slice(1)
-        batch = {key: value[rows] if torch.is_tensor(value) else value for key, value in batch.items()} | dict(weight=weight)
-    return batch
-
-
-def all_reduce(parameters, losses, stop):
-    """Makes every gradient the mean over the processes -> the mean losses, a dict of floats, and whether any process was asked to stop: the same in all."""
-    world, values = evaluation.rank_and_world()[1], torch.stack([*losses.values()]).float()
-    if world > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads] + [values, values.new_tensor([float(stop)])])
-        torch.distributed.all_reduce(flat)
-        *means, values, stop = (flat / world).split([g.numel() for g in grads] + [len(values), 1])
-        for g, mean in zip(grads, means):
-            g.copy_(mean.view_as(g))
-    return dict(zip(losses, values.tolist())), bool(stop)
-
-
 def update(parameters, optimizers, scaler, loss, grad_clip):
     """A step of all optimizers with the clipped gradient -> its norm, and whether all is well. Where loss or gradient is not finite no weight moves; of
     float16 that is well now and then, while the loss is finite and the loss scale can be lowered."""
@@ -750,78 +538,6 @@ def facts(settings, task, run, about):
     """What metrics.json says beside the results."""
     return dict(parameters=task.parameter_counts(), step=run.step, best_step=run.best and run.best['step'], bad_steps=run.bad_steps, train_s=run.train_s,
                 wall_s=run.wall_s, peak_memory_gb=most_memory(task.device) / 1e9, **about, settings=asdict(settings))
-
-
-def pick_dtype(dtype, device):
-    """auto: bfloat16 where it is fast."""
-    return fast_dtypes(device)[-1] if dtype == 'auto' else getattr(torch, dtype)
-
-
-def compile_layers(model, device):
-    """torch.compile, where a compiler works; else the reason is printed. One layer at a time: it is compiled once for all layers and all passes of a
-    recursion. A size becomes dynamic when it first changes: with dynamic=True from the start torch 2.13 fails in bfloat16."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
-        print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
-        return
-    torch._inductor.config.triton.coalesce_tiling_analysis = False  # on a GPU it ends in an AssertionError where a size is dynamic: pytorch issue 197077
-    for layers in (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
-        for layer in layers:
-            layer.compile()
-
-
-def commit():
-    try:
-        here = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        changed = subprocess.run(['git', 'status', '--porcelain', '-uno'], **here).stdout.strip()
-        return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], **here).stdout.strip() + '+changes' * bool(changed)
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
-
-
-def device_name(device):
-    if device.startswith('cuda'):
-        return torch.cuda.get_device_name(device)
-    cpu = Path('/proc/cpuinfo')
-    names = [line.partition(': ')[2] for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.is_file() else []
-    return f'{names[0].strip()} cpu' if names else f'{platform.processor() or platform.machine()} cpu'
-
-
-class Log:
-    """One line an event: on the console, in log.jsonl and, if asked for, on Weights & Biases."""
-
-    def __init__(self, path, step, settings):
-        self.path, self.max_steps, self.started, self.first = path, settings.max_steps, time.time(), step
-        kept = [line for line in path.read_text().splitlines() if step_of(line) <= step] if step and path.is_file() else []
-        write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
-        self.wandb = None
-        if settings.wandb and evaluation.rank_and_world()[0] == 0:
-            import wandb
-            self.wandb = wandb.init(project='nano-trm-vlm', name=path.parent.name, config=asdict(settings))
-
-    def write(self, event):
-        if evaluation.rank_and_world()[0]:
-            return
-        with open(self.path, 'a') as f:
-            f.write(json.dumps(event) + '\n')
-        if self.wandb and event['event'] != 'start':
-            self.wandb.log({f"{event['event']}/{k}": v for k, v in event.items() if isinstance(v, (int, float))}, step=event['step'])
-
-    def line(self, step, values, event='step'):
-        self.write(dict(event=event, step=step, **values))
-        style = dict(loss='loss {:.4f}', lr='lr {:.2e}', gnorm='gnorm {:.2f}', ms='{:.1f} ms', examples_per_s='{:.0f} ex/s')
-        parts = [style.get(k, k + ' {:.3f}').format(v) for k, v in values.items() if k not in ('train_s', 'metric')]
-        eta = (time.time() - self.started) / max(1, step - self.first) * (self.max_steps - step)
-        print(' | '.join([f'{event} {step}/{self.max_steps}', *parts, f'eta {clock(eta)}']), flush=True)
-
-
-def step_of(line):
-    """The step of a log line; of one that was torn when the machine went down, infinity."""
-    try:
-        return json.loads(line)['step']
-    except (ValueError, LookupError, TypeError):
-        return math.inf
 
 
 if __name__ == '__main__':

@@ -23,9 +23,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from configurator import write_whole
-from data import SCHEMA, SPLITS, KnownPictures, OnDisk, caption_problem, read_file, text_problem, write_dataset
-from encoder import open_picture
+from plumbing.files import write_whole
+from plumbing.pictures import open_picture
+from plumbing.tables import (
+    SCHEMA,
+    SPLITS,
+    KnownPictures,
+    OnDisk,
+    caption_problem,
+    read_file,
+    text_problem,
+    write_dataset,
+)
 
 
 def formats():

@@ -7,7 +7,7 @@ train, val or test is of that split; others are divided by the content of the pi
 
 from pathlib import Path
 
-from data import named, open_parquet, read_image, stream
+from plumbing.tables import named, open_parquet, read_image, stream
 from prepare import published_first, turns
 
 NAMES = dict(  # what a column may be called, the first that is there counts

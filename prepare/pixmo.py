@@ -20,9 +20,9 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
-from configurator import progress
-from data import open_parquet, stream
-from encoder import open_picture
+from plumbing.console import progress
+from plumbing.pictures import open_picture
+from plumbing.tables import open_parquet, stream
 from prepare import split_of_name, turns
 
 COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import permutations, repeat
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
-from data import cloze, picture_sheet, write_dataset
+from plumbing.pictures import picture_sheet
+from plumbing.tables import write_dataset
 
 COLORS = {  # name -> RGB; the eight colours of CLEVR
     'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (45, 75, 215), 'yellow': (235, 205, 40),
@@ -307,34 +306,3 @@ def contact_sheet(config, columns=6, rows=4):
         _, lines = tiles.setdefault(row['image'], (Image.open(io.BytesIO(row['image'])), []))
         lines.append(f"{row['question']} {row['answer']}" if row['question'] else row['caption'])
     return picture_sheet(list(tiles.values()), columns, scale=3)
-
-
-# ----------------------------------------------------------------------------
-# captions for the alignment
-
-class DrawnCaptions:
-    """Pictures with captions for the alignment, drawn when they are asked for: no picture comes twice."""
-
-    def __init__(self, config, tokenizer):
-        self.config, self.tokenizer = config, tokenizer
-
-    def scenes(self, split, step, batch_size, seed):
-        """Shapes: -> scenes, a list of B, pixels (B, 3, S, S) uint8, and the random.Random that drew them; a pure function of its arguments."""
-        rng = random.Random(f'align/{seed}/{split}/{step}')
-        scenes = [draw_scene(rng, self.config) for _ in range(batch_size)]
-        pictures = [np.array(draw_picture(scene, rng, self.config.image_px)) for scene in scenes]
-        return scenes, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), rng
-
-    def batch(self, split, step, batch_size, seed):
-        """Shapes: -> pixels (B, 3, S, S) uint8; caption (B, P, L), P phrases of up to L tokens, padded with -100; left_out
-        (B, P, L) bool, every other word or so."""
-        scenes, pixels, rng = self.scenes(split, step, batch_size, seed)
-        phrases = [self.tokenizer.encode(phrase) for scene in scenes for phrase in locate(scene, rng, self.config.image_px)]
-        return dict(pixels=pixels, names=lambda: [f'step {step}'], **cloze(phrases, batch_size, rng))
-
-
-def caption_sample(config, n=3000):
-    """Phrases as the alignment draws them, for its tokenizer."""
-    for i in range(n):
-        rng = random.Random(f'tokenizer/{config.seed}/{i}')
-        yield from locate(draw_scene(rng, config), rng, config.image_px)

@@ -9,7 +9,7 @@ test.
 import csv
 from pathlib import Path
 
-from data import named, read_image
+from plumbing.tables import named, read_image
 from prepare import published_first, read_json_lines
 
 

@@ -5,6 +5,7 @@ VQA v2: photographs from COCO, ten answers to every question. CC-BY 4.0, https:/
 and val2014. The answers of its test split are not published: its val split is our test split, and train is divided into train and val.
 """
 
+import re
 from collections import Counter
 from itertools import chain, groupby
 
@@ -42,3 +43,34 @@ def joined(both):
             yield from values
         else:
             yield {key: value for one in values for key, value in one.items()}
+
+
+NUMBERS = {word: str(n) for n, word in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in (  # written with an apostrophe left out -> with all of them
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd "
+    "it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't "
+    "shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd "
+    "there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd "
+    "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
+    "you'll you're you've").split() for i, ch in enumerate(word) if ch == "'"} | {"somebody'd": 'somebodyd'}
+
+
+def vqa_accuracy(prediction, answers):
+    """The official accuracy of VQA v2, in 0..1: the mean over ten people of min(1, a third of how many of the other nine gave this answer).
+
+    Source: GT-Vision-Lab/VQA, vqaEval.py at a013f00, with what it does and does not mean to do: answers are normalised only where people disagree,
+    'none' is 0, and a point goes unless a digit follows it (of the first 32).
+    """
+    def normalised(text):
+        digits = re.search(r'\d,\d', text)
+        out = text
+        for sign in ';/[]"{}()=+\\_-><@`,?!':
+            out = out.replace(sign, '' if sign + ' ' in text or ' ' + sign in text or digits else ' ')
+        words = [NUMBERS.get(word, word) for word in re.sub(r'\.(?!\d)', '', out, count=32).lower().split()]
+        return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ('a', 'an', 'the'))
+
+    prediction, *answers = (text.replace('\n', ' ').replace('\t', ' ').strip() for text in (prediction, *answers))
+    if len(set(answers)) > 1:
+        prediction, *answers = map(normalised, (prediction, *answers))
+    same = [answer == prediction for answer in answers]
+    return sum(min(1, (sum(same) - s) / 3) for s in same) / len(same)

@@ -10,7 +10,8 @@ sys.path.insert(0, str(ROOT))
 @pytest.fixture(scope='session')
 def tiny_shapes(tmp_path_factory):
     """A folder with a small shapes dataset."""
-    from prepare.shapes import Config as ShapesConfig, draw_shapes
+    from prepare.shapes import Config as ShapesConfig
+    from prepare.shapes import draw_shapes
     out = tmp_path_factory.mktemp('data') / 'shapes'
     draw_shapes(ShapesConfig(out=str(out), n_train=60, n_val=20, n_test=20))
     return out
@@ -20,6 +21,7 @@ def tiny_shapes(tmp_path_factory):
 def tiny_encoder(tmp_path_factory):
     """The file of a small encoder with random weights."""
     import torch
+
     from encoder import Encoder, EncoderConfig, save_encoder
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('encoder') / 'encoder.pt'

@@ -12,10 +12,10 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import encoder as encoder_module
-from conftest import ROOT
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 
 

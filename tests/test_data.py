@@ -17,7 +17,8 @@ from PIL import Image
 import data
 from data import Captions, Questions, Tokenizer, read_rows, train_bpe
 from prepare import shapes
-from prepare.shapes import Config as ShapesConfig, DrawnCaptions
+from prepare.shapes import Config as ShapesConfig
+from prepare.shapes import DrawnCaptions
 
 
 @pytest.fixture(scope='module')

@@ -10,12 +10,22 @@ import types
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import encoder as encoder_module
-from conftest import ROOT
 from data import cloze
-from encoder import AlignModel, Encoder, EncoderConfig, PixelReader, cached_features, load_encoder, open_picture, pixel_array, save_encoder
+from encoder import (
+    AlignModel,
+    Encoder,
+    EncoderConfig,
+    PixelReader,
+    cached_features,
+    load_encoder,
+    open_picture,
+    pixel_array,
+    save_encoder,
+)
 
 
 def png(color=(9, 90, 9), size=(64, 64), mode='RGB'):

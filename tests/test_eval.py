@@ -55,7 +55,8 @@ def test_retrieval():
 
 def test_probe_reads_perfect_tokens():
     """On tokens that hold the scene itself the probe is nearly perfect; on noise it is not: it measures the tokens."""
-    from prepare.shapes import COLORS, SHAPES, Config as ShapesConfig, DrawnCaptions
+    from prepare.shapes import COLORS, SHAPES, DrawnCaptions
+    from prepare.shapes import Config as ShapesConfig
 
     class Oracle:
         def __init__(self, noise):

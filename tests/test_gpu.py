@@ -7,13 +7,13 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 import eval as evaluation
 import model
 import train
-from conftest import ROOT
-from encoder import cached_features, load_encoder
 from data import read_rows
+from encoder import cached_features, load_encoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 SMALL = ['--max_steps=40', '--eval_interval=20', '--log_interval=10', '--batch_size=32', '--n_embd=32', '--n_head=2', '--inner_steps=2', '--max_question_tokens=40']

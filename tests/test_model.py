@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from model import BenchConfig, ModelConfig, benchmark, build_model, cross_entropy, naive_logits, show_memory, show_profile, show_states, state_sizes
+from model import (
+    BenchConfig,
+    ModelConfig,
+    benchmark,
+    build_model,
+    cross_entropy,
+    naive_logits,
+    show_memory,
+    show_profile,
+    show_states,
+    state_sizes,
+)
 
 V, N, Q, A = 40, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2

@@ -20,15 +20,14 @@ import zlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import data
 import prepare
 import train
-from conftest import ROOT
 from data import read_rows
 from prepare import pixmo
-
 
 NOISE = random.Random()
 

@@ -10,15 +10,15 @@ from dataclasses import fields
 from functools import partial
 
 import pytest
+from conftest import ROOT
 
 import encoder
 import train
 from configurator import configure
-from conftest import ROOT
-from prepare.shapes import Config as ShapesConfig
 from eval import EvalConfig
 from model import BenchConfig
 from prepare import ImportConfig
+from prepare.shapes import Config as ShapesConfig
 from train import TrainConfig
 
 README = (ROOT / 'README.md').read_text()

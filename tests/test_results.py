@@ -7,9 +7,9 @@ from glob import glob
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import eval as evaluation
-from conftest import ROOT
 
 README, RESULTS, DETAILS, HYPOTHESES = 'README.md', 'results/README.md', 'results/details.md', 'results/hypotheses.md'
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import encoder
@@ -20,7 +21,6 @@ import eval as evaluation
 import model
 import train
 from configurator import locked, run_script, write_whole
-from conftest import ROOT
 
 TINY = ['--dtype=float32', '--max_steps=30', '--eval_interval=10', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu', '--inner_steps=2',
         '--max_question_tokens=40']

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
 import eval as evaluation
 import train
 from configurator import configure
-from conftest import ROOT
 from data import train_bpe
 from encoder import Encoder, EncoderConfig, save_encoder
 from prepare import shapes

@@ -1,0 +1,1 @@
+"""Measuring and looking inside: python -m lab.NAME. Nothing imports it."""

@@ -1,0 +1,1 @@
+"""Nothing about learning: files, processes, tables, pictures. A first reader skips it."""

@@ -1,0 +1,1 @@
+"""Other people's weights: from their files to a config and tensors under our names."""
