@@ -1,14 +1,19 @@
 """
-The decoders: a plain transformer, and a TRM that recurs on an answer state y and a latent state z.
+The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs on an answer y and a latent z.
 
-    B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens   T any length
+    x = F's keys and values of [picture | question]    # the context: read once, never changed
+    y = embed(answer so far)                           # the answer state, one for each answer position
+    z = a learned vector, the same at each position    # the latent state: a scratchpad
+    repeat n times:                                    # one pass
+        y, z = F([y ; z]), looking at x                # the same two blocks F in every pass
+    logits = head(y)
+
+Read ModelConfig, Attention, Block, Decoder.forward, Decoder.answer_states (the recursion), Decoder.generate.
+
+    B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
+    T states that go through F together: A of y, or A of y and then A of z
     C width (n_embd)   D vision_dim   V vocabulary   nh heads   hs head size
-    x context [image | question], fixed     y answer state (z_H in the reference code)     z latent state (z_L)
-    inner_steps: n in the paper (L_cycles)  outer_steps: its T (H_cycles)
-
-Both decoders are the same network F, a stack of blocks, and differ in what they do with it. F runs over the context once
-and keeps its keys and values. The plain decoder then runs F once over the answer y. The TRM runs F again and again over its
-states, reading the same context: x never sees y or z, so what it offers them is the same in every step.
+    y is z_H in the paper's code, z is z_L   inner_steps: n in the paper   outer_steps: its T
 """
 
 from dataclasses import dataclass
@@ -21,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import expect
 
+RECURSIONS = ('concat', 'add', 'loop')  # a new one: its name here, and a branch in Decoder.answer_states
+
 
 @dataclass
 class ModelConfig:
@@ -30,68 +37,102 @@ class ModelConfig:
     n_head: int = 4             # attention heads
     n_embd: int = 128           # C
     vision_dim: int = 128       # D, dimensions of an image token
-    recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'add': z <- F(x + y + z), then y <- F(y + z);
-                                # 'loop': y <- F(y), without z: a plain decoder that shares its weights over the steps
-    inner_steps: int = 4        # n, steps of a cycle
+    recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'loop': y <- F(y), without z;
+                                # 'add': z <- F(x + y + z) n times, then y <- F(y + z)
+    inner_steps: int = 4        # n, passes of a cycle
     outer_steps: int = 1        # T, cycles
-    shared: bool = True         # the steps share their blocks; false: each has n_layer of its own, and reads with them what the first ones read of x
-    deep_supervision: bool = False      # every cycle is trained on, each from where the last one ended; false: the last one only
-    checkpoint_recursion: bool = False  # recompute the steps in the backward pass instead of keeping them: less memory, more time
-    norm: str = 'pre'           # 'pre': blocks norm what they read, F what it hands on; 'post': blocks norm what they hand on;
-                                # 'unbounded': as 'pre', but F hands on what it has, and the states grow
+    deep_supervision: bool = False      # every cycle is trained on; false: the last one only
+    checkpoint_recursion: bool = False  # recompute the passes in the backward pass: less memory, more time
+    norm: str = 'post'          # 'post': blocks norm what they hand on; 'pre': what they read
     use_vision: bool = True     # false: the blind control, which never sees the picture
-    prefix_lm: bool = True      # context tokens see each other both ways; false: causally, as in Edge-Glass
+    prefix_lm: bool = True      # context tokens see each other both ways; false: causally
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
 
     def __post_init__(self):
-        expect(self, kind=('plain', 'trm'), recursion=('concat', 'add', 'loop'), norm=('pre', 'post', 'unbounded'))
+        expect(self, kind=('plain', 'trm'), recursion=RECURSIONS, norm=('pre', 'post'))
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
-        if self.kind == 'plain':                # the loop, once
-            self.recursion, self.inner_steps, self.outer_steps = 'loop', 1, 1
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
-        if not self.shared and self.outer_steps > 1 and not self.deep_supervision:
-            raise ValueError('shared=False with several cycles: the blocks of all but the last one would never be trained; give deep_supervision=True')
-
-    @property
-    def calls(self):
-        """How often F runs over the states."""
-        return self.outer_steps * (self.inner_steps + (self.recursion == 'add'))
+        if self.kind == 'plain':  # the plain decoder is the loop, taken once
+            self.recursion = 'loop'
+            self.inner_steps = 1
+            self.outer_steps = 1
 
     @property
     def streams(self):
-        """States for an answer position that go through F together: y and z, or one of them."""
+        """States of an answer position that go through F side by side: y and z, or one of them."""
         return 2 if self.recursion == 'concat' else 1
 
 
 def norm(x):
-    """Layer norm over the last dimension, without weights: mean 0 and RMS 1. On a CPU it is faster than the RMS norm."""
+    """Layer norm without weights: mean 0 and RMS 1. On a CPU it is faster than an RMS norm."""
     return F.layer_norm(x, (x.size(-1),))
 
 
 def rotations(positions, head_size):
-    """RoPE: the cosines and sines that turn queries and keys by their positions. Shapes: (B, T) -> two (B, 1, T, hs / 2)."""
+    """RoPE: cosines and sines that turn queries and keys by their positions.
+
+    Shapes: positions (B, T) -> two (B, 1, T, hs / 2).
+    """
     freqs = 10000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)
-    angles = positions[:, None, :, None] * freqs
+    angles = positions[:, None, :, None] * freqs                       # (B, 1, T, hs / 2)
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
+def rotate(x, rope):
+    """Turns queries or keys (B, nh, T, hs) by the angles of `rotations`."""
+    cos, sin = rope
     a, b = x.chunk(2, dim=-1)                                          # (B, nh, T, hs / 2) both
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
+def hide(hidden, dtype):
+    """A mask to add to attention scores: -inf where `hidden`, else 0."""
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill(hidden, -torch.inf)
+
+
 def cross_entropy(logits, targets):
-    """Shapes: logits (B, A, V), targets (B, A) -> mean nats per target that is not -100 (nan if none is), in float32 or better."""
-    return F.cross_entropy(logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
+    """Mean nats per target that is not -100 (nan if none is), in float32 or better.
+
+    Shapes: logits (B, A, V), targets (B, A) -> a scalar.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())    # (B * A, V) and (B * A,)
+
+
+class Memory:
+    """The keys and values of one layer that later states look at."""
+
+    def __init__(self, room=None):
+        self.room = room  # states of an answer that grows; None: a context, which comes whole
+        self.filled = 0
+        self.keys = None
+        self.values = None
+
+    def add(self, k, v):
+        """Shapes: those of new states, (B, nh, T, hs) both -> all so far, (B, nh, filled, hs) both."""
+        if self.room is None:
+            self.keys = k
+            self.values = v
+            return k, v
+        if self.keys is None:  # room for the whole answer at once: nothing is copied again as it grows
+            B, nh, _, hs = k.shape
+            self.keys = k.new_empty(B, nh, self.room, hs)
+            self.values = v.new_empty(B, nh, self.room, hs)
+        end = self.filled + k.size(2)
+        self.keys[:, :, self.filled:end] = k
+        self.values[:, :, self.filled:end] = v
+        self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class Attention(nn.Module):
-    """Multi-head attention, written out. A token sees its own stream under a mask and, if there is one, the whole context."""
+    """Multi-head attention, written out. A state sees its own stream under a mask, and the context."""
 
     def __init__(self, config):
         super().__init__()
@@ -99,31 +140,48 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, h, rope, mask, context=None, past=None):
+    def forward(self, h, rope, mask, context=None, memory=None):
         """
-        Shapes: h (B, T, C); mask (T, P + T) or (B, 1, 1 or T, T), 0 where a token may look and -inf where not;
+        Shapes: h (B, T, C); mask, added to the scores, (T, P + T) or (B, 1, 1 or T, T);
             context, of this layer: keys (B, nh, S, hs), values (B, nh, S, hs), mask (B, 1, 1, S);
-            past: memory for keys and values (2, B, nh, P + T or more, hs), and P, how many it holds; those of h are added
-            -> h (B, T, C), keys and values (B, nh, P + T, hs), attention (B, nh, T, [S +] P + T)
+            memory: a Memory with the P states before these, which are added -> (B, T, C)
         """
         B, T, C = h.shape
-        qkv = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)      # (3, B, nh, T, hs)
-        (q, k), v = rotate(qkv[:2], *rope), qkv[2]                     # (B, nh, T, hs) each
-        q = q * (C // self.n_head) ** -.5
-        if past is not None:
-            memory, P = past
-            memory[:, :, :, P:P + T] = torch.stack([k, v])
-            k, v = memory[:, :, :, :P + T]                             # (B, nh, P + T, hs) both
-        att = q @ k.transpose(-2, -1) + mask                           # (B, nh, T, P + T)
+        q, k, v = self.queries_keys_values(h, rope)                    # (B, nh, T, hs) each
+        if memory is not None:
+            k, v = memory.add(k, v)                                    # (B, nh, P + T, hs) both
+        att = self.weights(q, k, mask, context)                        # (B, nh, T, [S +] P + T)
         if context is None:
-            att = att.softmax(-1)
             y = att @ v                                                # (B, nh, T, hs)
-        else:  # one softmax over both; the parts are multiplied apart, which spares copying the context
-            keys, values, context_mask = context
-            att = torch.cat([q @ keys.transpose(-2, -1) + context_mask, att], dim=-1).softmax(-1)  # (B, nh, T, S + P + T)
-            S = keys.size(2)
+        else:  # the two parts are multiplied apart, which spares copying the context
+            values = context[1]                                        # (B, nh, S, hs)
+            S = values.size(2)
             y = att[..., :S] @ values + att[..., S:] @ v               # (B, nh, T, hs)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), (k, v), att
+        return self.out(y.transpose(1, 2).reshape(B, T, C))            # (B, T, C)
+
+    def queries_keys_values(self, h, rope):
+        """Shapes: h (B, T, C) -> queries, keys and values, (B, nh, T, hs) each."""
+        B, T, C = h.shape
+        heads = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)                         # (B, nh, T, hs) each
+        q = rotate(q, rope) * (C // self.n_head) ** -.5
+        return q, rotate(k, rope), v
+
+    def keys_values(self, h, rope):
+        """Keys and values alone: all that the context's last layer is asked for. -> (B, nh, T, hs) both"""
+        B, T, C = h.shape
+        kv = F.linear(h, self.qkv.weight[C:])                          # (B, T, 2 C), without queries
+        k, v = kv.view(B, T, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        return rotate(k, rope), v                                      # (B, nh, T, hs) both
+
+    def weights(self, q, k, mask, context):
+        """One softmax over the context and the own stream. -> (B, nh, T, [S +] P + T)"""
+        scores = q @ k.transpose(-2, -1) + mask                        # (B, nh, T, P + T)
+        if context is not None:
+            keys, _, context_mask = context
+            to_context = q @ keys.transpose(-2, -1) + context_mask     # (B, nh, T, S)
+            scores = torch.cat([to_context, scores], dim=-1)           # (B, nh, T, S + P + T)
+        return scores.softmax(-1)
 
 
 class Block(nn.Module):
@@ -131,37 +189,83 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.before, self.after = (nn.Identity(), norm) if config.norm == 'post' else (norm, nn.Identity())
+        self.norm = config.norm
         self.attention = Attention(config)
         self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, h, rope, mask, context=None, past=None):
-        """Shapes: as `Attention` -> h (B, T, C), keys and values, attention."""
-        attended, kv, att = self.attention(self.before(h), rope, mask, context, past)
-        h = self.after(h + attended)
-        return self.after(h + self.fc2(F.gelu(self.fc1(self.before(h))))), kv, att
+    def forward(self, h, rope, mask, context=None, memory=None):
+        """Shapes: as Attention -> (B, T, C)."""
+        if self.norm == 'pre':
+            h = h + self.attention(norm(h), rope, mask, context, memory)
+            return h + self.mlp(norm(h))
+        elif self.norm == 'post':
+            h = norm(h + self.attention(h, rope, mask, context, memory))
+            return norm(h + self.mlp(h))
+        else:
+            raise ValueError(f'norm={self.norm}: expected pre or post')
+
+    def mlp(self, h):
+        return self.fc2(F.gelu(self.fc1(h)))                           # (B, T, C), 4 C in between
+
+    def keys_values(self, h, rope):
+        """Keys and values of the block's attention, (B, nh, T, hs) both."""
+        return self.attention.keys_values(norm(h) if self.norm == 'pre' else h, rope)
+
+
+@dataclass
+class Context:
+    """x = [image | question], run through F once: what the states of the answer look at in every pass."""
+    layers: list          # for each block keys (B, nh, S, hs), values (B, nh, S, hs), mask (B, 1, 1, S)
+    length: torch.Tensor  # tokens that are not padding (B,)
+
+
+class Cache:
+    """What generation keeps: a Memory for every block in every pass.
+
+    Nothing in it goes out of date: what position t computes in a pass depends on positions up to t alone.
+    """
+
+    def __init__(self, config, max_new_tokens):
+        self.config = config
+        self.room = config.streams * max_new_tokens
+        self.positions = 0  # answer positions that are in it
+        self.passes = []    # a list of Memories for each pass, made when the first token gets there
+        self.next = 0
+
+    def next_pass(self):
+        """The Memories of the pass that comes next."""
+        if self.next == len(self.passes):
+            self.passes.append([Memory(self.room) for _ in range(self.config.n_layer)])
+        self.next += 1
+        return self.passes[self.next - 1]
+
+    def end_position(self, n):
+        """After the last pass over n positions: those that follow begin with the first pass again."""
+        self.positions += n
+        self.next = 0
 
 
 class Decoder(nn.Module):
-    """Answers questions about pictures, plainly or recursively; see the head of this page and `forward`."""
+    """Answers questions about pictures, plainly or recursively."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         C = config.n_embd
         self.embed = nn.Embedding(config.vocab_size, C)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer * (1 if config.shared else config.calls)))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # F
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         self.head.weight = self.embed.weight
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
         if config.recursion != 'loop':
             self.z_start = nn.Parameter(torch.randn(C))
-            if config.recursion == 'add':
-                self.y_start = nn.Parameter(torch.randn(C))
+        if config.recursion == 'add':
+            self.y_start = nn.Parameter(torch.randn(C))
+
         for p in self.parameters():
-            if p.dim() == 2:  # keeps the scale of what goes through; at this width GPT-2's .02 would shrink it
+            if p.dim() == 2:  # keeps the scale of what goes through; here GPT-2's .02 would shrink it
                 nn.init.normal_(p, std=p.size(1) ** -.5)
         nn.init.normal_(self.embed.weight, std=.02)
         for block in self.blocks:  # what is added to the residual stream starts small, as in GPT-2
@@ -171,120 +275,129 @@ class Decoder(nn.Module):
     def forward(self, vision, question, answer, targets=None):
         """Predicts every answer token from the picture, the question and the tokens before it.
 
-        Shapes: vision (B, N, D), ignored (may be None) without use_vision; question (B, Q), padded on the right with pad_id;
-            answer (B, A), starting with bos_id; targets (B, A), ending with eos_id, -100 where there is nothing to predict
-            -> logits (B, A, V), loss: nats per target, mean over the batch (and the supervised cycles), or None without targets
+        Shapes: vision (B, N, D), may be None without use_vision; question (B, Q), padded on the right with
+            pad_id; answer (B, A), starting with bos_id; targets (B, A), ending with eos_id, -100 where there
+            is nothing to predict -> logits (B, A, V), and loss: nats per target, the mean over the batch and
+            the supervised cycles, or None without targets
         """
-        states = self.answer_states(self.read_context(vision, question), answer)
+        context = self.read_context(vision, question)
+        cycles = self.answer_states(context, answer)                   # y (B, A, C) of each supervised cycle
         if targets is None:
-            return self.head(states[-1]), None
-        logits = [self.head(y) for y in states]                        # (B, A, V) each
-        return logits[-1], sum(cross_entropy(l, targets) for l in logits) / len(logits)
+            return self.head(cycles[-1]), None
+        logits = [self.head(y) for y in cycles]                        # (B, A, V) each
+        losses = [cross_entropy(of_cycle, targets) for of_cycle in logits]
+        return logits[-1], sum(losses) / len(losses)
 
     def read_context(self, vision, question):
-        """Runs F over x = [image | question] once. -> keys, values and mask for every block, and the number of tokens (B,)."""
+        """Runs F over x = [image | question] once. x never sees y or z: this serves every pass. -> Context"""
         c = self.config
         x = self.embed(question)                                       # (B, Q, C)
-        seen = question != c.pad_id                                    # (B, Q)
+        real = question != c.pad_id                                    # (B, Q)
         if c.use_vision:
             image = self.vision_proj(vision.type_as(x))                # (B, N, C)
-            x, seen = torch.cat([image, x], dim=1), F.pad(seen, (image.size(1), 0), value=True)    # (B, S, C), (B, S)
-        mask = hide(~seen[:, None, None, :], x.dtype)                  # (B, 1, 1, S): nobody looks at padding
-        positions = torch.arange(x.size(1), device=x.device)           # padding is on the right: positions count real tokens
-        mask_x = mask if c.prefix_lm else mask + hide(positions[:, None] < positions, x.dtype)
+            x = torch.cat([image, x], dim=1)                           # (B, S, C)
+            real = F.pad(real, (image.size(1), 0), value=True)         # (B, S)
+        mask = hide(~real[:, None, None, :], x.dtype)                  # (B, 1, 1, S): nobody looks at padding
+        positions = torch.arange(x.size(1), device=x.device)           # padding is on the right
+        own_mask = mask
+        if not c.prefix_lm:
+            own_mask = mask + hide(positions[:, None] < positions, x.dtype)    # (B, 1, S, S)
         rope = rotations(positions[None], x.size(2) // c.n_head)
-        read, layers = [norm(x)], []                                   # what the layers of F read
-        for block in self.blocks[:c.n_layer - 1]:
-            h, kv, _ = block(read[-1], rope, mask_x)
-            read.append(h)
-            layers.append((*kv, mask))
-        for i, block in enumerate(self.blocks[c.n_layer - 1:], c.n_layer - 1):
-            layers.append((*self.keys_values(block, read[i % c.n_layer], rope), mask))
-        return layers, seen.sum(1)
 
-    def keys_values(self, block, h, rope):
-        """A block's keys and values of the context, the only thing that the last one, or one of a later step, has to do for it."""
-        k, v = F.linear(block.before(h), block.attention.qkv.weight[h.size(2):]).unflatten(2, (2, self.config.n_head, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(k, *rope), v                                     # (B, nh, S, hs) both
+        h = norm(x)
+        layers = []
+        for block in self.blocks[:-1]:
+            memory = Memory()
+            h = block(h, rope, own_mask, memory=memory)
+            layers.append((memory.keys, memory.values, mask))
+        keys, values = self.blocks[-1].keys_values(h, rope)            # its last block makes no more
+        layers.append((keys, values, mask))
+        return Context(layers, real.sum(1))
 
-    def answer_states(self, context, answer, past=None, start=0, watch=None):
-        """Runs the decoder over answer positions.
+    def answer_states(self, context, answer, cache=None):
+        """The recursion. Runs F again and again over the states of answer positions.
 
-        Shapes: context, from `read_context`; answer (B, A), the positions from `start` on; past, from `fresh_past`, holds what
-            comes before them, and they are added; watch, a list to which every call of F adds its states (B, T, C) and, for each
-            block, its attention (B, nh, T, S + T)
-            -> y (B, A, C) at the end of every cycle that is trained on, a list; the head predicts from the last one
+        y_t and z_t see all of x, and every y and z of positions up to t: the mask goes by time, not by place
+        in the sequence.
+        Shapes: answer (B, A), the positions after those in `cache` -> y (B, A, C) at the end of each
+            supervised cycle, a list; the head predicts from the last one
+        Source: 'add' is the form of Jolicoeur-Martineau 2025, arXiv 2510.04871, made causal.
         """
-        layers, n_context = context
-        c, A = self.config, answer.size(1)
+        c = self.config
+        A = answer.size(1)
+        start = 0 if cache is None else cache.positions
         e = norm(self.embed(answer))                                   # (B, A, C)
-        when = torch.arange(A, device=answer.device).repeat(c.streams)  # y_t and z_t share their time and their position
-        mask = F.pad(hide(when[:, None] < when, e.dtype), (c.streams * start, 0))  # a state of time t sees states of times <= t
-        rope = rotations(n_context[:, None] + start + when, c.n_embd // c.n_head)
-        calls = iter(range(c.calls))
-        bounded = norm if c.norm == 'pre' else nn.Identity()           # 'post': they are already; 'unbounded': they are not
 
-        def network(h, call):
-            seen, first = [], 0 if c.shared else call * c.n_layer
-            memories = [None] * c.n_layer if past is None else past[call]
-            for block, layer, memory in zip(self.blocks[first:], layers[first:], memories):
-                h, _, att = block(h, rope, mask, layer, None if memory is None else (memory, c.streams * start))
-                seen.append(att)
-            h = bounded(h)
-            if watch is not None:
-                watch.append((h, seen))
-            return h
+        time = torch.arange(A, device=answer.device).repeat(c.streams)         # (T,): of y, then of z again
+        mask = hide(time[:, None] < time, e.dtype)                     # (T, T): states of later positions
+        mask = F.pad(mask, (c.streams * start, 0))                     # (T, P + T): all earlier ones are seen
+        rope = rotations(context.length[:, None] + start + time, c.n_embd // c.n_head)
+        network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)
+        if c.checkpoint_recursion and torch.is_grad_enabled():
+            network = partial(checkpoint, network, use_reentrant=False)
 
-        def cycle(h):                                                  # h: [y ; z], or y alone without z
-            if c.recursion == 'add':
-                y, z = h.chunk(2, dim=1)
-                for _ in range(c.inner_steps):
-                    z = step(bounded(e + y + z), next(calls))
-                return torch.cat([step(bounded(y + z), next(calls)), z], dim=1)
-            for _ in range(c.inner_steps):
-                h = step(h, next(calls))
-            return h
-
-        step = partial(checkpoint, network, use_reentrant=False) if c.checkpoint_recursion and torch.is_grad_enabled() else network
-        y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else e
-        h = y if c.recursion == 'loop' else torch.cat([y, norm(self.z_start).expand_as(e)], dim=1)
-        ends = []
-        for t in range(c.outer_steps):  # the gradient goes through a whole cycle and not beyond it
-            trained = c.deep_supervision or t == c.outer_steps - 1
+        y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else e     # (B, A, C)
+        z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
+        supervised = []
+        for cycle in range(c.outer_steps):
+            if cycle > 0:  # the gradient goes through a whole cycle and not beyond it
+                y = y.detach()
+                z = None if z is None else z.detach()
+            trained = c.deep_supervision or cycle == c.outer_steps - 1
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                h = cycle(h if t == 0 else h.detach())
+                for _ in range(c.inner_steps):
+                    if c.recursion == 'concat':
+                        y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)   # (B, A, C) both
+                    elif c.recursion == 'add':
+                        z = network(self.bounded(e + y + z))
+                    elif c.recursion == 'loop':
+                        y = network(y)
+                    else:
+                        raise ValueError(f'recursion={c.recursion}: expected one of {", ".join(RECURSIONS)}')
+                if c.recursion == 'add':
+                    y = network(self.bounded(y + z))
             if trained:
-                ends.append(self.read_out(h[:, :A]))
-        return ends
+                supervised.append(y)
+        if cache is not None:
+            cache.end_position(A)
+        return supervised
 
-    def read_out(self, y):
-        return norm(y) if self.config.norm == 'unbounded' else y
+    def network(self, states, rope, mask, context, cache):
+        """F: one pass of the states through all blocks. Shapes: (B, T, C) -> (B, T, C)."""
+        memories = [None] * len(self.blocks) if cache is None else cache.next_pass()
+        for block, layer, memory in zip(self.blocks, context.layers, memories):
+            states = block(states, rope, mask, layer, memory)
+        return self.bounded(states)
 
-    def fresh_past(self, context, length):
-        """Memory for keys and values of `length` answer positions: (calls of F, n_layer, 2, B, nh, T, hs), T = streams * length."""
-        c, keys = self.config, context[0][0][0]                        # (B, nh, S, hs)
-        return keys.new_empty(c.calls, c.n_layer, 2, len(keys), c.n_head, c.streams * length, keys.size(3))
+    def bounded(self, states):
+        """Keeps states at RMS 1 however many passes there are; 'post' blocks do it themselves."""
+        return norm(states) if self.config.norm == 'pre' else states
 
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Answers token by token, greedily at temperature 0, else by drawing from the top_k likeliest tokens. What position t computes
-        in a call of F depends on positions up to t alone, so a token costs one position: the keys and values before it are kept.
+        """Answers token by token, the likeliest at temperature 0, else drawn from the top_k likeliest.
 
+        A token costs one position in each pass: the keys and values of those before it are kept, exactly.
         Shapes: as `forward` -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after it.
         """
-        c, context, B = self.config, self.read_context(vision, question), len(question)
-        past = self.fresh_past(context, max_new_tokens)
+        c = self.config
+        B = len(question)
+        context = self.read_context(vision, question)
+        cache = Cache(c, max_new_tokens)
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
         answer[:, 0] = c.bos_id
         done = torch.zeros(B, dtype=torch.bool, device=question.device)
         for t in range(max_new_tokens):
-            logits = self.head(self.answer_states(context, answer[:, t:t + 1], past, start=t)[-1][:, 0]).float()  # (B, V)
+            y = self.answer_states(context, answer[:, t:t + 1], cache)[-1]     # (B, 1, C)
+            logits = self.head(y)[:, 0].float()                        # (B, V)
             if temperature == 0:
-                token = logits.argmax(-1)
+                token = logits.argmax(-1)                              # (B,)
             else:
                 if top_k:
-                    logits[logits < logits.topk(min(top_k, c.vocab_size)).values[:, -1:]] = -torch.inf
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+                    least = logits.topk(min(top_k, c.vocab_size)).values[:, -1:]   # (B, 1)
+                    logits[logits < least] = -torch.inf
+                probabilities = (logits / temperature).softmax(-1)     # (B, V)
+                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]     # (B,)
             answer[:, t + 1] = token.masked_fill(done, c.pad_id)
             done |= token == c.eos_id
             if done.all():
@@ -292,16 +405,11 @@ class Decoder(nn.Module):
         return answer[:, 1:]
 
     def parameter_counts(self):
-        """Parameters by part: {'core': blocks and start states, 'embedding': tied with the head, 'vision_proj': ..., 'total': ...}."""
+        """Parameters by part; 'core': blocks and start states; the embedding is tied with the head."""
         total = sum(p.numel() for p in self.parameters())
         embedding = self.embed.weight.numel()
         vision = sum(p.numel() for p in self.vision_proj.parameters()) if self.config.use_vision else 0
         return dict(core=total - embedding - vision, embedding=embedding, vision_proj=vision, total=total)
-
-
-def hide(hidden, dtype):
-    """A mask to add to attention scores: -inf where `hidden`, else 0."""
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
 def build_model(config):
