@@ -5,3 +5,4 @@ train_encoder = True
 max_steps = 1000
 batch_size = 64
 learning_rate = 1e-3
+norm = 'pre'                          # its numbers in results/ were made so

@@ -4,3 +4,4 @@ out_dir = 'out/plain'
 kind = 'plain'
 n_layer = 4
 max_steps = 1200
+norm = 'pre'                          # its numbers in results/ were made so

@@ -5,3 +5,4 @@ dataset = 'data/sortofclevr'
 inner_steps = 2
 max_steps = 6000
 eval_interval = 500
+norm = 'pre'                          # its numbers in results/ were made so

@@ -8,3 +8,4 @@ encoder_lr = 0.05
 max_steps = 3000
 eval_interval = 300
 batch_size = 64
+norm = 'pre'                          # its numbers in results/ were made so

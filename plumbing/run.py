@@ -1,20 +1,31 @@
-"""A run on disk: its checkpoint, its log, how far it is, and how it is stopped."""
+"""A run on disk: its checkpoint, its log, how far it is, and how it is stopped. Both stages share it."""
+
 import json
 import math
+import platform
 import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from plumbing.console import clock
 from plumbing.files import safe_load, write_whole
-from plumbing.ranks import rank_and_world
+from plumbing.machine import commit, device_name, keep_freed_memory, most_memory
+from plumbing.ranks import from_all, in_turn, rank_and_world
+
+FORMAT = 5  # of checkpoints; raised when their content changes
+FILES = ('ckpt.pt', 'metrics.json', 'encoder.pt', 'predictions.jsonl', 'vqav2_results.json', 'samples.png',
+         'curves.png')  # what a run leaves beside its log
 
 
 @dataclass
 class Run:
-    """How far a run is: what its checkpoint holds beside weights, optimizers and settings. There is no random state in it, as a batch depends
-    on (seed, step) alone and nothing else is drawn."""
+    """How far a run is: what its checkpoint holds beside weights, optimizers and settings.
+
+    There is no random state in it: a batch depends on (seed, step) alone, and nothing else is drawn.
+    """
     started: float             # time.time(), moved back by what earlier processes of the run took
     step: int = 0              # optimizer steps that are done
     best: dict | None = None   # step, scores and weights of the best validation
@@ -26,17 +37,31 @@ class Run:
     rows: int = 0              # and the rows
     bad_steps: int = 0         # steps that were left out
 
+    def count(self, losses, rows):
+        """Adds a good step: its losses, a dict of floats, and how many rows it had."""
+        self.total = {key: self.total.get(key, 0) + value for key, value in losses.items()}
+        self.since += 1
+        self.rows += rows
+
+    def facts(self, device):
+        """What metrics.json says of the run."""
+        return dict(step=self.step, best_step=self.best and self.best['step'], bad_steps=self.bad_steps,
+                    train_s=self.train_s, wall_s=self.wall_s, peak_memory_gb=most_memory(device) / 1e9)
+
 
 class Stop:
-    """Ctrl-C and SIGTERM: while it `waits`, the first one is only noted in `asked`, for the loop to end behind a whole step."""
+    """Ctrl-C and SIGTERM: while it `waits`, the first is only noted in `asked`, and the step is finished."""
 
     def __enter__(self):
-        self.asked = self.waits = False
+        self.asked = False
+        self.waits = False
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        if not self.waits or self.asked and number == signal.SIGINT:  # whoever is impatient presses Ctrl-C again; SIGTERM may come from several sides
+        # whoever is impatient presses Ctrl-C again; SIGTERM may come from several sides
+        impatient = self.asked and number == signal.SIGINT
+        if not self.waits or impatient:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -45,17 +70,145 @@ class Stop:
             signal.signal(number, handler)
 
 
+def begin(settings, device):
+    """Seeds torch and says on which commit and machine the run runs. -> these facts, a dict"""
+    keep_freed_memory()
+    torch.manual_seed(settings.seed)
+    torch.use_deterministic_algorithms(settings.deterministic)
+    about = dict(commit=commit(), torch=str(torch.__version__), python=platform.python_version(),
+                 device=device_name(device), processes=rank_and_world()[1], threads=torch.get_num_threads(),
+                 seed=settings.seed)
+    print(' | '.join(f'{key} {value}' for key, value in about.items()))
+    return about
+
+
+# ----------------------------------------------------------------------------
+# the checkpoint
+
+def save(out_dir, checkpoint, run, parts):
+    """Writes out_dir/ckpt.pt: `checkpoint`, which stays the same, `run`, and the state of each part.
+
+    Nobody goes on, or ends, before it is there.
+    """
+    run.wall_s = time.time() - run.started
+    state = {name: part.state_dict() for name, part in parts.items()}
+
+    def write(file):
+        torch.save(checkpoint | dict(state=state, run=vars(run)), file)
+
+    def write_checkpoint():
+        write_whole(Path(out_dir) / 'ckpt.pt', write)
+
+    in_turn(write_checkpoint)
+
+
+def read_checkpoint(out_dir, unfinished=False):
+    """Reads out_dir/ckpt.pt, tensors and plain types only; nothing in it is run.
+
+    Raises: FileNotFoundError without one; ValueError when it is of another kind or format or, unless
+        `unfinished`, before the first validation.
+    """
+    path = Path(out_dir) / 'ckpt.pt'
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; a run writes it: '
+                                f'python train.py config/trm.py --out_dir={out_dir}')
+    checkpoint = safe_load(path)
+    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if found != FORMAT:
+        about = checkpoint.get('environment') if isinstance(checkpoint, dict) else None
+        wrote = f', commit {about["commit"]}' if isinstance(about, dict) and 'commit' in about else ''
+        raise ValueError(f'{path}: checkpoint format {found}, this code reads format {FORMAT}; '
+                         f'train again, or use the code that wrote it{wrote}')
+    if checkpoint['run']['best'] is None and not unfinished:
+        raise ValueError(f'{path}: the run was stopped before its first validation: there are no weights to '
+                         f'evaluate yet; the command that began it goes on')
+    return checkpoint
+
+
+def saved_run(settings, free, stage):
+    """The checkpoint to go on from, or None. `free` settings may differ from those that it began with.
+
+    Raises: ValueError when out_dir holds a run of another stage or with other settings.
+    """
+    saved = None
+    if not settings.fresh and (Path(settings.out_dir) / 'ckpt.pt').is_file():
+        saved = read_checkpoint(settings.out_dir, unfinished=True)
+        before = asdict(type(settings)()) | saved['settings']  # what is newer had its default's effect
+        other = [f'{key}={before[key]} there, {value} here' for key, value in asdict(settings).items()
+                 if key not in free and before[key] != value]
+        if saved['stage'] != stage:
+            other = [f'stage={saved["stage"]} there, {stage} here']
+        if other:
+            raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other)}): '
+                             f'choose another --out_dir, or start over with --fresh=true')
+    if len(set(from_all(saved and saved['run']['step']))) > 1:
+        raise ValueError(f'out_dir={settings.out_dir}: the processes do not all see the same run there; '
+                         f'it must lie on a disk that they share')
+    return saved
+
+
+def unchanged(settings, saved, key, fingerprint):
+    """Raises: ValueError where a run that goes on finds another dataset or encoder under the same name."""
+    if saved and saved[f'{key}_fingerprint'] != fingerprint:
+        raise ValueError(f'{key}={getattr(settings, key)}: not the one that the run in {settings.out_dir} '
+                         f'began with; start over with --fresh=true')
+
+
+def put_back(saved, parts, started):
+    """Gives every part the state that it had. -> the Run, as far as it was"""
+    fused = parts['optimizer 0'].defaults['fused']  # the run may have begun on another device
+    for group in saved['state']['optimizer 0']['param_groups']:
+        group['fused'] = fused
+    for name, part in parts.items():
+        part.load_state_dict(saved['state'][name])
+    return Run(**saved['run'] | dict(started=started - saved['run']['wall_s']))
+
+
+def leave_out(run, log, problem, most):
+    """Counts a step that was not finite and moved nothing. Raises: FloatingPointError after `most`."""
+    if run.bad_steps >= most:
+        raise FloatingPointError(f'{problem}; the state before this step is saved; '
+                                 f'a lower --learning_rate with --fresh=true is the usual remedy, '
+                                 f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
+    run.bad_steps += 1
+    print(f'{problem}; left out')
+    log.write(dict(event='bad step', step=run.step + 1, problem=problem))
+
+
+# ----------------------------------------------------------------------------
+# the log
+
 class Log:
     """One line an event: on the console, in log.jsonl and, if asked for, on Weights & Biases."""
 
-    def __init__(self, path, step, settings):
-        self.path, self.max_steps, self.started, self.first = path, settings.max_steps, time.time(), step
-        kept = [line for line in path.read_text().splitlines() if step_of(line) <= step] if step and path.is_file() else []
-        write_whole(path, lambda f: f.writelines(line.encode() + b'\n' for line in kept))
+    STYLE = dict(loss='loss {:.4f}', lr='lr {:.2e}', gnorm='gnorm {:.2f}', ms='{:.1f} ms',
+                 examples_per_s='{:.0f} ex/s')
+
+    def __init__(self, path, step, settings, about):
+        self.path = path
+        self.max_steps = settings.max_steps
+        self.started = time.time()
+        self.first = step
         self.wandb = None
+        if settings.fresh and rank_and_world()[0] == 0:
+            for name in FILES:
+                (path.parent / name).unlink(missing_ok=True)
+        self.keep_until(step)
         if settings.wandb and rank_and_world()[0] == 0:
             import wandb
             self.wandb = wandb.init(project='nano-trm-vlm', name=path.parent.name, config=asdict(settings))
+        self.write(dict(event='start', step=step, **about))
+
+    def keep_until(self, step):
+        """Drops what a killed process logged after its last checkpoint, and lines of an older run."""
+        kept = []
+        if step and self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step]
+
+        def write(file):
+            file.writelines(line.encode() + b'\n' for line in kept)
+
+        write_whole(self.path, write)
 
     def write(self, event):
         if rank_and_world()[0]:
@@ -63,14 +216,36 @@ class Log:
         with open(self.path, 'a') as f:
             f.write(json.dumps(event) + '\n')
         if self.wandb and event['event'] != 'start':
-            self.wandb.log({f"{event['event']}/{k}": v for k, v in event.items() if isinstance(v, (int, float))}, step=event['step'])
+            numbers = {f"{event['event']}/{key}": value for key, value in event.items()
+                       if isinstance(value, (int, float))}
+            self.wandb.log(numbers, step=event['step'])
 
     def line(self, step, values, event='step'):
+        """Writes an event and prints it, with the time that is left."""
         self.write(dict(event=event, step=step, **values))
-        style = dict(loss='loss {:.4f}', lr='lr {:.2e}', gnorm='gnorm {:.2f}', ms='{:.1f} ms', examples_per_s='{:.0f} ex/s')
-        parts = [style.get(k, k + ' {:.3f}').format(v) for k, v in values.items() if k not in ('train_s', 'metric')]
+        shown = [self.STYLE.get(key, key + ' {:.3f}').format(value) for key, value in values.items()
+                 if key not in ('train_s', 'metric')]
         eta = (time.time() - self.started) / max(1, step - self.first) * (self.max_steps - step)
-        print(' | '.join([f'{event} {step}/{self.max_steps}', *parts, f'eta {clock(eta)}']), flush=True)
+        print(' | '.join([f'{event} {step}/{self.max_steps}', *shown, f'eta {clock(eta)}']), flush=True)
+
+    def step(self, run, lr, gnorm):
+        """The line of the good steps since the last one. -> their mean losses, a dict"""
+        run.train_s += run.since_s
+        means = {key: value / run.since for key, value in run.total.items()}
+        several = means if len(means) > 1 else {}
+        self.line(run.step, dict(loss=sum(means.values()), **several, lr=lr, gnorm=gnorm,
+                                 ms=1e3 * run.since_s / run.since, examples_per_s=run.rows / run.since_s,
+                                 train_s=run.train_s))
+        run.total = {}
+        run.since = 0
+        run.since_s = 0.0
+        run.rows = 0
+        return means
+
+    def nothing_learnt(self, step, name, loss, chance):
+        """Says that a loss has not fallen below what a guess costs."""
+        print(f'step {step}: the loss {name} is {loss:.3f} and was to fall below {chance:.3f}, '
+              f'what a guess costs: nothing is learnt yet; a lower --learning_rate is the usual remedy')
 
 
 def step_of(line):
@@ -80,26 +255,6 @@ def step_of(line):
     except (ValueError, LookupError, TypeError):
         return math.inf
 
-FORMAT = 4  # of checkpoints; raised when their content changes
-
-
-def read_checkpoint(out_dir, unfinished=False):
-    """Reads out_dir/ckpt.pt, tensors and plain types only; nothing in it is run.
-
-    Raises: FileNotFoundError without one; ValueError when it is of another kind or format or, unless `unfinished`, before the first validation.
-    """
-    path = Path(out_dir) / 'ckpt.pt'
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file; a run writes it: python train.py config/trm.py --out_dir={out_dir}')
-    checkpoint = safe_load(path)
-    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
-    if found == FORMAT and checkpoint['run']['best'] is None and not unfinished:
-        raise ValueError(f'{path}: the run was stopped before its first validation: there are no weights to evaluate yet; the command that began it goes on')
-    if found != FORMAT:
-        raise ValueError(f'{path}: checkpoint format {found}, this code reads format {FORMAT}; train again, or use the code that '
-                         f'wrote it')
-    return checkpoint
-
 
 def read_log(out_dir):
     return [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
@@ -107,7 +262,8 @@ def read_log(out_dir):
 
 def validation_curve(out_dir):
     """-> [(step, seconds of training until then, Exact Match), ...] of a run's validations."""
-    curve, seconds = [], 0.
+    curve = []
+    seconds = 0.
     for event in read_log(out_dir):
         seconds = event.get('train_s', seconds)
         if event['event'] == 'eval':
