@@ -1,5 +1,6 @@
-# easy-VQA (python data.py easyvqa --source=... --out=data/easyvqa) with the frozen shipped encoder, which has seen none of it.
-# Alone it trains a TRM; after config/plain.py or config/blind.py it trains those: give --out_dir then.
+# easy-VQA (python data.py easyvqa --source=... --out=data/easyvqa) with the frozen shipped encoder, which
+# has seen none of it. Alone it trains a TRM; after config/plain.py or config/blind.py it trains those: give
+# --out_dir then.
 out_dir = 'out/easyvqa'
 dataset = 'data/easyvqa'
 max_steps = 1000

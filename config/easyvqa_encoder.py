@@ -1,4 +1,5 @@
-# easy-VQA with the encoder trained along, starting from the shipped one: the upper bound for config/easyvqa.py.
+# easy-VQA with the encoder trained along, starting from the shipped one: the upper bound for
+# config/easyvqa.py.
 out_dir = 'out/easyvqa_encoder'
 dataset = 'data/easyvqa'
 train_encoder = True

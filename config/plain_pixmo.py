@@ -1,7 +1,7 @@
 # The baseline of config/trm_pixmo.py: a plain decoder of four blocks, otherwise the same.
 out_dir = 'out/plain_pixmo'
 kind = 'plain'
-dataset = 'data/pixmo_qa'             # 8,400 / 1,800 / 1,800 questions, or captions as answers to a drawn prompt
+dataset = 'data/pixmo_qa'  # 8,400 / 1,800 / 1,800 questions, or captions as answers to a drawn prompt
 encoder = 'out/align_pixmo/encoder.pt'
 tokenizer = 'gpt2'
 max_question_tokens = 32

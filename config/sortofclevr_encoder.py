@@ -1,5 +1,6 @@
-# Sort-of-CLEVR with the encoder trained along, starting from the shipped one: what config/sortofclevr.py loses by an encoder of other pictures. At the
-# decoder's learning rate the encoder forgets where things are, so it has a twentieth of it.
+# Sort-of-CLEVR with the encoder trained along, starting from the shipped one: what config/sortofclevr.py
+# loses by an encoder of other pictures. At the decoder's learning rate the encoder forgets where things
+# are, so it has a twentieth of it.
 out_dir = 'out/sortofclevr_encoder'
 dataset = 'data/sortofclevr'
 inner_steps = 2

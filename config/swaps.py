@@ -1,5 +1,6 @@
-# State tracking: objects trade places in words, "swap 1 3, 3 2: what color is number 2?". Every swap is one more step to follow. The data:
-# python data.py shapes --out=data/swaps --types=swaps --min_objects=4 --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0
+# State tracking: objects trade places in words, "swap 1 3, 3 2: what color is number 2?". Every swap is one
+# more step to follow. The data: python data.py shapes --out=data/swaps --types=swaps --min_objects=4
+# --max_objects=4 --max_swaps=6 --train_swaps=3 --describe=0
 out_dir = 'out/swaps'
 dataset = 'data/swaps'
 max_steps = 3000

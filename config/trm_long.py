@@ -1,4 +1,5 @@
-# A TRM of four steps, with the norms before the blocks, trained more than six times as long as the one of config/trm.py.
+# A TRM of four steps, with the norms before the blocks, trained more than six times as long as the one of
+# config/trm.py.
 out_dir = 'out/trm_long'
 max_steps = 12000
 eval_interval = 1000

@@ -1,7 +1,8 @@
-# Edge-Glass' experiment at its own scale: a TRM of width 512 answers questions about photographs, through the encoder of config/align_pixmo.py
-# (64 tokens of 4096 dimensions). All numbers are Edge-Glass': its optimizer, ten epochs, GPT-2's vocabulary, limits of 32 tokens.
+# Edge-Glass' experiment at its own scale: a TRM of width 512 answers questions about photographs, through
+# the encoder of config/align_pixmo.py (64 tokens of 4096 dimensions). All numbers are Edge-Glass': its
+# optimizer, ten epochs, GPT-2's vocabulary, limits of 32 tokens.
 out_dir = 'out/trm_pixmo'
-dataset = 'data/pixmo_qa'             # 8,400 / 1,800 / 1,800 questions, or captions as answers to a drawn prompt
+dataset = 'data/pixmo_qa'  # 8,400 / 1,800 / 1,800 questions, or captions as answers to a drawn prompt
 encoder = 'out/align_pixmo/encoder.pt'
 tokenizer = 'gpt2'
 max_question_tokens = 32

@@ -5,29 +5,17 @@ import math
 import pytest
 import torch
 
-from model import (
-    BenchConfig,
-    ModelConfig,
-    benchmark,
-    build_model,
-    cross_entropy,
-    naive_logits,
-    show_memory,
-    show_profile,
-    show_states,
-    state_sizes,
-)
+from lab.naive import naive_logits
+from model import RECURSIONS, Cache, ModelConfig, build_model, cross_entropy
 
 V, N, Q, A = 40, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
-DECODERS = [dict(kind='plain', n_layer=3), dict(recursion='concat', inner_steps=1), dict(recursion='concat', inner_steps=3),
-            dict(recursion='concat', inner_steps=2, outer_steps=2), dict(recursion='add', inner_steps=1),
-            dict(recursion='add', inner_steps=3), dict(recursion='add', inner_steps=2, outer_steps=2),
-            dict(recursion='concat', inner_steps=2, outer_steps=2, deep_supervision=True), dict(recursion='add', inner_steps=2, norm='post'),
-            dict(recursion='concat', inner_steps=2, norm='post'), dict(kind='plain', norm='post'), dict(inner_steps=2, norm='unbounded'),
-            dict(recursion='add', inner_steps=2, norm='unbounded'), dict(kind='plain', norm='unbounded'), dict(recursion='loop', inner_steps=3),
-            dict(recursion='loop', inner_steps=2, outer_steps=2, norm='post'), dict(recursion='loop', inner_steps=3, shared=False),
-            dict(recursion='concat', inner_steps=2, outer_steps=2, deep_supervision=True, shared=False), dict(recursion='add', inner_steps=2, shared=False)]
+DECODERS = [dict(kind='plain', n_layer=3, norm='pre'), dict(kind='plain', norm='post')]
+for recursion in RECURSIONS:  # whoever adds one finds it here
+    DECODERS += [dict(recursion=recursion, inner_steps=1, norm='pre'), dict(recursion=recursion, inner_steps=3, norm='pre'),
+                 dict(recursion=recursion, inner_steps=2, norm='post'), dict(recursion=recursion, inner_steps=2, outer_steps=2, norm='pre'),
+                 dict(recursion=recursion, inner_steps=2, outer_steps=2, norm='post', deep_supervision=True)]
+CONCAT = dict(recursion='concat', inner_steps=3, norm='pre')
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
 
@@ -114,9 +102,9 @@ def test_cache_is_exact(settings, prefix_lm):
     question[1, 4:], question[2, 1:] = PAD, PAD
     whole, _ = decoder(vision, question, answer)
     context = decoder.read_context(vision, question)
-    past = decoder.fresh_past(context, A)
+    cache = Cache(decoder.config, A)
     for t in range(A):
-        y = decoder.answer_states(context, answer[:, t:t + 1], past, start=t)[-1]
+        y = decoder.answer_states(context, answer[:, t:t + 1], cache)[-1]
         assert torch.allclose(decoder.head(y)[:, 0], whole[:, t], atol=1e-10, rtol=0)
 
 
@@ -146,31 +134,7 @@ def test_one_loop_is_plain():
     assert deeper.parameter_counts() == loop.parameter_counts() and not torch.allclose(deeper(*batch)[0], loop(*batch)[0])
 
 
-@pytest.mark.parametrize('recursion', ['concat', 'add', 'loop'])
-def test_steps_of_their_own(recursion):
-    """shared=False gives every step blocks of its own: as copies they are the decoder that shares, and each of them matters; the context costs
-    the first ones all its layers but the others keys and values alone."""
-    shared, own = (decoder_of(dict(recursion=recursion, inner_steps=3, shared=s)) for s in (True, False))
-    calls = own.config.calls
-    assert calls == 3 + (recursion == 'add') and len(own.blocks) == calls * len(shared.blocks)
-    own.load_state_dict(shared.state_dict() | {f'blocks.{i}.{key}': value for i in range(len(own.blocks)) for key, value in shared.blocks[i % 2].state_dict().items()})
-    batch = sample()
-    logits = shared(*batch)[0]
-    assert torch.allclose(own(*batch)[0], logits, atol=1e-12, rtol=0)
-    for i in range(2, len(own.blocks)):  # keys and values, which read the context too
-        block = own.blocks[i].attention.qkv.weight
-        kept = block.detach().clone()
-        block.data[16:] *= 1.1
-        assert not torch.allclose(own(*batch)[0], logits)
-        block.data.copy_(kept)
-    calls_of_context = []
-    for i, block in enumerate(own.blocks):
-        block.register_forward_hook(lambda *_, i=i: calls_of_context.append(i))
-    own.read_context(*batch[:2])
-    assert calls_of_context == [0]
-
-
-@pytest.mark.parametrize('recursion', ['concat', 'add', 'loop'])
+@pytest.mark.parametrize('recursion', RECURSIONS)
 def test_deep_supervision(recursion):
     """Deep supervision trains on every cycle: the loss is the mean over the cycles, each of which is what a decoder with so many cycles
     predicts, and no gradient crosses from one cycle into the one before. Without it the first cycles get none."""
@@ -224,7 +188,7 @@ def test_generation_follows_forward(settings):
 
 def test_sampling():
     """top_k=1 is greedy; a warm draw follows its generator and not the global random state."""
-    decoder = decoder_of(DECODERS[2])
+    decoder = decoder_of(CONCAT)
     vision, question, _ = sample()
     assert torch.equal(decoder.generate(vision, question, 6, temperature=1.0, top_k=1), decoder.generate(vision, question, 6))
     draw = lambda seed: decoder.generate(vision, question, 6, temperature=3.0, generator=torch.Generator().manual_seed(seed))
@@ -270,7 +234,7 @@ def test_learns_by_heart(settings):
 
 def test_targets_are_ignored_at_padding():
     """Loss is the mean over the targets that are not -100; what stands in the answer's padding does not matter."""
-    decoder = decoder_of(DECODERS[2])
+    decoder = decoder_of(CONCAT)
     vision, question, answer = sample()
     targets = torch.cat([answer[:, 1:], torch.full((3, 1), EOS)], dim=1)
     targets[0, 3:] = -100
@@ -296,63 +260,15 @@ def test_cross_entropy(dtype):
     assert torch.allclose(logits.grad.double(), exact.grad, rtol=tolerance, atol=0)
 
 
-def test_state_sizes():
-    """'pre' and 'post' keep the states at RMS 1 over 64 steps, 'unbounded' lets them grow; what is measured is what the decoder hands on."""
-    vision, question, answer = sample()
-    for recursion in ('concat', 'add', 'loop'):
-        ends = {}
-        for placement in ('pre', 'post', 'unbounded'):
-            sizes = state_sizes(decoder_of(dict(recursion=recursion, norm=placement)), vision, question, answer)
-            ends[placement] = [size for size in sizes[-1] if size]
-            assert len(sizes) == 64
-        assert all(abs(size - 1) < 1e-3 for placement in ('pre', 'post') for size in ends[placement])
-        assert min(ends['unbounded']) > 3
-
-
-def test_benchmark(capsys):
-    """`python model.py` counts FLOPs as they follow from the shapes, and shows parameters and times for every decoder."""
-    b = BenchConfig(device='cpu', n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
-                    batch_size=2, repeats=1, peak_size=64)
-    C, V, D, S, A = b.n_embd, b.vocab_size, b.vision_dim, 8, 4
-    T = S + 2 * A
-    forward = 2 * 2 * (5 * D * C + 2 * (T * 12 * C * C + 2 * T * T * C) + A * C * V)  # 2 FLOPs, 2 rows; the naive concat loop
-    benchmark(b)
-    text = capsys.readouterr().out
-    assert f'{forward / 1e9:.4g}' in text and 'MFU' in text
-    assert all(text.count(f' {name} |') >= 3 for name in ('plain', 'concat', 'add'))
-    show_states(b)
-    assert 'gradient at n=16' in capsys.readouterr().out
-    show_memory(b, steps=(1,))
-    assert 'checkpoint_recursion' in capsys.readouterr().out
-    show_profile(b)
-    assert 'mm' in capsys.readouterr().out
-
-
-def test_benchmark_compiled(capsys, monkeypatch):
-    """With --compile the compiled step is timed beside the others, and it is torch.compile's that runs."""
-    compiled = []
-    monkeypatch.setattr(torch, 'compile', lambda decoder, mode: lambda *batch: compiled.append(mode) or decoder(*batch))
-    benchmark(BenchConfig(device='cpu', n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
-                          batch_size=2, repeats=1, peak_size=64, compile=True))
-    text = capsys.readouterr().out
-    assert text.count(' compiled |') * 4 == len(compiled) and text.count(' - |') == 2 * text.count(' compiled |')
-
-
-def test_bad_bench_settings():
-    """A setting out of range is an error that names it."""
-    with pytest.raises(ValueError, match='repeats=0'):
-        BenchConfig(repeats=0)
-
-
 def test_blind():
     """Without vision the picture is not even read, and there is no projection for it."""
-    decoder = decoder_of(DECODERS[2], use_vision=False)
+    decoder = decoder_of(CONCAT, use_vision=False)
     _, question, answer = sample()
     assert decoder(None, question, answer)[0].shape == (3, A, V)
     assert decoder.parameter_counts()['vision_proj'] == 0
 
 
-@pytest.mark.parametrize('recursion', ['concat', 'add', 'loop'])
+@pytest.mark.parametrize('recursion', RECURSIONS)
 def test_test_time_depth(recursion):
     """A decoder runs with other numbers of steps and cycles than it was made with: the same weights, another result, and generation
     follows."""
@@ -367,7 +283,7 @@ def test_test_time_depth(recursion):
 
 
 @pytest.mark.parametrize('bad, message', [(dict(kind='trn'), 'kind=trn'), (dict(n_embd=30, n_head=4), 'n_embd=30'),
-                                          (dict(inner_steps=0), 'inner_steps=0'), (dict(shared=False, outer_steps=2), 'never be trained'), (dict(recursion='sum'), 'recursion=sum')])
+                                          (dict(inner_steps=0), 'inner_steps=0'), (dict(recursion='sum'), 'recursion=sum: expected one of concat, add, loop'), (dict(norm='unbounded'), 'norm=unbounded')])
 def test_bad_settings(bad, message):
     """A setting out of range is an error that names it."""
     with pytest.raises(ValueError, match=message):
@@ -376,7 +292,7 @@ def test_bad_settings(bad, message):
 
 def test_top_k():
     """top_k draws from so many of the likeliest tokens and no others."""
-    decoder = decoder_of(DECODERS[2])
+    decoder = decoder_of(CONCAT)
     vision, question, _ = sample()
     likeliest = decoder(vision, question, torch.full((3, 1), BOS))[0][:, 0].topk(3).indices
     firsts = torch.stack([decoder.generate(vision, question, 1, temperature=9., top_k=3, generator=torch.Generator().manual_seed(k))[:, 0] for k in range(60)])

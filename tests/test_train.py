@@ -1,6 +1,7 @@
-"""train.py: both stages through the command line, resuming, and what can go wrong."""
+"""train.py: runs through the command line, resuming, and what can go wrong."""
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -15,15 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import data
 import eval as evaluation
 import train
 from configurator import configure
-from data import train_bpe
-from encoder import Encoder, EncoderConfig, save_encoder
+from conftest import ROOT
+from data import Questions, train_bpe
+from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
+from lab.compare import compare
+from model import Decoder
+from plumbing.plots import draw_curves
+from plumbing.run import FORMAT, read_checkpoint, read_log
 from prepare import shapes
 
 TINY = ['--max_steps=12', '--eval_interval=4', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu',
@@ -37,7 +42,7 @@ def flags(tiny_shapes, tiny_encoder, tmp_path_factory):
 
 
 def weights(out_dir):
-    return evaluation.read_checkpoint(out_dir)['state']['model']
+    return read_checkpoint(out_dir)['state']['model']
 
 
 def same(a, b):
@@ -49,9 +54,9 @@ def test_answer_stage(config, flags, tmp_path, capsys):
     """Every ready config trains, evaluates and writes all its files; eval.py repeats the result and answers about a picture."""
     out = tmp_path / config
     train.main([str(ROOT / f'config/{config}.py'), *flags, f'--out_dir={out}'])
-    for flag, message in {'--inner_steps=3': 'plain decoder', '--states=true': 'plain decoder', '--forget=z': 'no y and z side by side'}.items() if config == 'plain' else ():
-        with pytest.raises(ValueError, match=message):
-            evaluation.main([f'--out_dir={out}', '--device=cpu', flag])
+    if config == 'plain':
+        with pytest.raises(ValueError, match='plain decoder'):
+            evaluation.main([f'--out_dir={out}', '--device=cpu', '--inner_steps=3'])
     text = capsys.readouterr().out
     assert 'expected loss at the start' in text and 'mean of types' in text and '2 hops' in text
     assert {p.name for p in out.iterdir()} >= {'ckpt.pt', 'metrics.json', 'log.jsonl', 'predictions.jsonl', 'samples.png'}
@@ -72,25 +77,38 @@ def test_answer_stage(config, flags, tmp_path, capsys):
     assert capsys.readouterr().out.count('\n') == 1
 
 
+def caught(name, argv, patch):
+    """The arguments that train.py gives to one of its functions, which is not called, in a run of one step."""
+    seen = []
+    patch.setattr(train, name, lambda *args, **kwargs: seen.append(args) or 0)
+    if name != 'judge_test_split':
+        patch.setattr(train, 'judge_test_split', lambda *args: None)
+    train.main([*argv, '--max_steps=1'])
+    return seen[0]
+
+
 def test_flops(flags, tmp_path):
     """The FLOPs of a training step are the mean over the batches of an epoch, captions among them, though few of them are counted."""
-    settings, _ = configure(train.TrainConfig, [*flags, f'--out_dir={tmp_path}'])
-    task = train.AnswerTask(settings, 'cpu', None)
-    questions = task.questions['train']
-    assert len({len(rows) for rows in questions.epoch(settings.batch_size, settings.seed, 0)}) > 1
-    assert task.flops(n=8) == pytest.approx(task.flops(n=10 ** 6), rel=.03)
-    rows = questions.epoch(settings.batch_size, settings.seed, 0)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        model, encoder, images, questions, s = caught('flops_per_row', [*flags, f'--out_dir={tmp_path}'], patch)
+    flops = lambda n=4: train.flops_per_row(model, encoder, images, questions, s, n)
+    assert len({len(rows) for rows in questions.epoch(s.batch_size, s.seed, 0)}) > 1
+    assert flops(8) == pytest.approx(flops(10 ** 6), rel=.03)
+    rows = questions.epoch(s.batch_size, s.seed, 0)[0]
     questions.epoch = lambda *_: [rows]  # one row of a batch stands for all
-    whole = train.flops_of(lambda: task.losses(task.model, questions.batch(rows))['answer'].backward())
-    assert task.flops() == whole / settings.batch_size
+    batch = questions.batch(rows)
+    vision = images(encoder, batch['picture'])
+    whole = train.flops_of(lambda: model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1].backward())
+    assert flops() == whole / s.batch_size
 
 
 def test_log_counts_rows(flags, tmp_path):
     """A log line counts the rows that were there, fewer where answers are long, and a validation has the seconds of training until then."""
     train.main([*flags, f'--out_dir={tmp_path}/a', '--grad_accum=2', '--log_interval=5'])
-    events = evaluation.read_log(tmp_path / 'a')
+    events = read_log(tmp_path / 'a')
     settings = events[0]['settings']
-    questions = train.AnswerTask(train.TrainConfig(**settings), 'cpu', None).questions['train']
+    with pytest.MonkeyPatch.context() as patch:
+        questions = caught('flops_per_row', [*flags, f'--out_dir={tmp_path}/b'], patch)[3]
     sizes = [len(questions.rows_of_step(k, settings['batch_size'], settings['seed'])) for k in range(24)]
     first = next(e for e in events if e['event'] == 'step')
     assert len(set(sizes)) > 1 and first['examples_per_s'] * first['train_s'] == pytest.approx(sum(sizes[:10]))
@@ -99,7 +117,7 @@ def test_log_counts_rows(flags, tmp_path):
 
 
 def test_eval_options(flags, tmp_path, capsys, monkeypatch):
-    """Another split, depth or temperature is evaluated without touching the run's own files; --compare reads them."""
+    """Another split, depth or temperature is evaluated without touching the run's own files."""
     out = tmp_path / 'a'
     train.main([*flags, f'--out_dir={out}'])
     before = (out / 'metrics.json').read_bytes()
@@ -110,96 +128,20 @@ def test_eval_options(flags, tmp_path, capsys, monkeypatch):
         losses.append((metrics['loss'], [p['prediction'] for p in predictions]))
         return metrics, predictions
     monkeypatch.setattr(evaluation, 'evaluate', remembered)
-    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--forget=y'], ['--forget=z'], ['--seed=3'], ['--temperature=1', '--top_k=5', '--seed=3']):
+    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--seed=3'], ['--temperature=1', '--top_k=5', '--seed=3']):
         capsys.readouterr()
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', *option])
         assert 'nothing written' in capsys.readouterr().out
-    assert len({loss for loss, _ in losses}) == 6                          # every option had an effect, but for the last two, which have none on a loss
-    assert losses[5][0] == losses[6][0] and losses[5][1] != losses[6][1]   # the greedy answers and drawn ones
-    for option in ([], ['--forget=y'], ['--forget=z']):
-        evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', '--inner_steps=1', *option])
-    assert losses[7] == losses[8] == losses[9]  # before the first step there is nothing to forget
-    evaluation.main([f'--out_dir={out}', '--device=cpu', '--attention=true'])
-    capsys.readouterr()
-    evaluation.main([f'--out_dir={out}', '--device=cpu', '--states=true'])
-    assert 'after 64 steps: RMS of y 1.00, RMS of z 1.00' in capsys.readouterr().out
-    assert (out / 'attention.png').stat().st_size > 1000
+    assert len({loss for loss, _ in losses}) == 4                          # every option had an effect, but for the last two, which have none on a loss
+    assert losses[3][0] == losses[4][0] and losses[3][1] != losses[4][1]   # the greedy answers and drawn ones
     assert (out / 'metrics.json').read_bytes() == before
-    train.main([*flags, f'--out_dir={tmp_path / "b"}', '--kind=plain'])
-    capsys.readouterr()
-    evaluation.main([f'--compare={out},{tmp_path / "b"},{out}'])
-    text = capsys.readouterr().out
-    assert text.count(str(tmp_path)) == 4 and ' ± ' in text.splitlines()[3] and (tmp_path / 'comparison.png').is_file()
-
-
-def test_align_stage(tmp_path, capsys, monkeypatch):
-    """config/align.py trains an encoder on drawn captions, reports retrieval per prefix and the probe, and its file then serves
-    stage 2."""
-    monkeypatch.setattr(evaluation, 'probe', lambda *args: dict(pair_f1=0., exact_scene=0., place_error_px=0.))
-    monkeypatch.setattr(train.AlignTask.validate, '__defaults__', ('val', 250))
-    monkeypatch.setattr(train.AlignTask.report, '__defaults__', (250,))
-    out = tmp_path / 'align'
-    train.main([str(ROOT / 'config/align.py'), '--max_steps=4', '--eval_interval=2', '--log_interval=2', '--batch_size=4',
-                '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4', '--max_objects=4',
-                '--image_px=64', f'--out_dir={out}'])
-    metrics = json.loads((out / 'metrics.json').read_text())
-    assert list(metrics['retrieval']) == ['2', '4', '8', '16'] and 'probe' in metrics
-    assert train.load_encoder(out / 'encoder.pt').config.vision_dim == 16
-    capsys.readouterr()
-    evaluation.main([f'--out_dir={out}', '--device=cpu'])
-    text = capsys.readouterr().out
-    assert 'retrieval among 250 pictures' in text and 'median rank' in text and 'probe' in text
-    evaluation.main([f'--out_dir={out}', '--device=cpu', '--split=train'])
-    with pytest.raises(ValueError, match='has no decoder'):
-        evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?', '--inner_steps=2'])
-
-
-@pytest.mark.parametrize('objective, left, optimizer', [('contrast', 'reader', 'muon'), ('cloze', 'text_projection', 'adamw'), ('cloze', 'text_projection', 'muon')])
-def test_align_objective(objective, left, optimizer, tmp_path, monkeypatch):
-    """Stage 1 learns from one of its losses alone: what only the other one reads stays as it was, whatever the optimizer, and the encoder moves."""
-    tasks = []
-    monkeypatch.setattr(train.AlignTask, 'finish', lambda task, *args: tasks.append(task))
-    monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
-    for steps in (1, 3):
-        train.main([str(ROOT / 'config/align.py'), f'--max_steps={steps}', '--batch_size=4', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4',
-                    f'--optimizer={optimizer}', '--warmup_ratio=0', '--min_lr_ratio=0.5', f'--objective={objective}', f'--out_dir={tmp_path}/{steps}'])
-    one, three = (dict(task.model.named_parameters()) for task in tasks)
-    moved = {key for key in one if not torch.equal(one[key], three[key])}
-    assert any(key.startswith('encoder.trunk') for key in moved) and {key for key in one if key.startswith(left)} and not any(key.startswith(left) for key in moved)
-    assert list(tasks[0].chance()) == [objective]
-
-
-@pytest.mark.parametrize('option', ['--perceiver_layers=1', '--perceiver_heads=2', '--adapter=linear --perceiver_width=16', '--text_layers=2', '--text_width=64', '--adapter=mlp', '--pool=2',
-                                    '--max_objects=3', '--prefixes=4,16'])
-def test_align_settings_matter(option, tmp_path, monkeypatch):
-    """Every one of these settings changes what stage 1 trains, or what it is trained on."""
-    monkeypatch.setattr(train.AlignTask, 'finish', lambda *args: None)
-    monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
-    ends = []
-    for flag in (option.split()[:-1], option.split()):
-        out = tmp_path / str(len(ends))
-        train.main([str(ROOT / 'config/align.py'), '--max_steps=2', '--warmup_ratio=0', '--batch_size=4', '--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4',
-                    *flag, f'--out_dir={out}'])
-        ends.append(weights(out))
-    a, b = ends
-    assert a.keys() != b.keys() or any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize('rate, warned', [(1e-9, True), (3e-3, False)])
-def test_a_loss_at_chance_is_said(rate, warned, tmp_path, capsys, monkeypatch):
-    """A run whose contrast has not fallen below that of a guess after a hundred steps says so, once; one that learns does not."""
-    monkeypatch.setattr(train.AlignTask, 'finish', lambda *args: None)
-    monkeypatch.setattr(train.AlignTask, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
-    train.main([str(ROOT / 'config/align.py'), '--max_steps=120', '--log_interval=20', '--eval_interval=120', '--batch_size=8', '--encoder_width=32',
-                '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4', f'--learning_rate={rate}', '--warmup_ratio=0.1', f'--out_dir={tmp_path}'])
-    assert capsys.readouterr().out.count('nothing is learnt yet') == warned
 
 
 def test_trained_along(flags, tmp_path):
     """train_encoder=True changes the encoder, keeps it in the checkpoint, and evaluates with it."""
     out = tmp_path / 'a'
     train.main([*flags, f'--out_dir={out}', '--train_encoder=true'])
-    run = evaluation.read_checkpoint(out)
+    run = read_checkpoint(out)
     _, encoder, _ = evaluation.load_run(run, 'cpu')
     assert encoder.fingerprint() != run['encoder_fingerprint']
     evaluation.main([f'--out_dir={out}', '--device=cpu'])
@@ -208,12 +150,12 @@ def test_trained_along(flags, tmp_path):
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
 def test_encoder_lr(optimizer, flags, tiny_encoder, tmp_path):
     """With a tiny encoder_lr the encoder that is trained along hardly moves, every part of it, while the decoder learns as it does without."""
-    start, moved, decoder = train.load_encoder(tiny_encoder).state_dict(), {}, {}
+    start, moved, decoder = load_encoder(tiny_encoder).state_dict(), {}, {}
     for share in ('1', '1e-6'):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.AnswerTask, 'finish', lambda *args: None)
+            patch.setattr(train, 'judge_test_split', lambda *args: None)
             train.main([*flags, '--max_steps=3', '--eval_interval=3', '--ema=0', '--train_encoder=true', f'--optimizer={optimizer}', f'--encoder_lr={share}', f'--out_dir={tmp_path / share}'])
-        best = evaluation.read_checkpoint(tmp_path / share)['run']['best']
+        best = read_checkpoint(tmp_path / share)['run']['best']
         moved[share] = [(t - start[key]).abs().max().item() for key, t in best['encoder'].items()]
         decoder[share] = best['decoder']['blocks.0.fc1.weight']
     assert max(moved['1e-6']) < 1e-6
@@ -225,7 +167,7 @@ def test_settings_of_the_encoder(flags):
     """How pictures become square and upright is taken from the settings where they say it."""
     for flags_, expected in (([], (True, 'squash')), (['--upright=false', '--fit=pad'], (False, 'pad'))):
         settings, _ = configure(train.TrainConfig, [*flags, *flags_])
-        config = train.AnswerTask(settings, 'cpu', None).frozen.config
+        config = train.open_encoder(settings.encoder, dataclasses.asdict(settings)).config
         assert (config.upright, config.fit) == expected
 
 
@@ -235,22 +177,10 @@ def test_recomputing_the_steps_changes_nothing(flags, tmp_path):
         train.main([*flags, '--dtype=float32', '--max_steps=4', f'--checkpoint_recursion={value}', f'--out_dir={tmp_path}/{value}'])
     a, b = (weights(tmp_path / value) for value in ('false', 'true'))
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
-    assert [evaluation.read_checkpoint(tmp_path / value)['model_config']['checkpoint_recursion'] for value in ('false', 'true')] == [False, True]
+    assert [read_checkpoint(tmp_path / value)['model_config']['checkpoint_recursion'] for value in ('false', 'true')] == [False, True]
 
 
-def test_steps_of_their_own(flags, tmp_path, capsys):
-    """A run whose steps do not share their blocks trains, evaluates and forgets; another number of steps is refused."""
-    out = tmp_path / 'own'
-    train.main([*flags, '--shared=false', f'--out_dir={out}'])
-    for flag, message in {'--inner_steps=3': 'blocks of their own', '--outer_steps=2': 'blocks of their own', '--states=true': 'blocks of their own'}.items():
-        with pytest.raises(ValueError, match=message):
-            evaluation.main([f'--out_dir={out}', '--device=cpu', flag])
-    capsys.readouterr()
-    evaluation.main([f'--out_dir={out}', '--device=cpu', '--forget=z'])
-    assert 'nothing written' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--recursion=loop', '--shared=false', '--norm=post', '--norm=unbounded', '--outer_steps=2',
+@pytest.mark.parametrize('option', ['--vision_dim=8', '--grad_accum=2', '--grad_clip=0', '--ema=0', '--recursion=add', '--recursion=loop', '--norm=pre', '--outer_steps=2',
                                     '--outer_steps=2 --deep_supervision=true',
                                     '--prefix_lm=false', '--dtype=bfloat16', '--warmup_ratio=0.9', '--min_lr_ratio=0', '--weight_decay=0',
                                     '--vocab_size=300', '--n_layer=1', '--cache=false', '--encoder_px=128', '--activation=quick_gelu', '--optimizer=adamw', '--momentum=0.8', '--beta1=0.8', '--beta2=0.99', '--learning_rate=1e-4', '--seed=7'])
@@ -260,27 +190,26 @@ def test_settings_matter(option, flags, tmp_path):
     ends = []
     for name, flag in (('a', option.split()[:-1]), ('b', option.split())):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.AnswerTask, 'finish', lambda *args: None)
+            patch.setattr(train, 'judge_test_split', lambda *args: None)
             train.main([*flags, *more, *flag, f'--out_dir={tmp_path / name}'])
-        ends.append(evaluation.read_checkpoint(tmp_path / name)['run']['best']['decoder'])
+        ends.append(read_checkpoint(tmp_path / name)['run']['best']['decoder'])
     a, b = ends
     assert a.keys() != b.keys() or any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a)
 
 
 def test_gradient_accumulation(flags, tmp_path, monkeypatch):
     """The gradient of an accumulated step is the mean of the gradients of its batches, clipped only together; so is its loss."""
-    all_reduce, seen, tasks = train.all_reduce, [], []
-    monkeypatch.setattr(train, 'all_reduce', lambda parameters, losses, stop: (seen.append([p.grad.clone() for p in parameters]), all_reduce(parameters, losses, stop))[1])
-    monkeypatch.setattr(train.AnswerTask, 'finish', lambda *args: None)
-    init = train.AnswerTask.__init__
-    monkeypatch.setattr(train.AnswerTask, '__init__', lambda self, *args: (init(self, *args), tasks.append((self, copy.deepcopy(self.model))))[0])
-    train.main([*flags, '--dtype=float32', '--grad_accum=2', '--max_steps=1', '--log_interval=1', '--grad_clip=1e-6', f'--out_dir={tmp_path}'])
-    (task, model), losses = tasks[0], []
+    all_reduce, make, grads, started = train.all_reduce, train.make_optimizers, [], []
+    monkeypatch.setattr(train, 'all_reduce', lambda parameters, losses, stop: (grads.append([p.grad.clone() for p in parameters]), all_reduce(parameters, losses, stop))[1])
+    monkeypatch.setattr(train, 'make_optimizers', lambda parts, s: (started.append(copy.deepcopy(parts[0][1])), make(parts, s))[1])
+    _, encoder, images, questions, s = caught('flops_per_row', [*flags, '--dtype=float32', '--grad_accum=2', '--log_interval=1', '--grad_clip=1e-6', f'--out_dir={tmp_path}'], monkeypatch)
+    decoder, losses = started[0], []
     for step in (0, 1):
-        losses.append(sum(task.losses(model, task.batch(step)).values()))
+        batch = questions.batch(questions.rows_of_step(step, s.batch_size, s.seed))
+        losses.append(decoder(images(encoder, batch['picture']), batch['question'], batch['answer'], batch['targets'])[1])
         losses[-1].backward()
-    assert all(torch.allclose(grad, p.grad / 2, atol=1e-7) for grad, p in zip(seen[0], model.parameters(), strict=True))
-    assert evaluation.read_log(tmp_path)[1]['loss'] == pytest.approx(sum(losses).item() / 2, abs=1e-5)
+    assert all(torch.allclose(grad, p.grad / 2, atol=1e-7) for grad, p in zip(grads[0], decoder.parameters(), strict=True))
+    assert read_log(tmp_path)[1]['loss'] == pytest.approx(sum(losses).item() / 2, abs=1e-5)
 
 
 def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
@@ -300,7 +229,7 @@ def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train, 'learning_rate', killed_at_6)
         train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
-    saved = evaluation.read_checkpoint(tmp_path / 'killed')
+    saved = read_checkpoint(tmp_path / 'killed')
     at_4 = saved['run']
     assert at_4['step'] == at_4['since'] == 4 and at_4['since_s'] > 0 == at_4['train_s']
     for group in saved['state']['optimizer 0']['param_groups']:
@@ -308,7 +237,7 @@ def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     torch.save(saved, tmp_path / 'killed/ckpt.pt')
     train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
     assert 'going on at step 4' in capsys.readouterr().out
-    assert not any(group['fused'] for group in evaluation.read_checkpoint(tmp_path / 'killed')['state']['optimizer 0']['param_groups'])
+    assert not any(group['fused'] for group in read_checkpoint(tmp_path / 'killed')['state']['optimizer 0']['param_groups'])
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
     steps = [json.loads(line)['step'] for line in (tmp_path / 'killed/log.jsonl').read_text().splitlines()]
     assert steps == sorted(steps)
@@ -320,7 +249,7 @@ def test_other_settings_are_not_mixed(flags, tmp_path):
     with pytest.raises(ValueError, match='batch_size=8 there, 4 here.*--fresh=true'):
         train.main([*flags, f'--out_dir={tmp_path}', '--batch_size=4'])
     train.main([*flags, f'--out_dir={tmp_path}', '--batch_size=4', '--fresh=true'])
-    assert evaluation.read_checkpoint(tmp_path)['settings']['batch_size'] == 4
+    assert read_checkpoint(tmp_path)['settings']['batch_size'] == 4
 
 
 def test_another_dataset_under_the_same_name(flags, tiny_shapes, tmp_path):
@@ -360,8 +289,8 @@ def test_unfinished_runs(flags, tmp_path, monkeypatch, capsys):
 
 def test_non_finite_loss(flags, tmp_path, monkeypatch):
     """A loss that is not finite stops the run with step, learning rate and sample ids."""
-    losses = train.AnswerTask.losses
-    monkeypatch.setattr(train.AnswerTask, 'losses', lambda self, model, batch: {k: v * math.nan for k, v in losses(self, model, batch).items()})
+    forward = Decoder.forward
+    monkeypatch.setattr(Decoder, 'forward', lambda *args: (lambda logits, loss: (logits, loss if loss is None else loss * math.nan))(*forward(*args)))
     with pytest.raises(FloatingPointError, match=r'step 0: loss nan.*lr .*samples train-\d+'):
         train.main([*flags, f'--out_dir={tmp_path}'])
     with pytest.raises(FloatingPointError, match='step 2: loss nan'):
@@ -392,9 +321,9 @@ def test_captions_only(flags, tiny_shapes, tmp_path):
         pq.write_table(pa.Table.from_pylist(captions[k::3], tables[0].schema), tmp_path / f'data/{split}.parquet')
     for seed in (1, 2):
         train.main([*flags, f'--dataset={tmp_path}/data', f'--seed={seed}', '--learning_rate=0.3', '--min_lr_ratio=0.9', '--ema=0', f'--out_dir={tmp_path}/{seed}'])
-        curve = {e['step']: e['loss'] for e in evaluation.read_log(tmp_path / str(seed)) if e['event'] == 'eval'}
+        curve = {e['step']: e['loss'] for e in read_log(tmp_path / str(seed)) if e['event'] == 'eval'}
         assert json.loads((tmp_path / f'{seed}/metrics.json').read_text())['best_step'] == min(curve, key=curve.get)
-    assert evaluation.compare([tmp_path / '1', tmp_path / '2']).count(' | ') > 10
+    assert compare([tmp_path / '1', tmp_path / '2']).count(' | ') > 10
 
 
 def test_columns_of_numbers(flags, tiny_shapes, tmp_path):
@@ -413,14 +342,14 @@ def test_bad_checkpoints(tmp_path, flags):
     """A checkpoint of another format, a torn one and one with code in it are refused with one message."""
     path = tmp_path / 'ckpt.pt'
     torch.save(dict(format=99), path)
-    with pytest.raises(ValueError, match=f'checkpoint format 99, this code reads format {evaluation.FORMAT}'):
-        evaluation.read_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=f'checkpoint format 99, this code reads format {FORMAT}'):
+        read_checkpoint(tmp_path)
     path.write_bytes(path.read_bytes()[:80])
     with pytest.raises(ValueError, match='not a file that can be read safely'):
-        evaluation.read_checkpoint(tmp_path)
-    torch.save(dict(format=evaluation.FORMAT, evil=print), path)
+        read_checkpoint(tmp_path)
+    torch.save(dict(format=FORMAT, evil=print), path)
     with pytest.raises(ValueError, match='not a file that can be read safely'):
-        evaluation.read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path)
 
 
 def test_errors_are_one_line(tmp_path):
@@ -459,11 +388,11 @@ def test_muon():
     assert .15 < (p - start).pow(2).mean().sqrt() / .01 < .25
 
     model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
-    adamw, muon = train.make_optimizers(model, train.TrainConfig())
+    adamw, muon = train.make_optimizers([(1.0, model)], train.TrainConfig())
     names = {p: name for name, p in model.named_parameters()}
     assert {names[p] for group in adamw.param_groups for p in group['params']} == {'embed.weight', 'vision_proj.bias', 'z_start'}
     assert len([p for group in muon.param_groups for p in group['params']]) == len(names) - 3
-    assert len(train.make_optimizers(model, train.TrainConfig(optimizer='adamw'))) == 1
+    assert len(train.make_optimizers([(1.0, model)], train.TrainConfig(optimizer='adamw'))) == 1
 
 
 def test_dtype(monkeypatch):
@@ -497,7 +426,7 @@ def test_compiled_training(flags, tmp_path):
     for flag, n in (('false', 2), ('true', 2), ('true', 4)):
         name = f'{flag}_{n}'
         train.main([*flags, f'--compile={flag}', f'--inner_steps={n}', '--n_layer=1', '--ema=0', '--dtype=bfloat16', f'--out_dir={tmp_path / name}'])
-        losses[name] = [e['loss'] for e in evaluation.read_log(tmp_path / name) if e['event'] == 'step']
+        losses[name] = [e['loss'] for e in read_log(tmp_path / name) if e['event'] == 'step']
         graphs[name] = torch._dynamo.utils.counters['stats']['unique_graphs']
     assert losses['true_2'] == pytest.approx(losses['false_2'], abs=.02)
     assert graphs['false_2'] == 0 < graphs['true_2'] <= 6 and graphs['true_4'] == graphs['true_2'], graphs
@@ -518,7 +447,7 @@ def test_wandb(flags, tmp_path, monkeypatch):
 def test_curves_without_matplotlib(tmp_path, monkeypatch, capsys):
     """Without matplotlib one line says how to get the curves."""
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    evaluation.draw_curves(tmp_path)
+    draw_curves(tmp_path)
     assert 'pip install matplotlib' in capsys.readouterr().out
 
 
@@ -558,7 +487,7 @@ def test_learns_a_dataset_by_heart(tmp_path, monkeypatch, capsys):
     assert metrics['em'] == metrics['token_accuracy'] == 1 and ems[metrics['best_step'] // 20 - 1] == 1
     said = [json.loads(line) for line in (tmp_path / 'run/predictions.jsonl').read_text().splitlines()]
     asked, learnt = (read(tmp_path / 'data', split) for split in ('test', 'train'))
-    assert evaluation.read_checkpoint(tmp_path / 'run')['tokenizer'] == train_bpe([text for q, refs in zip(learnt.question, learnt.references) for text in (q, refs[0])], 512)
+    assert read_checkpoint(tmp_path / 'run')['tokenizer'] == train_bpe([text for q, refs in zip(learnt.question, learnt.references) for text in (q, refs[0])], 512)
     assert [(p['sample_id'], p['prediction']) for p in said] == [(name, refs[0]) for name, refs in zip(asked.sample_id, asked.references)]
     capsys.readouterr()
     for k, q in ((2, 'what is it'), (7, 'who is it'), (4, 'who is it')):
@@ -572,10 +501,10 @@ def test_what_is_judged(flags, tmp_path, monkeypatch):
     for name in ('quick_scores', 'evaluate'):
         monkeypatch.setattr(evaluation, name, lambda decoder, *args, real=getattr(evaluation, name), **more: (
             judged.append({key: t.clone() for key, t in decoder.state_dict().items()}), real(decoder, *args, **more))[1])
-    monkeypatch.setattr(train.AnswerTask, 'better', lambda *args: False)
+    monkeypatch.setattr(train, 'better', lambda *args: False)
     train.main([*flags, f'--out_dir={tmp_path}'])
     evaluation.main([f'--out_dir={tmp_path}', '--device=cpu'])
-    saved = evaluation.read_checkpoint(tmp_path)
+    saved = read_checkpoint(tmp_path)
     state = {kind: {key.removeprefix('decoder.'): t for key, t in saved['state'][kind].items() if key.startswith('decoder.')} for kind in ('ema', 'model')}
     assert len(judged) == 5 and saved['run']['best']['step'] == 4                  # steps 4, 8, 12, the test split, eval.py
     assert same(judged[2], state['ema']) and not same(state['ema'], state['model'])
@@ -585,32 +514,57 @@ def test_what_is_judged(flags, tmp_path, monkeypatch):
 
 def test_better():
     """The higher Exact Match is better, of captions alone the lower loss; the later of equals."""
-    task = lambda *types: type('', (), dict(questions=dict(val=type('', (), dict(rows=type('', (), dict(type=types)))))))
     a, b = dict(em=.5, loss=1.), dict(em=.6, loss=2.)
-    better = lambda *types: [train.AnswerTask.better(task(*types), new, old) for new, old in ((a, b), (b, a), (a, a))]
+    better = lambda *types: [train.better(new, old, types_of(types)) for new, old in ((a, b), (b, a), (a, a))]
+    types_of = lambda types: type('', (), dict(type=types))
     assert better('color', 'describe') == [False, True, True] and better('describe') == [True, False, True]
 
 
-def test_average(flags, tmp_path):
-    """The average follows the weights, closely at first and with the decay `ema` in the end; AdamW and Muon move both parts of the model."""
-    settings, _ = configure(train.TrainConfig, [*flags, '--ema=0.3', f'--out_dir={tmp_path}'])
-    task = train.AnswerTask(settings, 'cpu', None)
-    learner = train.Learner(task, settings, 'cpu')
-    expected = [p.detach().clone() for p in task.model.parameters()]
+def test_average():
+    """The average follows the weights, closely at first and with the decay `ema` in the end; AdamW and Muon move all of the model."""
+    torch.manual_seed(0)
+    model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
+    average, parameters = copy.deepcopy(model), list(model.parameters())
+    optimizers, scaler = train.make_optimizers([(1.0, model)], train.TrainConfig(learning_rate=1e-2)), torch.amp.GradScaler('cpu', enabled=False)
+    expected = [p.detach().clone() for p in parameters]
     for step, kept in enumerate((1 / 10, 2 / 11, 3 / 12, .3, .3)):
-        learner.step(step, 1e-2, False)
-        expected = [kept * a + (1 - kept) * p.detach() for a, p in zip(expected, task.model.parameters())]
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, learner.average.parameters(), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(learner.average.parameters(), task.model.parameters()))
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        train.update(parameters, optimizers, scaler, 1., 1.)
+        train.follow(average, model, step, .3)
+        expected = [kept * a + (1 - kept) * p.detach() for a, p in zip(expected, parameters)]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, average.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(average.parameters(), parameters))
 
 
 def test_batches_of_steps(flags, tmp_path, monkeypatch):
     """Every forward pass has a batch of its own, also where several make a step."""
-    asked, batch = [], train.AnswerTask.batch
-    monkeypatch.setattr(train.AnswerTask, 'batch', lambda task, step: asked.append(step) or batch(task, step))
-    monkeypatch.setattr(train.AnswerTask, 'finish', lambda *args: None)
+    asked, rows_of_step = [], Questions.rows_of_step
+    monkeypatch.setattr(Questions, 'rows_of_step', lambda questions, step, *more: asked.append(step) or rows_of_step(questions, step, *more))
+    monkeypatch.setattr(train, 'judge_test_split', lambda *args: None)
     train.main([*flags, '--grad_accum=3', '--max_steps=2', f'--out_dir={tmp_path}'])
-    assert asked[1:] == [0, 1, 2, 3, 4, 5]  # the first one is looked at before the run begins
+    assert asked == [0, 1, 2, 3, 4, 5]
+
+
+def test_stage_one_is_elsewhere():
+    """train.py says in one line where an alignment is made."""
+    with pytest.raises(ValueError, match='config/align.py: stage 1 is a program of its own: python -m align config/align.py'):
+        train.main(['config/align.py'])
+
+
+def test_scales_have_no_weight_decay():
+    """Weight decay is on matrices and the kernels of convolutions; a scale of shape (heads, 1, 1) has none."""
+    model = torch.nn.Module()
+    model.scale, model.kernel, model.matrix = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 1, 1), (4, 3, 2, 2), (4, 4)))
+    adamw, = train.make_optimizers([(1.0, model)], train.TrainConfig(weight_decay=.05))
+    assert {group['weight_decay']: [p.dim() for p in group['params']] for group in adamw.param_groups} == {.05: [4, 2], 0.: [3]}
+
+
+def test_a_checkpoint_of_old(flags, tmp_path):
+    """A checkpoint that this code no longer reads says which commit wrote it."""
+    torch.save(dict(format=4, environment=dict(commit='87752ac')), tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='format 4, this code reads format 5; train again, or use the code that wrote it, commit 87752ac'):
+        train.main([*flags, f'--out_dir={tmp_path}'])
 
 
 def test_another_encoder_under_the_same_name(flags, tiny_encoder, tmp_path):
@@ -629,7 +583,7 @@ def test_another_encoder_under_the_same_name(flags, tiny_encoder, tmp_path):
 def test_optimizers_step_by_hand():
     """Weight decay shrinks matrices, those of Muon too, and nothing else; Muon's momentum is a running mean and looks one step ahead."""
     model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
-    adamw, muon = train.make_optimizers(model, train.TrainConfig(weight_decay=.05))
+    adamw, muon = train.make_optimizers([(1.0, model)], train.TrainConfig(weight_decay=.05))
     names = {p: name for name, p in model.named_parameters()}
     assert {names[p]: group['weight_decay'] for group in adamw.param_groups for p in group['params']} == {'embed.weight': .05, 'vision_proj.bias': 0., 'z_start': 0.}
     assert [group['weight_decay'] for group in muon.param_groups] == [.05]
