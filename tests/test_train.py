@@ -29,6 +29,7 @@ from lab.compare import compare
 from model import Decoder
 from plumbing.plots import draw_curves
 from plumbing.run import FORMAT, read_checkpoint, read_log
+from plumbing.tables import SPLITS
 from prepare import shapes
 
 TINY = ['--max_steps=12', '--eval_interval=4', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu',
@@ -462,7 +463,7 @@ def test_learns_a_dataset_by_heart(tmp_path, monkeypatch, capsys):
         picture.save(tmp_path / f'{k}.png')
         pictures.append((tmp_path / f'{k}.png').read_bytes())
     (tmp_path / 'data').mkdir()
-    for shift, split in enumerate(data.SPLITS):
+    for shift, split in enumerate(SPLITS):
         rows = [dict(image=pictures[k], question=q, answer=a[k], sample_id=f'{q}-{k}', type='who' if 'who' in q else 'what', caption=None)
                 for k in (5 * i + 3 * shift for i in range(8)) for k in [k % 8] for q, a in answers.items()]
         if split == 'val':
