@@ -1,32 +1,51 @@
-"""Finished runs side by side: tables with intervals, and pictures.
+"""
+Finished runs side by side: two tables with 95 % intervals, and two pictures.
 
-    python -m lab.compare out/trm out/plain"""
+    python -m lab.compare out/trm out/plain                             # folders, patterns, copies of metrics.json
+    python -m lab.compare out/trm out/plain --types=count --reach=.8    # judged by one type; when validation had .8
+"""
+
 import json
 import math
 import os
 import re
-from dataclasses import asdict
+import sys
+from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
 
 import torch
 
+from configurator import configure
 from eval import type_order
-from model import ModelConfig
-from plumbing.console import printable, table
+from plumbing.console import printable, run_script, table
 from plumbing.files import write_whole
 
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t of a two-sided 95 % interval, by degrees of freedom from 1 on
+# settings that do not change what is learnt, but for rounding
+NOT_LEARNT = ('seed', 'fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
+NEEDED = ('by_type', 'correct', 'curve', 'mflop_per_example')  # what metrics.json of a run that answers has
+
+
+@dataclass
+class CompareConfig:
+    types: str | None = None    # the question types whose mean is judged, separated by commas; None: all
+    reach: float | None = None  # say when validation Exact Match first had this value
 
 
 def spread(values):
-    """-> the mean, and half the width of its 95 % interval over the seeds (Student's t); None where there is one value only."""
-    n, mean = len(values), sum(values) / len(values)
+    """-> the mean, and half the width of its 95 % interval over the seeds (Student's t); None where there is one
+    value only."""
+    n = len(values)
+    mean = sum(values) / n
     if n == 1:
         return mean, None
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise ValueError('intervals over seeds: to have them, pip install scipy') from None
     sd = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** .5
-    return mean, (STUDENT[n - 2] if n < 11 else 2.2) * sd / n ** .5
+    return mean, float(t.ppf(.975, n - 1)) * sd / n ** .5
 
 
 def plus_minus(values, sign=''):
@@ -34,43 +53,72 @@ def plus_minus(values, sign=''):
     return f'{mean:{sign}.3f}' + (f' ± {half:.3f}' if half is not None else '')
 
 
+def read_run(path):
+    """The metrics of a finished run, of its folder or of a copy of metrics.json. Raises: FileNotFoundError,
+    ValueError."""
+    file = Path(path) if path.endswith('.json') else Path(path) / 'metrics.json'
+    if not file.is_file():
+        raise FileNotFoundError(f'{file}: no such file; lab.compare takes the folders of finished runs')
+    try:
+        m = json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f'{file}: not the metrics.json of a run: {e}') from None
+    if missing := [key for key in NEEDED if key not in m]:
+        raise ValueError(f'{file}: no {missing[0]}; lab.compare takes runs that answer questions and that train.py '
+                         f'finished')
+    return m
+
+
+def alike(a, b):
+    """Whether two runs differ in their seed, place and speed alone. A setting that only one of them knows, as it is
+    newer than the other, does not part them."""
+    known = (a['settings'].keys() & b['settings'].keys()) - set(NOT_LEARNT)
+    return all(a['settings'][key] == b['settings'][key] for key in known)
+
+
 def grouped(paths):
-    """Reads finished runs, folders or copies of a metrics.json -> {name: [metrics of every seed]}: runs that differ in their seed, place and speed alone
-    belong together, each seed once; a setting that is newer than a run has its default there. What a pattern matches and is no finished run is left out, and said.
-    Raises: FileNotFoundError, ValueError."""
-    from train import FREE, TrainConfig
-    groups, named = {}, {}
-    for path, pattern in {path: p for p in map(str, paths) for path in sorted(glob(p)) or [p]}.items():
-        file = Path(path) / 'metrics.json' if not path.endswith('.json') else Path(path)
+    """Reads finished runs -> {name: [metrics of every seed]}: runs that are alike belong together, each seed once.
+    What a pattern matches and is no finished run is left out, and said. Raises: FileNotFoundError, ValueError."""
+    patterns = {}
+    for pattern in map(str, paths):
+        for path in sorted(glob(pattern)) or [pattern]:
+            patterns[path] = pattern
+    groups = []  # each a list of (path, metrics)
+    for path, pattern in patterns.items():
         try:
-            m = json.loads(file.read_text()) if file.is_file() else {}
-        except ValueError as e:
-            raise ValueError(f'{file}: not the metrics.json of a run: {e}') from None
-        if missing := [key for key in ('by_type', 'correct', 'curve', 'mflop_per_example') if key not in m]:
-            problem = (f'{file}: no {missing[0]}; --compare takes runs that answer questions and that train.py finished' if m else
-                       f'{file}: no such file; --compare takes the folders of finished runs')
-            if path == pattern:
-                raise ValueError(problem) if m else FileNotFoundError(problem)
-            print(f'left out: {problem}')
+            m = read_run(path)
+        except (FileNotFoundError, ValueError) as e:
+            if path == pattern or 'not the metrics.json' in str(e):
+                raise
+            print(f'left out: {e}')
             continue
-        same = asdict(TrainConfig()) | m['settings']
-        same = {key: value for key, value in same.items() if key not in ('seed', *FREE)}
-        key = json.dumps(same, sort_keys=True)
-        while m['seed'] in {other['seed'] for _, other in groups.get(key, ())}:
-            key += '+'
-        groups.setdefault(key, []).append((path.removesuffix('.json'), m))
+        for group in groups:
+            if alike(m, group[0][1]) and m['seed'] not in [other['seed'] for _, other in group]:
+                break
+        else:
+            group = []
+            groups.append(group)
+        group.append((path.removesuffix('.json'), m))
     if not groups:
-        raise ValueError(f'--compare: no finished run among {", ".join(map(str, paths))}')
-    for runs in groups.values():
-        name = re.sub('[-_]+$', '', os.path.commonprefix([path for path, _ in runs])) if len(runs) > 1 else runs[0][0]
-        named[name if name not in named else f'{name} ({len(named) + 1})'] = [m for _, m in runs]
+        raise ValueError(f'no finished run among {", ".join(map(str, paths))}')
+    named = {}
+    for group in groups:
+        name = group[0][0]
+        if len(group) > 1:
+            name = re.sub('[-_]+$', '', os.path.commonprefix([path for path, _ in group]))
+        if name in named:
+            name = f'{name} ({len(named) + 1})'
+        named[name] = [m for _, m in group]
     return named
 
 
 def depth(m):
     """How many blocks an answer position goes through, one after the other."""
-    config = ModelConfig(**{key: m['settings'][key] for key in ('kind', 'n_layer', 'recursion', 'inner_steps', 'outer_steps')})
-    return config.n_layer * config.calls
+    s = m['settings']
+    if s['kind'] == 'plain':
+        return s['n_layer']
+    passes = s['inner_steps'] + (s['recursion'] == 'add')
+    return s['n_layer'] * s['outer_steps'] * passes
 
 
 def training_flops(m):
@@ -195,3 +243,16 @@ def draw_courses(figure, groups, styles):
     right.set(ylabel='test Exact Match', ylim=(0, 1.03))
     right.set_xticks(range(len(types)), types, rotation=40, ha='right')
     return axes
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    paths = [path for word in argv if not word.startswith('-') for path in word.split(',')]
+    s, _ = configure(CompareConfig, [word for word in argv if word.startswith('-')], '-m lab.compare PATH ...')
+    if not paths:
+        raise ValueError('which runs? python -m lab.compare out/trm out/plain')
+    print(compare(paths, s.types and s.types.split(','), s.reach))
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,59 +1,172 @@
-"""The states of the recursion: how large they are, and what they carry from one pass to the next.
+"""
+The states of the recursion: how large they are, and what they carry from one pass to the next.
 
-    python -m lab.states --out_dir=out/trm"""
+    python -m lab.states --out_dir=out/trm              # RMS of y and z over 64 passes
+    python -m lab.states --out_dir=out/trm --forget=z   # the test split, with z set back before every pass
+    python -m lab.states --fresh=true                   # sizes and gradients of untrained decoders
+"""
+
 import copy
-from itertools import cycle
+import sys
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from lab.bench import bench_decoder
-from plumbing.console import table
+from configurator import configure
+from data import Questions
+from eval import evaluate, load_run, result_table, rows_to_judge, set_depth
+from lab.bench import BenchConfig, bench_decoder
+from plumbing.console import run_script, table
+from plumbing.features import vision_source
+from plumbing.machine import on_device, pick_device
+from plumbing.run import read_checkpoint
+
+MARKS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass
+class StatesConfig:
+    out_dir: str = 'out/trm'        # the run to look into
+    split: str = 'test'             # train, val or test
+    dataset: str | None = None      # another dataset folder than the one of the run
+    forget: str | None = None       # y or z: evaluate with it set back to its start before every pass
+    fresh: bool = False             # untrained decoders of each recursion and norm, instead of a run
+    inner_steps: int | None = None  # with forget: another number of passes than in training
+    batch_size: int = 256           # rows at a time
+    device: str = 'auto'            # auto (a GPU if there is one), cpu, cuda, ...
+
+    def __post_init__(self):
+        if self.forget not in (None, 'y', 'z'):
+            raise ValueError(f'forget={self.forget}: expected y or z')
+        if self.split not in ('train', 'val', 'test'):
+            raise ValueError(f'split={self.split}: expected train, val or test')
+        if self.batch_size < 1:
+            raise ValueError(f'batch_size={self.batch_size}: expected at least 1')
+
+
+def watch_passes(decoder):
+    """Notes what goes into F and comes out, from now on. -> a list that gets (states in, states out) a pass"""
+    network = decoder.network
+    passes = []
+
+    def watched(states, *rest, **more):
+        after = network(states, *rest, **more)
+        passes.append((states, after))
+        return after
+
+    decoder.network = watched
+    return passes
+
+
+def rms(h):
+    return h.float().square().mean().sqrt().item()
 
 
 def state_sizes(decoder, vision, question, answer, steps=64):
-    """RMS of the states after every step of one long cycle. Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of
-    them; with recursion='add' y only moves at the end of the cycle, so all but the last y are None; with 'loop' there is no z. Raises: ValueError if plain."""
+    """RMS of the states after every pass of one long cycle.
+
+    Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of them. With recursion='add' y moves
+    only at the end of the cycle: all but the last are None. With 'loop' there is no z.
+    Raises: ValueError if plain.
+    """
     if decoder.config.kind == 'plain':
         raise ValueError('a plain decoder has no recurrent states')
-    rms = lambda h: h.float().square().mean().sqrt().item()
     decoder = copy.deepcopy(decoder)
-    decoder.config.inner_steps, decoder.config.outer_steps, watch = steps, 1, []
+    decoder.config.inner_steps = steps
+    decoder.config.outer_steps = 1
+    recursion = decoder.config.recursion
+    passes = watch_passes(decoder)
     with torch.no_grad():
-        decoder.answer_states(decoder.read_context(vision, question), answer, watch=watch)
-    if decoder.config.recursion == 'loop':
-        return [(rms(h), None) for h, _ in watch]
-    if decoder.config.recursion == 'concat':
-        return [tuple(rms(half) for half in h.chunk(2, dim=1)) for h, _ in watch]
-    return [(None, rms(h)) for h, _ in watch[:-2]] + [(rms(watch[-1][0]), rms(watch[-2][0]))]
-
-
-def show_states(b):
-    """Prints the sizes of fresh states and gradients for the recursions concat and add with every norm, at the width of the benchmark."""
-    rows, marks = [], (1, 4, 16, 64)
-    for recursion in ('concat', 'add'):
-        for placement in ('pre', 'post', 'unbounded'):
-            decoder, batch = bench_decoder(b, recursion=recursion, norm=placement)
-            sizes, grads = state_sizes(decoder, *batch[:3], steps=max(marks)), []
-            for n in (4, 8, 16):
-                decoder.config.inner_steps = n
-                decoder.zero_grad()
-                decoder(*batch)[1].backward()
-                grads.append(torch.stack([p.grad.norm() for p in decoder.blocks.parameters()]).norm().item())
-            rows.append([recursion, placement, *(f'{sizes[n - 1][1]:.2f}' for n in marks), f'{sizes[-1][0]:.2f}', *(f'{g:.2f}' for g in grads)])
-    print(table(['recursion', 'norm', *(f'z after {n}' for n in marks), f'y after {marks[-1]}', *(f'gradient at n={n}' for n in (4, 8, 16))], rows))
+        decoder.answer_states(decoder.read_context(vision, question), answer)
+    sizes = []
+    if recursion == 'concat':
+        for _, after in passes:
+            y, z = after.chunk(2, dim=1)                               # (B, A, C) both
+            sizes.append((rms(y), rms(z)))
+    elif recursion == 'loop':
+        sizes = [(rms(after), None) for _, after in passes]
+    elif recursion == 'add':
+        sizes = [(None, rms(after)) for _, after in passes[:-1]]
+        sizes[-1] = (rms(passes[-1][1]), sizes[-1][1])
+    else:
+        raise ValueError(f'recursion={recursion}: which of its states is y is not known here')
+    return sizes
 
 
 def forgetful(decoder, which):
-    """Makes every step of [y ; z] begin with the y, or the z, that the first one had: what the other state carries must then do."""
-    first, start = cycle([True] + [False] * (decoder.config.calls - 1)), []
+    """Makes every pass of [y ; z] begin with the y, or the z, that the first one had: what the other one
+    carries must then do. Raises: ValueError where y and z do not go through F together."""
+    if decoder.config.recursion != 'concat':
+        raise ValueError('--forget: a decoder whose passes have no y and z side by side; '
+                         "expected recursion='concat'")
+    network = decoder.network
+    answer_states = decoder.answer_states
+    start = []  # y and z of the first pass
 
-    def forget(block, args):
-        h, rope, mask, *context = args
-        if context:  # a step, not the pass over the context
-            if next(first):
-                start[:] = h.chunk(2, dim=1)
-            y, z = h.chunk(2, dim=1)
-            return torch.cat([start[0], z] if which == 'y' else [y, start[1]], dim=1), rope, mask, *context
+    def begin(*args, **more):
+        start.clear()
+        return answer_states(*args, **more)
 
-    for block in decoder.blocks[::decoder.config.n_layer]:  # the first one of every step
-        block.register_forward_pre_hook(forget)
+    def forget(states, *rest, **more):
+        y, z = states.chunk(2, dim=1)                                  # (B, A, C) both
+        if not start:
+            start.extend([y, z])
+        if which == 'y':
+            y = start[0]
+        elif which == 'z':
+            z = start[1]
+        else:
+            raise ValueError(f'forget={which}: expected y or z')
+        return network(torch.cat([y, z], dim=1), *rest, **more)
+
+    decoder.network = forget
+    decoder.answer_states = begin
+
+
+def show_fresh(b, marks=(1, 4, 16, 64), depths=(4, 8, 16)):
+    """Prints sizes of fresh states, and of gradients, for both recursions with z and both norms."""
+    rows = []
+    for recursion in ('concat', 'add'):
+        for placement in ('pre', 'post'):
+            decoder, batch = bench_decoder(b, recursion=recursion, norm=placement)
+            sizes = state_sizes(decoder, *batch[:3], steps=max(marks))
+            row = [recursion, placement, *(f'{sizes[n - 1][1]:.2f}' for n in marks), f'{sizes[-1][0]:.2f}']
+            for n in depths:
+                decoder.config.inner_steps = n
+                decoder.zero_grad()
+                decoder(*batch)[1].backward()
+                norms = torch.stack([p.grad.norm() for p in decoder.blocks.parameters()])
+                row.append(f'{norms.norm().item():.2f}')
+            rows.append(row)
+    head = ['recursion', 'norm', *(f'z after {n}' for n in marks), f'y after {marks[-1]}']
+    print(table(head + [f'gradient at n={n}' for n in depths], rows))
+
+
+def main(argv=None):
+    s, _ = configure(StatesConfig, sys.argv[1:] if argv is None else argv, '-m lab.states')
+    device = pick_device(s.device)
+    if s.fresh:
+        show_fresh(BenchConfig(device=device))
+        return
+    checkpoint = read_checkpoint(s.out_dir)
+    run = checkpoint['settings']
+    decoder, encoder, tokenizer = load_run(checkpoint, device)
+    set_depth(decoder, s.out_dir, s.inner_steps, None)
+    rows = rows_to_judge(s.dataset or run['dataset'], s.split)
+    limits = run['max_question_tokens'], run['max_answer_tokens']
+    questions = Questions(rows, tokenizer, *limits, truncate=True)
+    vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    if s.forget:
+        forgetful(decoder, s.forget)
+        print(result_table(evaluate(decoder, questions, vision_of, device, s.batch_size)[0]))
+        return
+    batch = on_device(questions.batch(next(questions.rows_in_order(s.batch_size))), device)
+    sizes = state_sizes(decoder, vision_of(batch['picture']), batch['question'], batch['answer'])
+    for n in MARKS:
+        known = [f'RMS of {name} {size:.2f}' for name, size in zip('yz', sizes[n - 1]) if size]
+        print(f'after {n:2} passes: ' + ', '.join(known))
+
+
+if __name__ == '__main__':
+    run_script(main)
