@@ -1,158 +1,211 @@
-"""Stage 1: the encoder learns from captions.
+"""
+Stage 1: the encoder learns from captions; from then on it is frozen.
 
-    python -m align config/align.py"""
+    python -m align config/align.py          # the small encoder of the shapes, from drawn captions
+    python -m align config/align_pixmo.py    # a resampler after a frozen CLIP, from the captions of a dataset
+    torchrun --standalone --nproc_per_node=4 -m align config/align.py
+
+The same command goes on where a stopped or killed run stood. The folder gets encoder.pt, which train.py takes as
+--encoder; `python -m align.judge --out_dir=out/align` reports on it again.
+"""
+
+import copy
 import json
 import math
-import re
+import sys
+import time
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from align.captions import Captions, DrawnCaptions, caption_sample
-from align.judge import probe, retrieval
-from align.model import AlignModel
-from data import Tokenizer, read_rows, train_bpe
-from encoder import Encoder, EncoderConfig, load_encoder, open_encoder, save_encoder
-from eval import rows_to_judge
-from plumbing.console import table
-from plumbing.features import vision_source
-from plumbing.files import write_whole
-from plumbing.machine import on_device
+from align.captions import AlignData
+from align.config import AlignConfig
+from align.judge import report, validate
+from align.model import AlignModel, encoder_config, open_trunk
+from configurator import configure, echo
+from encoder import Encoder, load_encoder, save_encoder
+from plumbing.console import clock, printable, run_script
+from plumbing.files import locked, write_whole
+from plumbing.machine import compile_layers, most_memory, on_device, pick_dtype
 from plumbing.plots import draw_curves
-from plumbing.ranks import in_turn, rank_and_world
-from plumbing.tables import check_splits
-from prepare.shapes import Config as ShapesConfig
-from train import unchanged
+from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
+from plumbing.run import FORMAT, Log, Run, Stop, begin, leave_out, put_back, save, saved_run, unchanged
+from train import FREE, follow, make_optimizers, set_learning_rate, update
 
 
-class AlignTask:
-    """Stage 1: the encoder learns from captions, of pictures that are drawn as they are needed or of a dataset. A pretrained trunk is
-    frozen: what it makes of the pictures is computed once, and what follows it is trained."""
-    metric = 'R@1'
+def main(argv=None):
+    s, sources = configure(AlignConfig, sys.argv[1:] if argv is None else argv, '-m align')
+    with processes(s) as device, Stop() as stop:
+        first = rank_and_world()[0] == 0
+        with locked(Path(s.out_dir) / '.lock') if first else nullcontext():
+            align(s, sources, device, stop)
 
-    def __init__(self, settings, device, saved, splits=('train', 'val')):
-        self.settings, self.device, self.frozen, self.fingerprint, self.vision, self.rows_sum = settings, device, None, None, {}, None
-        world = rank_and_world()[1]
-        if settings.batch_size % world:
-            raise ValueError(f'batch_size={settings.batch_size}: {world} processes contrast as many captions each: expected a multiple of {world}')
-        if settings.captions == 'drawn':
-            shapes = ShapesConfig(image_px=settings.image_px, max_objects=settings.max_objects, seed=settings.seed)
-            texts = caption_sample(shapes)
+
+def align(s, sources, device, stop):
+    """The whole story of a run, from its settings to its result."""
+    # ---- the run
+    world = rank_and_world()[1]
+    if s.batch_size % world:
+        raise ValueError(f'batch_size={s.batch_size}: {world} processes contrast as many captions each: '
+                         f'expected a multiple of {world}')
+    run = Run(started=time.time())
+    out_dir = Path(s.out_dir)
+    saved = saved_run(s, FREE, stage='align')
+    about = begin(s, device)
+    print(echo(s, sources))
+
+    # ---- captions, model, pictures
+    data = AlignData(s, saved)
+    unchanged(s, saved, 'dataset', data.rows_sum)
+    trunk = open_trunk(s, device)
+    fingerprint = trunk.fingerprint() if trunk else None
+    unchanged(s, saved, 'trunk', fingerprint)
+    config = encoder_config(s, trunk)
+    model = AlignModel(Encoder(config), data.tokenizer.vocab_size, s.text_width, s.text_layers)
+    if trunk:
+        model.encoder.trunk = torch.nn.Identity()  # what it makes of the pictures is computed once
+    data.open_pictures(trunk, model.encoder, device)
+
+    # ---- optimizers; the average of the weights is what is judged
+    model = model.to(device)
+    average = copy.deepcopy(model).requires_grad_(False).eval() if s.ema or s.compile else model
+    if s.compile:
+        compile_layers(model, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizers = make_optimizers([(1.0, model)], s)
+    dtype = pick_dtype(s.dtype, device)
+    kind = device.split(':')[0]
+    autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    counts = parameter_counts(model, trunk)
+    chance = chosen(s, dict(contrast=math.log(s.batch_size), cloze=math.log(data.tokenizer.vocab_size)))
+    print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))
+    print(f'up to {s.batch_size * s.grad_accum} examples per step | '
+          f'expected loss at the start {sum(chance.values()):.2f}')
+
+    # ---- go on where a stopped run stood
+    parts = dict(model=model, ema=average, scaler=scaler)  # the whole state
+    parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
+    if saved:
+        run = put_back(saved, parts, run.started)
+        print(f'going on at step {run.step}', flush=True)
+    checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
+                      encoder_config=asdict(config), tokenizer=data.tokenizer.state,
+                      dataset_fingerprint=data.rows_sum, trunk_fingerprint=fingerprint)
+    data.batch('train', run.step * s.grad_accum, s.batch_size, s.seed)  # too large a batch costs nobody the old run
+    log = Log(out_dir / 'log.jsonl', run.step, s, dict(**about, parameters=counts, settings=asdict(s)))
+
+    # ---- the loop
+    mark = time.time()
+    warned = False
+    stop.waits = True
+    while run.step < s.max_steps:
+        lr = set_learning_rate(optimizers, run.step, s)
+        names = []
+        n_rows = 0
+        losses = {}
+        for micro in range(s.grad_accum):
+            batch = data.batch('train', run.step * s.grad_accum + micro, s.batch_size, s.seed)
+            names += batch.pop('names')
+            n_rows += len(batch['caption'])
+            batch['counted'] = batch['left_out']
+            batch = on_device(shard(batch), device)
+            with autocast:
+                tokens = data.tokens(model.encoder, batch, 'train')                        # (B, N, D)
+                terms = model(tokens, batch['caption'], batch['left_out'])
+                terms['cloze'] = terms['cloze'] * batch.get('weight', 1)
+                terms = chosen(s, terms)
+            scaler.scale(sum(terms.values()) / s.grad_accum).backward()
+            for name, term in terms.items():
+                losses[name] = losses.get(name, 0) + term.detach() / s.grad_accum
+        losses, stopping = all_reduce(parameters, losses, stop.asked)
+        gnorm, good = update(parameters, optimizers, scaler, sum(losses.values()), s.grad_clip)
+        if good:
+            follow(average, model, run.step, s.ema)
+            run.count(losses, n_rows)
         else:
-            if splits:  # it trains; who only evaluates needs no more than what is evaluated
-                check_splits(settings.dataset)
-            rows = {split: read_rows(settings.dataset, split) for split in splits}
-            texts = (caption for caption in rows['train'].captions) if not saved else ()
-            if splits:
-                self.rows_sum = {split: r.sum.hexdigest() for split, r in rows.items()}
-                unchanged(settings, saved, 'dataset', self.rows_sum)
-        self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, settings.vocab_size))
-        s, D = settings, settings.encoder_dim
-        trunk = dict(image_px=s.image_px, width=s.encoder_width, n_layer=s.encoder_layers)
-        trunk |= {key: getattr(s, key) for key in ('fit', 'upright', 'activation') if getattr(s, key) is not None}
-        if s.trunk:
-            self.frozen = open_encoder(s.trunk, asdict(s), pool=s.pool).to(device)
-            if self.frozen.config.n_latents or self.frozen.config.projection != 'none':
-                raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
-            trunk = asdict(self.frozen.config)
-            self.fingerprint = self.frozen.fingerprint()
-            unchanged(settings, saved, 'trunk', self.fingerprint)
-        if s.prefixes and not re.fullmatch(r'\d+(,\d+)*', s.prefixes):
-            raise ValueError(f'prefixes={s.prefixes}: expected numbers, separated by commas')
-        prefixes = [int(d) for d in s.prefixes.split(',')] if s.prefixes else [D // 8, D // 4, D // 2, D]
-        self.config = EncoderConfig(**trunk | dict(
-            pool=s.pool, adapter=s.adapter, n_latents=s.n_latents, perceiver_layers=s.perceiver_layers, perceiver_width=s.perceiver_width,
-            perceiver_heads=s.perceiver_heads, projection='linear', vision_dim=D, prefixes=tuple(sorted(prefixes))))
-        self.model = AlignModel(Encoder(self.config), self.tokenizer.vocab_size, s.text_width, s.text_layers)
-        if s.trunk:
-            self.model.encoder.trunk = torch.nn.Identity()
-        if s.captions == 'drawn':
-            drawn = DrawnCaptions(shapes, self.tokenizer)
-            self.data = {split: partial(drawn.batch, split) for split in ('train', 'val', 'test')}
-            self.drawn, self.pictures = drawn, dict.fromkeys(self.data, 1000)
-        else:
-            self.data, self.drawn, self.pictures = {}, None, {}
-            for split in splits:
-                self.open(split, rows[split])
+            values = f'loss {sum(losses.values())}, gradient norm {gnorm}, lr {lr:.2e}'
+            problem = printable(f"step {run.step}: {values}: not finite; samples {', '.join(names)}, ...")
+            if run.bad_steps >= s.skip_bad_steps:
+                save(out_dir, checkpoint, run, parts)
+            leave_out(run, log, problem, s.skip_bad_steps)
+        run.step += 1
+        run.since_s += time.time() - mark
+        mark = time.time()
 
-    def open(self, split, rows):
-        """Makes a split of the dataset ready: its captions as tokens, its pictures encoded by the frozen trunk."""
-        captions = Captions(rows, self.tokenizer)
-        seen = asdict(self.settings) | dict(use_vision=True, vision_dim=None, train_encoder=self.frozen is None)
-        self.vision[split] = vision_source(seen, self.frozen or self.model.encoder, rows, self.device)
-        self.data[split], self.pictures[split] = captions.batch, len(rows.pictures)
+        if run.since and (run.step % s.log_interval == 0 or run.step == s.max_steps):
+            means = log.step(run, lr, gnorm)
+            for name, guess in chance.items():
+                if run.step >= 100 and not warned and means.get(name, 0) > guess - .01:
+                    warned = True
+                    log.nothing_learnt(run.step, name, means[name], guess)
 
-    def chance(self):
-        return self.chosen({'contrast': math.log(self.settings.batch_size), 'cloze': math.log(self.tokenizer.vocab_size)})
+        if run.step % s.eval_interval == 0 or run.step == s.max_steps:
+            scores = validate(average, data, s, device, 'val')
+            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='R@1'), event='eval')
+            if run.best is None or scores['loss'] <= run.best['scores']['loss']:
+                run.best = dict(step=run.step, scores=scores, model=copy.deepcopy(average.state_dict()))
+            save(out_dir, checkpoint, run, parts)
+            mark = time.time()  # the clock of the log lines stands still while evaluating
+        elif stopping:
+            save(out_dir, checkpoint, run, parts)
+        if stopping:
+            fresh = ' without --fresh' if s.fresh else ''
+            raise KeyboardInterrupt(f'stopped at step {run.step} of {s.max_steps}, which is saved; '
+                                    f'the same command{fresh} goes on from there')
+    stop.waits = False
+    if stop.asked:
+        raise KeyboardInterrupt('stopped before the evaluation, training is saved; '
+                                'the same command goes on from there')
 
-    def chosen(self, losses):
-        return {name: loss for name, loss in losses.items() if self.settings.objective in (name, 'both')}
+    # ---- the result on the test split, opened only now, with the weights that validation found best
+    average.load_state_dict(run.best['model'])
+    print(f"best validation R@1 {run.best['scores']['R@1']:.3f} at step {run.best['step']}")
+    run.wall_s = time.time() - run.started
+    facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s))
+    finish(average, trunk, data, s, device, facts)
+    print(f'{out_dir}: done after {clock(time.time() - run.started)}, '
+          f'at most {most_memory(device) / 1e9:.2f} GB of memory')
 
-    def batch(self, step):
-        batch = self.data['train'](step, self.settings.batch_size, self.settings.seed)
-        return batch | dict(counted=batch['left_out'])
 
-    def tokens(self, model, batch, split):
-        """The encoder's tokens of a batch. -> (B, N, D)"""
-        if self.drawn:
-            return model.encoder(model.encoder.normalise(batch['pixels']))
-        seen = self.vision[split](self.frozen or model.encoder, batch['picture'])
-        return model.encoder.resample(seen) if self.frozen else seen
+# ----------------------------------------------------------------------------
+# what the story leans on
 
-    def losses(self, model, batch, split='train'):
-        losses = model(self.tokens(model, batch, split), batch['caption'], batch['left_out'])
-        return self.chosen(losses | {'cloze': losses['cloze'] * batch.get('weight', 1)})
+def chosen(s, losses):
+    """Those of the losses that are trained on."""
+    return {name: loss for name, loss in losses.items() if s.objective in (name, 'both')}
 
-    @torch.no_grad()
-    def validate(self, model, split='val', most=1000):
-        """Loss, and retrieval among up to `most` pictures."""
-        loss, pooled, text, size = 0, [], [], min(250, most, self.pictures[split])
-        steps = min(most, self.pictures[split]) // size
-        for step in range(steps):
-            batch = on_device(self.data[split](step, size, self.settings.seed), self.device)
-            loss += sum(self.losses(model, batch, split).values()).item() / steps
-            pooled.append(self.tokens(model, batch, split).mean(1).float())
-            text.append(model.read_text(batch['caption'])[1].float())
-        self.retrieval, self.ranked = retrieval(torch.cat(pooled), torch.cat(text), self.config.prefixes), steps * size
-        return {'loss': loss, 'R@1': self.retrieval[self.config.vision_dim]['R@1']}
 
-    def better(self, new, old):
-        return new['loss'] <= old['loss']
+def parameter_counts(model, trunk):
+    total = sum(p.numel() for p in model.parameters())
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    counts = dict(encoder=encoder, text=total - encoder, total=total)
+    if trunk:
+        counts['frozen trunk'] = sum(p.numel() for p in trunk.parameters())
+    return counts
 
-    def weights(self, model):
-        return {'model': model.state_dict()}
 
-    def state(self):
-        return dict(encoder_config=asdict(self.config), tokenizer=self.tokenizer.state, dataset_fingerprint=self.rows_sum, trunk_fingerprint=self.fingerprint)
+def finish(model, trunk, data, s, device, facts):
+    """Writes encoder.pt, the trunk included, and reports on the test split."""
+    out_dir = Path(s.out_dir)
+    if trunk:
+        model.encoder.trunk = trunk.trunk
 
-    def parameter_counts(self):
-        encoder, total = (sum(p.numel() for p in m.parameters()) for m in (self.model.encoder, self.model))
-        return dict(encoder=encoder, text=total - encoder, total=total) | (
-            {'frozen trunk': sum(p.numel() for p in self.frozen.parameters())} if self.frozen else {})
+    def write_encoder():
+        save_encoder(model.encoder, out_dir / 'encoder.pt')
 
-    def report(self, model, split, most=5000):
-        """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens -> both, and the loss."""
-        if split not in self.data:
-            self.open(split, rows_to_judge(self.settings.dataset, split))
-        scores = self.validate(model, split, most)
-        print(f'retrieval among {self.ranked} pictures, both ways')
-        print(table(['dimensions', 'R@1', 'R@5', 'R@10', 'median rank'], [
-            [d, *(f'{r[k]:.3f}' for k in ('R@1', 'R@5', 'R@10')), f"{r['median rank']:.0f}"] for d, r in self.retrieval.items()]))
-        scores |= dict(retrieval=self.retrieval)
-        if self.drawn:
-            scores['probe'] = probe(model.encoder, self.drawn, self.device)
-            print('probe | ' + ' | '.join(f'{k} {v:.3f}' for k, v in scores['probe'].items()))
-        return scores
+    in_turn(write_encoder)
+    model.encoder = load_encoder(out_dir / 'encoder.pt').to(device)  # what was written is what is judged
+    metrics = facts | report(model, data, s, device, 'test')
 
-    def finish(self, model, facts):
-        """Writes encoder.pt, the trunk included, and reports on the test split, which nothing has looked at so far."""
-        out_dir = Path(self.settings.out_dir)
-        if self.frozen:
-            model.encoder.trunk = self.frozen.trunk
-        in_turn(lambda: save_encoder(model.encoder, out_dir / 'encoder.pt'))
-        model.encoder = load_encoder(out_dir / 'encoder.pt').to(self.device)  # what was written is what is judged
-        metrics = facts | self.report(model, 'test')
-        write_whole(out_dir / 'metrics.json', lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-        draw_curves(out_dir)
+    def write_metrics(file):
+        file.write(json.dumps(metrics, indent=1).encode())
+
+    write_whole(out_dir / 'metrics.json', write_metrics)
+    draw_curves(out_dir)
+
+
+if __name__ == '__main__':
+    run_script(main)

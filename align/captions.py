@@ -1,11 +1,16 @@
 """Captions for stage 1: of a dataset, or drawn while it trains; some words of them are left out."""
 import random
 import re
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from data import padded
+from data import Tokenizer, padded, read_rows, train_bpe
+from eval import rows_to_judge
+from plumbing.features import vision_source
+from plumbing.tables import check_splits
+from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_picture, draw_scene, locate
 
 
@@ -42,7 +47,7 @@ class Captions:
         for i in picture:
             chosen = rng.sample(self.phrases[i], min(self.n_phrases, len(self.phrases[i])))
             phrases += [list(map(int, p)) for p in (chosen * self.n_phrases)[:self.n_phrases]]
-        return dict(picture=torch.from_numpy(picture), names=lambda: [self.names[i] for i in picture[:8]], **cloze(phrases, batch_size, rng))
+        return dict(picture=torch.from_numpy(picture), names=[self.names[i] for i in picture[:8]], **cloze(phrases, batch_size, rng))
 
 
 class DrawnCaptions:
@@ -63,7 +68,7 @@ class DrawnCaptions:
         (B, P, L) bool, every other word or so."""
         scenes, pixels, rng = self.scenes(split, step, batch_size, seed)
         phrases = [self.tokenizer.encode(phrase) for scene in scenes for phrase in locate(scene, rng, self.config.image_px)]
-        return dict(pixels=pixels, names=lambda: [f'step {step}'], **cloze(phrases, batch_size, rng))
+        return dict(pixels=pixels, names=[f'step {step}'], **cloze(phrases, batch_size, rng))
 
 
 def caption_sample(config, n=3000):
@@ -71,3 +76,66 @@ def caption_sample(config, n=3000):
     for i in range(n):
         rng = random.Random(f'tokenizer/{config.seed}/{i}')
         yield from locate(draw_scene(rng, config), rng, config.image_px)
+
+
+class AlignData:
+    """The captions of every split as tokens, and its pictures: drawn as they are needed, or those of a dataset."""
+
+    def __init__(self, s, saved, splits=('train', 'val')):
+        self.settings = s
+        self.rows_sum = None
+        self.images = {}      # split -> its image tokens, for a dataset
+        self.captions = {}    # split -> Captions, for a dataset
+        self.drawn = None
+        if s.captions == 'drawn':
+            shapes = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, seed=s.seed)
+            texts = caption_sample(shapes)
+            self.rows = {}
+        elif s.captions == 'dataset':
+            if splits:  # who only evaluates needs no more than what is evaluated
+                check_splits(s.dataset)
+            self.rows = {split: read_rows(s.dataset, split) for split in splits}
+            texts = (caption for caption in self.rows['train'].captions) if not saved else ()
+            if splits:
+                self.rows_sum = {split: rows.sum.hexdigest() for split, rows in self.rows.items()}
+        else:
+            raise ValueError(f'captions={s.captions}: expected drawn or dataset')
+        self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, s.vocab_size))
+        if s.captions == 'drawn':
+            self.drawn = DrawnCaptions(shapes, self.tokenizer)
+
+    def open_pictures(self, trunk, encoder, device):
+        """Makes the splits of the dataset ready: what a frozen trunk makes of their pictures is computed once."""
+        self.trunk = trunk
+        self.encoder = encoder
+        self.device = device
+        for split in self.rows:
+            self.open(split)
+
+    def open(self, split):
+        if split not in self.rows:
+            self.rows[split] = rows_to_judge(self.settings.dataset, split)
+        self.captions[split] = Captions(self.rows[split], self.tokenizer)
+        how = asdict(self.settings) | dict(use_vision=True, vision_dim=None, train_encoder=self.trunk is None)
+        self.images[split] = vision_source(how, self.trunk or self.encoder, self.rows[split], self.device)
+
+    def n_pictures(self, split):
+        if self.drawn:
+            return 1000
+        if split not in self.captions:
+            self.open(split)
+        return len(self.rows[split].pictures)
+
+    def batch(self, split, step, batch_size, seed):
+        if self.drawn:
+            return self.drawn.batch(split, step, batch_size, seed)
+        return self.captions[split].batch(step, batch_size, seed)
+
+    def tokens(self, encoder, batch, split):
+        """What the encoder makes of the pictures of a batch. -> (B, N, D)"""
+        if self.drawn:
+            return encoder(encoder.normalise(batch['pixels']))
+        if self.trunk is None:
+            return self.images[split](encoder, batch['picture'])
+        patches = self.images[split](self.trunk, batch['picture'])                         # (B, P, W)
+        return encoder.resample(patches)

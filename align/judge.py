@@ -1,7 +1,18 @@
 """What an aligned encoder is worth: retrieval, and what a probe reads from its tokens."""
+import sys
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from align.captions import AlignData
+from align.config import AlignConfig
+from align.model import AlignModel, encoder_config, open_trunk
+from configurator import configure
+from encoder import Encoder
+from plumbing.console import run_script, table
+from plumbing.machine import on_device, pick_device
+from plumbing.run import read_checkpoint
 from prepare.shapes import COLORS, SHAPES
 
 
@@ -67,12 +78,77 @@ def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
                 place_error_px=(((xy - place).norm(dim=-1) * there).sum() / there.sum()).item())
 
 
-def report_alignment(settings, checkpoint, device):
-    """Prints retrieval, and of drawn pictures the probe, of a run of stage align."""
-    from train import AlignTask, TrainConfig
-    if settings.attention or settings.states or settings.forget or settings.inner_steps or settings.outer_steps:
-        raise ValueError(f'{settings.out_dir}: a run of stage align has no recursion to look at')
+@torch.no_grad()
+def validate(model, data, s, device, split, most=1000):
+    """Loss, and retrieval among up to `most` pictures."""
+    return judged(model, data, s, device, split, most)[0]
+
+
+@torch.no_grad()
+def judged(model, data, s, device, split, most):
+    """-> loss and R@1, retrieval at every prefix, and among how many pictures."""
+    n = data.n_pictures(split)
+    size = min(250, most, n)
+    steps = min(most, n) // size
+    loss = 0
+    pooled = []
+    text = []
+    for step in range(steps):
+        batch = on_device(data.batch(split, step, size, s.seed), device)
+        tokens = data.tokens(model.encoder, batch, split)                                  # (B, N, D)
+        losses = model(tokens, batch['caption'], batch['left_out'])
+        loss += sum(term for name, term in losses.items() if s.objective in (name, 'both')).item() / steps
+        pooled.append(data.tokens(model.encoder, batch, split).mean(1).float())            # (B, D)
+        text.append(model.read_text(batch['caption'])[1].float())                          # (B, D)
+    prefixes = model.encoder.config.prefixes
+    found = retrieval(torch.cat(pooled), torch.cat(text), prefixes)
+    return {'loss': loss, 'R@1': found[max(prefixes)]['R@1']}, found, steps * size
+
+
+def report(model, data, s, device, split, most=5000):
+    """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens. -> both, and the
+    loss"""
+    scores, found, n = judged(model, data, s, device, split, most)
+    print(f'retrieval among {n} pictures, both ways')
+    rows = [[d, *(f'{r[key]:.3f}' for key in ('R@1', 'R@5', 'R@10')), f"{r['median rank']:.0f}"]
+            for d, r in found.items()]
+    print(table(['dimensions', 'R@1', 'R@5', 'R@10', 'median rank'], rows))
+    scores |= dict(retrieval=found)
+    if data.drawn:
+        scores['probe'] = probe(model.encoder, data.drawn, device)
+        print('probe | ' + ' | '.join(f'{key} {value:.3f}' for key, value in scores['probe'].items()))
+    return scores
+
+
+@dataclass
+class JudgeConfig:
+    out_dir: str = 'out/align'  # the run to report on
+    split: str = 'test'         # train, val or test
+    dataset: str | None = None  # another dataset folder than the one of the run
+    device: str = 'auto'        # auto (a GPU if there is one), cpu, cuda, ...
+
+    def __post_init__(self):
+        if self.split not in ('train', 'val', 'test'):
+            raise ValueError(f'split={self.split}: expected train, val or test')
+
+
+def main(argv=None):
+    settings, _ = configure(JudgeConfig, sys.argv[1:] if argv is None else argv, '-m align.judge')
+    device = pick_device(settings.device)
+    checkpoint = read_checkpoint(settings.out_dir)
+    if checkpoint['stage'] != 'align':
+        raise ValueError(f'{settings.out_dir}: a run that answers questions; python eval.py judges it')
     run = checkpoint['settings']
-    task = AlignTask(TrainConfig(**run | dict(dataset=settings.dataset or run['dataset'], wandb=False)), device, checkpoint, splits=())
-    task.model.load_state_dict(checkpoint['run']['best']['model'])
-    task.report(task.model.to(device).eval(), settings.split)
+    s = AlignConfig(**run | dict(dataset=settings.dataset or run['dataset'], wandb=False))
+    data = AlignData(s, checkpoint, splits=())
+    trunk = open_trunk(s, device)
+    model = AlignModel(Encoder(encoder_config(s, trunk)), data.tokenizer.vocab_size, s.text_width, s.text_layers)
+    if trunk:
+        model.encoder.trunk = torch.nn.Identity()
+    data.open_pictures(trunk, model.encoder, device)
+    model.load_state_dict(checkpoint['run']['best']['model'])
+    report(model.to(device).eval(), data, s, device, settings.split)
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,11 +1,12 @@
 """Stage 1: the encoder beside a small text tower, trained by captions."""
 import math
+from dataclasses import asdict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from encoder import Block, Reader
+from encoder import Block, EncoderConfig, Reader, open_encoder
 from plumbing.ranks import gathered
 
 
@@ -64,3 +65,30 @@ class AlignModel(nn.Module):
                 sims = scale * F.normalize(pooled[:, :d].float(), dim=1) @ F.normalize(text[:, :d].float(), dim=1).T
                 loss = loss + (F.cross_entropy(sims, labels) + F.cross_entropy(sims.T, labels)) / 2
             return loss / len(self.encoder.config.prefixes)
+
+
+def open_trunk(s, device):
+    """The pretrained encoder whose trunk is taken over, frozen, or None. Raises: ValueError."""
+    if not s.trunk:
+        return None
+    trunk = open_encoder(s.trunk, asdict(s), pool=s.pool).to(device)
+    if trunk.config.n_latents or trunk.config.projection != 'none':
+        raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
+    return trunk
+
+
+def encoder_config(s, trunk):
+    """The EncoderConfig that the settings ask for, with the trunk's part taken over where there is one."""
+    D = s.encoder_dim
+    prefixes = [D // 8, D // 4, D // 2, D]
+    if s.prefixes:
+        prefixes = [int(d) for d in s.prefixes.split(',')]
+    if trunk:
+        config = asdict(trunk.config)
+    else:
+        config = dict(image_px=s.image_px, width=s.encoder_width, n_layer=s.encoder_layers)
+        config |= {key: getattr(s, key) for key in ('fit', 'upright', 'activation') if getattr(s, key) is not None}
+    return EncoderConfig(**config | dict(
+        pool=s.pool, adapter=s.adapter, n_latents=s.n_latents, perceiver_layers=s.perceiver_layers,
+        perceiver_width=s.perceiver_width, perceiver_heads=s.perceiver_heads, projection='linear', vision_dim=D,
+        prefixes=tuple(sorted(prefixes))))

@@ -1,6 +1,5 @@
-# Stage 1: aligns the small encoder with captions of drawn pictures. The file that it writes, out/align/encoder.pt, is shipped as
-# assets/encoder_shapes.pt.
-stage = 'align'
+# Stage 1: aligns the small encoder with captions of drawn pictures. The file that it writes,
+# out/align/encoder.pt, is shipped as assets/encoder_shapes.pt.
 out_dir = 'out/align'
 max_steps = 8000
 batch_size = 64
