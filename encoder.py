@@ -1,21 +1,21 @@
 """
 The frozen vision encoder: a picture becomes a few tokens that language can be read from.
 
-    pictures (B, 3, S, S) -> ViT trunk -> (B, P, W) -> Perceiver resampler -> (B, N, W) -> projection -> (B, N, D)
+    pictures (B, 3, S, S) -> ViT trunk -> (B, P, W) -> Perceiver resampler -> (B, N, W) -> projection -> (B,
+    N, D)
 
-The trunk has CLIP's form, the resampler turns its P patches into N tokens, and the projection is Matryoshka: every listed
-prefix of the D dimensions is trained to be an embedding of its own, so a decoder may read only the first `vision_dim` of them.
-`AlignModel` trains the encoder against captions (stage 1); from then on it is frozen, encodes each picture once, and
-`cached_features` keeps the result on disk (stage 2).
+The trunk has CLIP's form, the resampler turns its P patches into N tokens, and the projection is Matryoshka:
+every listed prefix of the D dimensions is trained to be an embedding of its own, so a decoder may read only
+the first `vision_dim` of them. `align/` trains it against captions (stage 1); from then on it is frozen,
+encodes each picture once, and `plumbing/features.py` keeps the result on disk (stage 2). `pretrained/` reads
+other people's weights.
 
     python encoder.py FILE...    # encode pictures, print shapes and timing
-    python encoder.py --bench=16 # pictures per second and memory at the scale of Edge-Glass
 """
 
 import argparse
 import hashlib
 import math
-import struct
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -25,76 +25,91 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from configurator import expect
 from plumbing.console import run_script
 from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
 from plumbing.machine import pick_device
+from plumbing.pictures import as_rgb, upright
 from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, config_of, read_tensors, renamed
-from pretrained.files import read, some
+from pretrained.files import as_tensor, first_few
 
 
 @dataclass
 class EncoderConfig:
     image_px: int = 64                      # side of the square picture, in pixels
     patch_px: int = 8                       # side of a patch, in pixels
-    stem: str = 'conv'                      # 'conv': strided 3x3 convolutions; 'patch': one patch_px convolution (CLIP)
+    stem: str = 'conv'                      # 'conv': strided 3x3 ones; 'patch': one of patch_px (CLIP)
     width: int = 128                        # W, width of the trunk
     n_layer: int = 2                        # layers of the trunk
     n_head: int = 4                         # attention heads of the trunk
     mlp_width: int | None = None            # of the trunk's MLPs; None: 4 W
     activation: str = 'gelu'                # 'gelu' or 'quick_gelu' (OpenAI's CLIP)
     class_token: bool = False               # CLIP's
-    keep_class_token: bool = False          # it is the first token; false: it is dropped behind the trunk
-    pool: int = 1                           # patches are averaged pool x pool behind the trunk
+    keep_class_token: bool = False          # it is the first token; false: it is dropped after the trunk
+    pool: int = 1                           # patches are averaged pool x pool after the trunk
     adapter: str = 'none'                   # between trunk and resampler: 'none', 'linear' or 'mlp'
     adapter_width: int = 2048               # of the adapter's MLP
-    n_latents: int = 16                     # N, tokens of a picture; 0: no resampler, the patches are the tokens
+    n_latents: int = 16                     # N, tokens of a picture; 0: no resampler, they are patches
     perceiver_layers: int = 2               # layers of the resampler
     perceiver_width: int | None = None      # of the resampler; None: W
     perceiver_heads: int | None = None      # of the resampler; None: n_head
-    projection: str = 'linear'              # behind the resampler: 'none', 'linear' or 'norm_linear'
+    projection: str = 'linear'              # after the resampler: 'none', 'linear' or 'norm_linear'
     vision_dim: int = 128                   # D, dimensions of a token
     prefixes: tuple = (16, 32, 64, 128)     # Matryoshka: each of these prefixes of D is an embedding
     mean: tuple = (0.5, 0.5, 0.5)           # of a channel, pixels 0..1
     std: tuple = (0.25, 0.25, 0.25)         # of a channel, pixels 0..1
-    fit: str = 'squash'                     # how a picture becomes square: 'squash', 'crop' its middle, 'pad' it with gray
+    fit: str = 'squash'                     # how it becomes square: 'squash', 'crop' its middle, 'pad'
     upright: bool = True                    # turn photographs as their EXIF orientation says
 
     def __post_init__(self):
-        expect(self, stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'), adapter=('none', 'linear', 'mlp'),
-               projection=('none', 'linear', 'norm_linear'), fit=('squash', 'crop', 'pad'))
+        expect(self, stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'),
+               adapter=('none', 'linear', 'mlp'), projection=('none', 'linear', 'norm_linear'), fit=('squash', 'crop', 'pad'))
         if self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
-            raise ValueError(f'prefixes={self.prefixes}: expected numbers up to vision_dim={self.vision_dim}, and that one among them')
-        inner, heads = self.perceiver_width or self.width, self.perceiver_heads or self.n_head
+            raise ValueError(f'prefixes={self.prefixes}: expected numbers up to '
+                             f'vision_dim={self.vision_dim}, and that one among them')
+        inner = self.perceiver_width or self.width
+        heads = self.perceiver_heads or self.n_head
         if self.width % 4 or self.width % self.n_head:
             raise ValueError(f'width={self.width}: expected a multiple of 4 and of n_head={self.n_head}')
         if self.n_latents and inner % heads:
             raise ValueError(f'perceiver_width={inner}: expected a multiple of perceiver_heads={heads}')
         if self.adapter == 'none' and inner != self.width:
-            raise ValueError(f'perceiver_width={inner}: another width than the trunk\'s, {self.width}, needs an adapter')
+            raise ValueError(f"perceiver_width={inner}: another width than the trunk's, {self.width}, "
+                             'needs an adapter')
         if self.projection == 'none' and self.vision_dim != inner:
             raise ValueError(f'vision_dim={self.vision_dim}: without a projection it is the width, {inner}')
-        if self.pool < 1 or self.image_px // self.patch_px % self.pool or self.pool > 1 and self.keep_class_token:
-            raise ValueError(f'pool={self.pool}: expected a divisor of the {self.image_px // self.patch_px} patches of a side, and 1 with keep_class_token')
+        if self.pool < 1 or self.side % self.pool or self.pool > 1 and self.keep_class_token:
+            raise ValueError(f'pool={self.pool}: expected a divisor of the {self.side} patches of a side, '
+                             'and 1 with keep_class_token')
+
+    @property
+    def side(self):
+        """Patches along a side of the picture."""
+        return self.image_px // self.patch_px
 
 
 def attention(q, k, v, n_head, seen=None, watch=None):
-    """Multi-head attention, written out. Shapes: q (B, T, W), k and v (B, S, W), seen (B, S) bool or None;
-    watch, a list that gets the weights (B, nh, T, S) -> (B, T, W)."""
+    """Multi-head attention, written out.
+
+    Shapes: q (B, T, W), k and v (B, S, W), seen (B, S) bool or None; watch, a list that gets the weights
+        (B, nh, T, S) -> (B, T, W)
+    """
     B, T, W = q.shape
-    q, k, v = (t.view(B, -1, n_head, W // n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
+    q = q.view(B, -1, n_head, W // n_head).transpose(1, 2)                             # (B, nh, T, hs)
+    k = k.view(B, -1, n_head, W // n_head).transpose(1, 2)                             # (B, nh, S, hs)
+    v = v.view(B, -1, n_head, W // n_head).transpose(1, 2)                             # (B, nh, S, hs)
     att = q @ k.transpose(-2, -1) / math.sqrt(W // n_head)                             # (B, nh, T, S)
     if seen is not None:
         att = att.masked_fill(~seen[:, None, None, :], -torch.inf)
     att = att.softmax(-1)
     if watch is not None:
         watch.append(att)
-    return (att @ v).transpose(1, 2).reshape(B, T, W)
+    return (att @ v).transpose(1, 2).reshape(B, T, W)                                  # (B, T, W)
 
 
 class Block(nn.Module):
@@ -102,102 +117,163 @@ class Block(nn.Module):
 
     def __init__(self, width, n_head, activation='gelu', mlp_width=None):
         super().__init__()
-        self.n_head, self.activation, mlp_width = n_head, activation, mlp_width or 4 * width
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        mlp_width = mlp_width or 4 * width
+        self.n_head = n_head
+        self.activation = activation
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
 
-    def forward(self, x, seen=None):                                                   # (B, T, W)
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+    def forward(self, x, seen=None):
+        """Shapes: x (B, T, W), seen (B, T) bool or None -> (B, T, W)."""
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)                             # (B, T, W) each
         x = x + self.out(attention(q, k, v, self.n_head, seen))
         h = self.fc1(self.norm2(x))
-        h = h * torch.sigmoid(1.702 * h) if self.activation == 'quick_gelu' else F.gelu(h)
+        if self.activation == 'quick_gelu':  # OpenAI's CLIP needs it: with gelu its tokens are off
+            h = h * torch.sigmoid(1.702 * h)
+        elif self.activation == 'gelu':
+            h = F.gelu(h)
+        else:
+            raise ValueError(f'activation={self.activation}: expected gelu or quick_gelu')
         return x + self.fc2(h)
 
 
 class Reader(nn.Module):
-    """Lets some tokens read others: a layer of the Perceiver. Source: the form of Edge-Glass (one norm for both)."""
+    """Lets some tokens read others: a layer of the Perceiver. Source: the form of Edge-Glass (one norm for
+    both)."""
 
     def __init__(self, width, n_head):
         super().__init__()
         self.n_head = n_head
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.to_q, self.to_kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x, read, watch=None):                                            # (B, T, W), (B, S, W)
-        k, v = self.to_kv(self.norm1(read)).chunk(2, dim=-1)
+    def forward(self, x, source, watch=None):
+        """Shapes: x (B, T, W), source (B, S, W) -> (B, T, W)."""
+        k, v = self.to_kv(self.norm1(source)).chunk(2, dim=-1)                         # (B, S, W) both
         x = x + self.out(attention(self.to_q(self.norm1(x)), k, v, self.n_head, watch=watch))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))                           # (B, T, W)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 def sinusoids_2d(side, width, extent=None):
-    """Places on a side x side grid over `extent` patches, as sines and cosines of row and column -> (side * side, width)."""
+    """Places on a side x side grid over `extent` patches, as sines and cosines of row and column.
+    -> (side * side, width)"""
     extent = extent or side
-    freqs = 20 ** -(torch.arange(width // 4) / (width // 4))                           # wavelengths 6 to 120 patches
+    freqs = 20 ** -(torch.arange(width // 4) / (width // 4))  # wavelengths 6 to 120 patches
     axis = (torch.arange(side) + .5) * extent / side
-    row, col = torch.meshgrid(axis, axis, indexing='ij')
-    angles = [p.reshape(-1, 1) * freqs for p in (row, col)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1) * 2 ** .5
+    row, col = torch.meshgrid(axis, axis, indexing='ij')                               # (side, side) both
+    waves = []
+    for place in (row, col):
+        angles = place.reshape(-1, 1) * freqs  # (side * side, width / 4)
+        waves += [torch.sin(angles), torch.cos(angles)]
+    return torch.cat(waves, dim=1) * 2 ** .5                                           # (side * side, width)
+
+
+def conv_stem(width, patch_px):
+    """Halves the picture until a patch is a pixel, then looks around once more."""
+    widths = [3] + [width * 2 ** i // patch_px for i in range(1, patch_px.bit_length())]
+    layers = []
+    for before, after in zip(widths, widths[1:]):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
+    layers.append(nn.Conv2d(width, width, 3, padding=1))
+    stem = nn.Sequential(*layers)
+    return stem.to(memory_format=torch.channels_last)  # faster, and a patch's channels come out side by side
 
 
 class ViT(nn.Module):
-    """The trunk: patches, a class token or none, learned positions, a norm, blocks, no last norm. Source: CLIP (Radford 2021)."""
+    """The trunk: patches, a class token or none, learned positions, a norm, blocks, no last norm.
+    Source: CLIP (Radford 2021)."""
 
     def __init__(self, config):
         super().__init__()
+        W = config.width
         self.keep_class_token = config.keep_class_token
-        W, side = config.width, config.image_px // config.patch_px
-        if config.stem == 'conv':  # halves the picture until a patch is a pixel, then looks around once more
-            widths = [W * 2 ** i // config.patch_px for i in range(1, config.patch_px.bit_length())]
-            convs = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip([3] + widths, widths)]
-            convs.append(nn.Conv2d(W, W, 3, padding=1))
-            self.patches = nn.Sequential(*[m for conv in convs for m in (conv, nn.GELU())][:-1])
-            self.patches.to(memory_format=torch.channels_last)  # faster, and a patch's channels come out side by side
-        else:
+        if config.stem == 'conv':
+            self.patches = conv_stem(W, config.patch_px)
+        elif config.stem == 'patch':
             self.patches = nn.Conv2d(3, W, config.patch_px, config.patch_px, bias=False)
+        else:
+            raise ValueError(f'stem={config.stem}: expected conv or patch')
         self.class_token = nn.Parameter(torch.randn(W)) if config.class_token else None
-        positions = sinusoids_2d(side, W)  # unit scale: positions drawn at .02 drown in the content
+        positions = sinusoids_2d(config.side, W)  # unit scale: positions drawn at .02 drown in the content
         if config.class_token:
-            positions = torch.cat([torch.zeros(1, W), positions])
+            positions = torch.cat([torch.zeros(1, W), positions])                      # (1 + P, W)
         self.positions = nn.Parameter(positions)
         self.norm = nn.LayerNorm(W)
-        self.blocks = nn.ModuleList(Block(W, config.n_head, config.activation, config.mlp_width) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(W, config.n_head, config.activation, config.mlp_width)
+                                    for _ in range(config.n_layer))
 
-    def forward(self, images):                                                         # (B, 3, S, S)
+    def forward(self, images):
+        """Shapes: (B, 3, S, S) -> (B, P, W), with a class token first where it is kept."""
         x = self.patches(images).flatten(2).transpose(1, 2)                            # (B, P, W)
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)          # (B, 1 + P, W)
         x = self.norm(x + self.positions)
         for block in self.blocks:
             x = block(x)
-        return x if self.class_token is None or self.keep_class_token else x[:, 1:]    # (B, P, W)
+        if self.class_token is None or self.keep_class_token:
+            return x
+        return x[:, 1:]                                                                # (B, P, W)
 
 
 class Perceiver(nn.Module):
-    """The resampler: N learned latents read the patches, layer by layer. Source: Jaegle 2021; form of Edge-Glass:
-    latents read the patches only, one norm serves both, and no positions are added."""
+    """The resampler: N learned latents read the patches, layer by layer. Source: Jaegle 2021; form of
+    Edge-Glass: latents read the patches only, one norm serves both, and no positions are added."""
 
     def __init__(self, config):
         super().__init__()
         W = config.perceiver_width or config.width
         side = math.isqrt(config.n_latents)
-        if side * side == config.n_latents:  # latents start spread over the picture, one looking at each part of it
-            self.latents = nn.Parameter(sinusoids_2d(side, W, config.image_px // config.patch_px))
+        # latents start spread over the picture, one looking at each part of it
+        if side * side == config.n_latents:
+            self.latents = nn.Parameter(sinusoids_2d(side, W, config.side))
         else:
             self.latents = nn.Parameter(torch.randn(config.n_latents, W))
-        self.layers = nn.ModuleList(Reader(W, config.perceiver_heads or config.n_head) for _ in range(config.perceiver_layers))
+        n_head = config.perceiver_heads or config.n_head
+        self.layers = nn.ModuleList(Reader(W, n_head) for _ in range(config.perceiver_layers))
         self.norm = nn.LayerNorm(W)
-        for layer in self.layers:  # like reads like: at the start a latent reads the patches around its own place
+        # like reads like: at the start a latent reads the patches around its own place
+        for layer in self.layers:
             nn.init.orthogonal_(layer.to_q.weight, gain=1.5)
             layer.to_kv.weight.data[:W] = layer.to_q.weight.data
 
-    def forward(self, x, watch=None):                                                  # (B, P, W)
+    def forward(self, x, watch=None):
+        """Shapes: (B, P, W) -> (B, N, W)."""
         latents = self.latents.expand(len(x), -1, -1)                                  # (B, N, W)
         for layer in self.layers:
             latents = layer(latents, x, watch)
-        return self.norm(latents)                                                      # (B, N, W)
+        return self.norm(latents)
+
+
+def make_adapter(config, inner):
+    """What leads from the trunk's width W to the resampler's."""
+    if config.adapter == 'none':
+        return nn.Identity()
+    elif config.adapter == 'linear':
+        return nn.Linear(config.width, inner)
+    elif config.adapter == 'mlp':
+        return nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.adapter_width),
+                             nn.GELU(), nn.Linear(config.adapter_width, inner))
+    raise ValueError(f'adapter={config.adapter}: expected none, linear or mlp')
+
+
+def make_projection(config, inner):
+    """What leads from the resampler's width to D."""
+    if config.projection == 'none':
+        return nn.Identity()
+    elif config.projection == 'linear':
+        return nn.Linear(inner, config.vision_dim)
+    elif config.projection == 'norm_linear':
+        return nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, config.vision_dim))
+    raise ValueError(f'projection={config.projection}: expected none, linear or norm_linear')
 
 
 class Encoder(nn.Module):
@@ -206,13 +282,11 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        W, inner, D = config.width, config.perceiver_width or config.width, config.vision_dim
+        inner = config.perceiver_width or config.width
         self.trunk = ViT(config)
-        self.adapter = {'none': nn.Identity, 'linear': lambda: nn.Linear(W, inner), 'mlp': lambda: nn.Sequential(
-            nn.LayerNorm(W), nn.Linear(W, config.adapter_width), nn.GELU(), nn.Linear(config.adapter_width, inner))}[config.adapter]()
+        self.adapter = make_adapter(config, inner)
         self.resampler = Perceiver(config) if config.n_latents else nn.Identity()
-        self.projection = {'none': nn.Identity, 'linear': lambda: nn.Linear(inner, D),
-                           'norm_linear': lambda: nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, D))}[config.projection]()
+        self.projection = make_projection(config, inner)
 
     def forward(self, images):
         """Shapes: (B, 3, S, S), normalised as `preprocess` does, -> (B, N, D)."""
@@ -220,10 +294,12 @@ class Encoder(nn.Module):
 
     def patches(self, images):
         """The trunk's part, averaged pool x pool. Shapes: (B, 3, S, S) -> (B, P, W)."""
-        x, side = self.trunk(images), self.config.image_px // self.config.patch_px
+        x = self.trunk(images)
         if self.config.pool > 1:
-            x = F.avg_pool2d(x.transpose(1, 2).unflatten(2, (side, side)), self.config.pool).flatten(2).transpose(1, 2)
-        return x                                                                       # (B, P, W)
+            side = self.config.side
+            x = x.transpose(1, 2).unflatten(2, (side, side))                           # (B, W, side, side)
+            x = F.avg_pool2d(x, self.config.pool).flatten(2).transpose(1, 2)           # (B, P, W)
+        return x
 
     def resample(self, patches):
         """What follows the trunk. Shapes: (B, P, W) -> (B, N, D)."""
@@ -234,46 +310,43 @@ class Encoder(nn.Module):
         return self.normalise(self.pixels(picture))
 
     def pixels(self, picture):
-        """A Pillow picture of any size -> uint8 (3, S, S), made square as `fit` says; what is transparent becomes white. Of any mode but floats; of grey
-        with more than 8 bits, 16 are read.
-        Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'. Raises: ValueError."""
-        S, fit = self.config.image_px, self.config.fit
-        if self.config.upright:
-            try:
-                picture = ImageOps.exif_transpose(picture)
-            except (SyntaxError, ValueError, OSError, struct.error):  # damaged EXIF: the picture is taken as it lies
-                pass
-        if 'A' in picture.getbands() or 'transparency' in picture.info:
-            picture = picture.convert('RGBA')
-            picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
-        if picture.mode.startswith(('I', 'F')):  # grey with more than 8 bits, which Pillow would cut off at 255
-            low, high = picture.convert('F').getextrema()
-            if picture.mode == 'F' or low < 0 or high > 65535:
-                raise ValueError(f'a grey picture of mode {picture.mode} with values from {low:g} to {high:g}: expected 8 or 16 bits a pixel')
-            picture = picture.convert('I').point(lambda level: level / 257 + .5).convert('L')
-        picture = picture.convert('RGB')
+        """A Pillow picture of any size and mode but floats -> uint8 (3, S, S), made square as `fit` says.
+
+        Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'.
+        Raises: ValueError.
+        """
+        S = self.config.image_px
+        fit = self.config.fit
+        picture = as_rgb(upright(picture) if self.config.upright else picture)
         w, h = picture.size
         if fit == 'crop':  # the short side becomes S; then the middle of the long one
             w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
         elif fit == 'pad':  # the long side becomes S
             w, h = (max(1, round(S * w / h)), S) if w <= h else (S, max(1, round(S * h / w)))
-        else:
+        elif fit == 'squash':
             w, h = S, S
+        else:
+            raise ValueError(f'fit={fit}: expected squash, crop or pad')
         if w * h > 2 ** 26:
-            raise ValueError(f'{picture.width} x {picture.height} pixels are too long and thin to be cropped to a square')
-        picture = picture if picture.size == (w, h) else picture.resize((w, h), Image.BICUBIC)
+            raise ValueError(f'{picture.width} x {picture.height} pixels are too long and thin '
+                             'to be cropped to a square')
+        if picture.size != (w, h):
+            picture = picture.resize((w, h), Image.BICUBIC)
         if fit == 'crop':
-            left, top = (w - S) // 2, (h - S) // 2
+            left = (w - S) // 2
+            top = (h - S) // 2
             picture = picture.crop((left, top, left + S, top + S))
         elif fit == 'pad':
             square = Image.new('RGB', (S, S), tuple(round(255 * m) for m in self.config.mean))
             square.paste(picture, ((S - w) // 2, (S - h) // 2))
             picture = square
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                    # (3, S, S)
 
     def normalise(self, pixels):
-        """Shapes: uint8 (..., 3, S, S), 0..255 -> float of the same shape, about zero mean and unit spread."""
-        mean, std = (torch.tensor(t, device=pixels.device).view(3, 1, 1) for t in (self.config.mean, self.config.std))
+        """Shapes: uint8 (..., 3, S, S), 0..255 -> float of the same shape, about zero mean and unit
+        spread."""
+        mean = torch.tensor(self.config.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.config.std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
 
     @torch.no_grad()
@@ -283,20 +356,18 @@ class Encoder(nn.Module):
 
     @property
     def at_once(self):
-        """How many pictures to encode at a time, 64 at most: a layer's attention then takes no more than 0.25 GB."""
-        return max(1, min(64, 2 ** 26 // (self.config.n_head * (self.config.image_px // self.config.patch_px) ** 4)))
+        """How many pictures to encode at a time, 64 at most: a layer's attention then takes 0.25 GB at
+        most."""
+        return max(1, min(64, 2 ** 26 // (self.config.n_head * self.config.side ** 4)))
 
     def fingerprint(self):
         """A short hash of the config and the weights: what its tokens depend on."""
-        changed = {f.name: getattr(self.config, f.name) for f in fields(EncoderConfig) if getattr(self.config, f.name) != f.default}
-        digest = hashlib.sha256(repr(sorted(changed.items())).encode())
+        values = {f.name: getattr(self.config, f.name) for f in fields(EncoderConfig)
+                  if getattr(self.config, f.name) != f.default}
+        digest = hashlib.sha256(repr(sorted(values.items())).encode())
         for key, t in sorted(self.state_dict().items()):
             digest.update(key.encode() + t.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-# ----------------------------------------------------------------------------
-# stage 1: alignment with captions
 
 
 # ----------------------------------------------------------------------------
@@ -304,36 +375,45 @@ class Encoder(nn.Module):
 
 FORMAT = 1  # of encoder files; raised when their content changes
 
-
 EDGE_GLASS_CONFIG = EncoderConfig(  # CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions
-    image_px=336, patch_px=14, stem='patch', width=1024, n_layer=24, n_head=16, activation='quick_gelu', class_token=True, adapter='linear',
-    n_latents=64, perceiver_layers=4, perceiver_heads=8, vision_dim=4096, prefixes=EDGE_GLASS_PREFIXES, mean=CLIP_MEAN, std=CLIP_STD)
+    image_px=336, patch_px=14, stem='patch', width=1024, n_layer=24, n_head=16, activation='quick_gelu',
+    class_token=True, adapter='linear', n_latents=64, perceiver_layers=4, perceiver_heads=8, vision_dim=4096,
+    prefixes=EDGE_GLASS_PREFIXES, mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def save_encoder(encoder, path):
     """Writes an encoder in half precision: config and weights, tensors and plain types only."""
     weights = {key: t.half().cpu() for key, t in encoder.state_dict().items()}
-    write_whole(path, partial(torch.save, dict(format=FORMAT, kind='encoder', config=asdict(encoder.config), weights=weights)))
+    content = dict(format=FORMAT, kind='encoder', config=asdict(encoder.config), weights=weights)
+    write_whole(path, partial(torch.save, content))
 
 
 def load_encoder(path, **changes):
-    """Reads an encoder: one that `save_encoder` wrote, or CLIP as Hugging Face (a folder, or its weights file), OpenAI or open_clip store
-    it, or an aligned checkpoint of Edge-Glass. Which one it is, its content says. A relative path is also looked up beside this file.
+    """Reads an encoder: one that `save_encoder` wrote, or CLIP as Hugging Face (a folder, or its weights
+    file), OpenAI or open_clip store it, or an aligned checkpoint of Edge-Glass. Which one it is, its content
+    says. A relative path is also looked up beside this file.
 
-    CLIP alone has no resampler: its tokens are the last hidden states of the patches. `changes` are settings of `EncoderConfig` that
-    shall differ from what is read: activation, fit, upright, pool, n_head, perceiver_heads, image_px (the positions are interpolated).
-    Raises: FileNotFoundError; ValueError for another kind of file and for missing or left-over weights, which it names.
+    CLIP alone has no resampler: its tokens are the last hidden states of the patches. `changes` are settings
+    of `EncoderConfig` that shall differ from what is read: activation, fit, upright, pool, n_head,
+    perceiver_heads, image_px (the positions are interpolated).
+    Raises: FileNotFoundError; ValueError for another kind of file and for missing or left-over weights, which
+        it
+    names.
     """
-    found = next((p for p in (Path(path), Path(__file__).parent / path) if p.exists()), None)
-    if found is None:
-        raise FileNotFoundError(f'{path}: no such encoder file or folder; expected CLIP, a checkpoint of Edge-Glass, or what python train.py config/align.py makes')
+    found = Path(path) if Path(path).exists() else Path(__file__).parent / path
+    if not found.exists():
+        raise FileNotFoundError(f'{path}: no such encoder file or folder; expected CLIP, '
+                                'a checkpoint of Edge-Glass, or what python -m align config/align.py makes')
     tensors, about = read_tensors(found)
     if about.get('kind') == 'encoder':
         if about.get('format') != FORMAT:
-            raise ValueError(f'{path}: an encoder file of format {about.get("format")}, this code reads format {FORMAT}')
+            raise ValueError(f'{path}: an encoder file of format {about.get("format")}, '
+                             f'this code reads format {FORMAT}')
         config = about['config']
     else:
-        about['keep_class_token'] = any(key.startswith('vision_encoder.attention_pool.') for key in tensors)  # two of Edge-Glass' versions
+        # two of Edge-Glass' versions
+        about['keep_class_token'] = any(key.startswith('vision_encoder.attention_pool.')
+                                        for key in tensors)
         tensors = renamed(path, tensors)
         try:
             config = config_of(path, tensors, about)
@@ -343,9 +423,11 @@ def load_encoder(path, **changes):
     with torch.device('meta'):
         expected = Encoder(EncoderConfig(**config)).state_dict().keys()
     if expected != tensors.keys():
-        raise ValueError(f'{path}: weights are missing: {some(expected - tensors.keys()) or "none"}; left over: {some(tensors.keys() - expected) or "none"}')
+        missing = first_few(expected - tensors.keys()) or 'none'
+        left_over = first_few(tensors.keys() - expected) or 'none'
+        raise ValueError(f'{path}: weights are missing: {missing}; left over: {left_over}')
     try:
-        weights = {key: read(t).float() for key, t in tensors.items()}
+        weights = {key: as_tensor(t).float() for key, t in tensors.items()}
     except (ValueError, *DAMAGED) as e:
         raise ValueError(f'{path}: damaged ({e})') from None
     encoder = Encoder(EncoderConfig(**config))
@@ -357,54 +439,47 @@ def load_encoder(path, **changes):
     return encoder.eval().requires_grad_(False)
 
 
+def open_encoder(path, settings, **more):
+    """`load_encoder` with what the settings of a run, a dict, change of it."""
+    changes = {key: settings[key] for key in ('fit', 'upright', 'activation')}
+    return load_encoder(path, image_px=settings['encoder_px'], **changes, **more)
+
+
 def fit_positions(positions, config):
-    """Learned positions for another number of patches, interpolated. Shapes: (1 or 0 + P, W) -> (1 or 0 + P', W)."""
-    first, grid = positions[:config.class_token], positions[config.class_token:]
-    old, new = math.isqrt(len(grid)), config.image_px // config.patch_px
+    """Learned positions for another number of patches, interpolated. Shapes: (1 or 0 + P, W) -> (1 or 0 + P',
+    W)."""
+    first = positions[:config.class_token]                                             # (1 or 0, W)
+    grid = positions[config.class_token:]                                              # (P, W)
+    old = math.isqrt(len(grid))
+    new = config.side
     if old == new:
         return positions
-    print(f'encoder: pictures of {config.image_px} pixels, its positions interpolated from {old} x {old} to {new} x {new} patches')
-    grid = F.interpolate(grid.T.view(1, -1, old, old), (new, new), mode='bicubic', antialias=new < old)
+    print(f'encoder: pictures of {config.image_px} pixels, its positions interpolated from {old} x {old} to '
+          f'{new} x {new} patches')
+    grid = grid.T.view(1, -1, old, old)                                                # (1, W, old, old)
+    grid = F.interpolate(grid, (new, new), mode='bicubic', antialias=new < old)
     return torch.cat([first, grid.view(-1, new * new).T])
-
-
-# ----------------------------------------------------------------------------
-# pictures as files -> pixels -> tokens. `pictures` is a sequence of files as bytes that also has `digests`, their sha256, and `names`, what
-# to call them in messages: data.Pictures, say.
-
-
-def open_encoder(path, settings, **more):
-    """`load_encoder` with what the settings of a run change of it."""
-    return load_encoder(path, image_px=settings['encoder_px'], **{key: settings[key] for key in ('fit', 'upright', 'activation')}, **more)
 
 
 def main(argv):
     """Encodes pictures and shows what comes out."""
-    parser = argparse.ArgumentParser(description='Encode pictures with a frozen encoder and show the shapes and the time.')
-    parser.add_argument('pictures', nargs='*', help='picture files')
-    parser.add_argument('--encoder', help='encoder file or folder: this project\'s, CLIP, or a checkpoint of Edge-Glass (default: assets/encoder_shapes.pt; '
-                                          'with --bench random weights of Edge-Glass\' shapes: CLIP ViT-L/14 at 336 pixels, 64 latents, 4096 dimensions)')
-    parser.add_argument('--bench', type=int, metavar='N', help='time the decoding and encoding of N drawn photographs instead')
-    parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, ... (default: %(default)s)')
+    parser = argparse.ArgumentParser(description='Encode pictures with a frozen encoder.')
+    parser.add_argument('pictures', nargs='+', help='picture files')
+    parser.add_argument('--encoder', default='assets/encoder_shapes.pt',
+                        help="encoder file or folder: this project's, CLIP, or a checkpoint of Edge-Glass "
+                             '(default: %(default)s)')
+    parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, ...')
     args = parser.parse_args(argv)
-    if not args.pictures and not args.bench:
-        parser.error('which pictures? FILE ..., or --bench=N')
     device = pick_device(args.device)
-    if args.bench and not args.encoder:
-        encoder = Encoder(EDGE_GLASS_CONFIG).eval().requires_grad_(False)
-        print(f'random weights | {sum(p.numel() for p in encoder.parameters()):,} parameters')
-    else:
-        path = args.encoder or 'assets/encoder_shapes.pt'
-        encoder = load_encoder(path)
-        print(f'{path} | {sum(p.numel() for p in encoder.parameters()):,} parameters | fingerprint {encoder.fingerprint()}')
-    encoder.to(device)
-    if args.bench:
-        bench(encoder, args.bench, device)
+    encoder = load_encoder(args.encoder).to(device)
+    n_parameters = sum(p.numel() for p in encoder.parameters())
+    print(f'{args.encoder} | {n_parameters:,} parameters | fingerprint {encoder.fingerprint()}')
     for file in args.pictures:
-        images = picture_from(file, encoder)[None].to(device)
+        images = picture_from(file, encoder)[None].to(device)                          # (1, 3, S, S)
         start = time.time()
-        tokens = encoder.encode_images(images).cpu()
-        print(f'{file} | {tuple(images.shape)} -> {tuple(tokens.shape)} | {1e3 * (time.time() - start):.1f} ms')
+        tokens = encoder.encode_images(images).cpu()                                   # (1, N, D)
+        ms = 1e3 * (time.time() - start)
+        print(f'{file} | {tuple(images.shape)} -> {tuple(tokens.shape)} | {ms:.1f} ms')
 
 
 if __name__ == '__main__':

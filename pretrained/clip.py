@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pretrained.files import read, read_json, read_safetensors, read_torch_file, some
+from pretrained.files import as_tensor, first_few, read_json, read_safetensors, read_torch_file
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -52,7 +52,7 @@ def renamed(path, tensors):
     root = next((found[1] for key in tensors if (found := re.fullmatch(r'(|.*\.)(embeddings\.patch_embedding|conv1)\.weight', key))), None)
     if root is None:
         raise ValueError(f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of Edge-Glass: its tensors are '
-                         f'{some(tensors) or "none"}')
+                         f'{first_few(tensors) or "none"}')
     names = {}
     for key in tensors:
         in_trunk, name = key.startswith(root), key.removeprefix(root)
@@ -67,13 +67,13 @@ def renamed(path, tensors):
     for name in [name for name in weights if re.search(r'\.q\.(weight|bias)$', name)]:  # three matrices become one
         parts = [name.replace('.q.', f'.{p}.') for p in 'qkv']
         if all(part in weights for part in parts):
-            weights[name.replace('.q.', '.qkv.')] = partial(lambda *three: torch.cat([read(t) for t in three]), *[weights.pop(part) for part in parts])
+            weights[name.replace('.q.', '.qkv.')] = partial(lambda *three: torch.cat([as_tensor(t) for t in three]), *[weights.pop(part) for part in parts])
     return weights
 
 
 def config_of(path, weights, about):
     """The config of an encoder (a dict), read off the shapes of its weights and, where these do not tell, from what is said beside them."""
-    shape = lambda key: tuple(read(weights[key]).shape) if key in weights else ()
+    shape = lambda key: tuple(as_tensor(weights[key]).shape) if key in weights else ()
     count = lambda part: len({key.split('.')[2] for key in weights if key.startswith(part)})
     positions, patches, latents = shape('trunk.positions'), shape('trunk.patches.weight'), shape('resampler.latents')
     if len(positions) != 2 or len(patches) != 4 or math.isqrt(positions[0] - 1) ** 2 != positions[0] - 1:

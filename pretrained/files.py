@@ -9,12 +9,12 @@ import torch
 from plumbing.files import DAMAGED, safe_load
 
 
-def read(t):
+def as_tensor(t):
     """A tensor, or what the function reads that stands for one."""
     return t() if callable(t) else t
 
 
-def some(names, most=8):
+def first_few(names, most=8):
     return ', '.join(sorted(names)[:most]) + f', ... ({len(names)} in all)' * (len(names) > most)
 
 

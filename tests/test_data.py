@@ -369,7 +369,7 @@ def test_batch_layout(questions):
         assert targets[n - 1] == t.eos_id and (targets[n:] == -100).all() and torch.equal(answer[1:n], targets[:n - 1])
         assert (answer[n:] == t.pad_id).all()
     for step in range(12):  # answers of a batch are of like length, and long ones come in small batches
-        lengths = [len(questions.answers[i]) for i in questions.rows_of_step(step, 16, seed=1)]
+        lengths = [len(questions.tokens[i][1]) for i in questions.rows_of_step(step, 16, seed=1)]
         assert max(lengths) <= max(2, 2 * min(lengths)) and len(lengths) * max(lengths) <= 16 * 8
 
 
@@ -446,7 +446,7 @@ def test_epochs_differ(tiny_shapes):
     questions = data.Questions(rows, Tokenizer(train_bpe(rows.question, 400)), 64, 128)
     one, two = (questions.epoch(4, 1, k) for k in (0, 1))
     assert [b.tolist() for b in one] != [b.tolist() for b in two] and {tuple(sorted(b)) for b in one} != {tuple(sorted(b)) for b in two}
-    lengths = [max(len(questions.answers[i]) for i in b) for b in one]
+    lengths = [max(len(questions.tokens[i][1]) for i in b) for b in one]
     assert lengths != sorted(lengths) and max(lengths[:len(lengths) // 2]) > 8 < max(lengths[len(lengths) // 2:])
     some = np.concatenate(list(questions.rows_in_order(16, most=40)))
     assert len(some) == len(set(some)) == 40 and sorted(some) != list(range(40)) and (some > len(rows) // 2).sum() > 10

@@ -1,7 +1,6 @@
 """The house: a room imports from rooms below it alone, and what a first reader skips can be deleted."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys

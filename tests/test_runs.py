@@ -245,7 +245,7 @@ def test_gradients_of_two_processes(flags, tmp_path):
 def test_two_processes_train(flags, whole, tmp_path):
     """torchrun trains, shares the evaluation so that each row counts once, prints once, and leaves one run, which one process then goes on with: the batches
     do not depend on how many processes there are."""
-    script = 'import train\nfrom configurator import run_script\nrun_script(train.main)\n'
+    script = 'import train\nfrom plumbing.console import run_script\nrun_script(train.main)\n'
     two = torchrun(2, script, *flags, '--out_dir=two', cwd=tmp_path)
     assert two.returncode == 0 and two.stdout.count('best validation') == 1, two.stderr
     a, b = outcome(whole), outcome(tmp_path / 'two')
