@@ -1,12 +1,13 @@
 """
-Settings: defaults <- config files <- flags. And what all scripts share beside them: errors as messages, files that appear whole, locks.
+Settings: defaults <- config files <- flags. And what all scripts share beside them: errors as messages, files
+that appear whole, locks.
 
     python train.py config/trm.py --inner_steps=8 --out_dir=out/deep
 
-The defaults are the fields of a dataclass at the top of the script that uses them, each with its type and a comment. A
-config file is Python (your own code: it is executed) whose top-level names override the defaults; several are read from
-left to right. Flags override files, wherever they stand. A name that is not a setting, or a value that is not of its
-setting's type, is an error that says what was expected.
+The defaults are the fields of a dataclass at the top of the script that uses them, each with its type and a
+comment. A config file is Python (your own code: it is executed) whose top-level names override the defaults;
+several are read from left to right. Flags override files, wherever they stand. A name that is not a setting,
+or a value that is not of its setting's type, is an error that says what was expected.
 
     python configurator.py config/trm.py    # print what a config means
 """
@@ -25,10 +26,10 @@ from pathlib import Path
 def configure(cls, argv, prog='train.py'):
     """Builds `cls`, a dataclass, from its defaults, config files and flags.
 
-    Shapes: argv, a list such as ['config/trm.py', '--n_layer=2'] -> (settings, sources), an instance of `cls` and a dict
-        that says for every setting that was given where it comes from.
-    Raises: ValueError for an unknown name, a value of the wrong type or out of range, a flag that is not --key=value;
-        FileNotFoundError for a missing config file; SystemExit after printing --help.
+    Shapes: argv, a list such as ['config/trm.py', '--n_layer=2'] -> (settings, sources), an instance of `cls`
+        and a dict that says for every setting that was given where it comes from.
+    Raises: ValueError for an unknown name, a value of the wrong type or out of range, a flag that is not
+        --key=value; FileNotFoundError for a missing config file; SystemExit after printing --help.
     """
     if '-h' in argv or '--help' in argv:
         print(help_text(cls, prog))
@@ -39,8 +40,10 @@ def configure(cls, argv, prog='train.py'):
     flags = [arg for arg in argv if arg.startswith('-')]
     for flag in flags:
         if not flag.startswith('--') or '=' not in flag:
-            raise ValueError(f'{flag}: a flag is written --key=value, for example --{flag.lstrip("-").split("=")[0]}=VALUE '
-                             f'(one word, no space; true or false for a switch)')
+            raise ValueError(
+                f'{flag}: a flag is written --key=value, for example --{flag.lstrip("-").split("=")[0]}=VALUE '
+                f'(one word, no space; true or false for a switch)'
+            )
     for file in files:
         for key, value in read_config_file(file, kinds).items():
             values[key], sources[key] = check_type(key, value, kinds[key], file), file
@@ -54,7 +57,8 @@ def configure(cls, argv, prog='train.py'):
 
 
 def read_config_file(file, settings):
-    """Runs a config file in a namespace of its own and returns its top-level names that are settings, as a dict."""
+    """Runs a config file in a namespace of its own and returns its top-level names that are settings, as a
+    dict."""
     path = Path(file)
     if not path.is_file():
         hint = f' (flags are written --key=value: did you mean --{file}?)' if '=' in file else ''
@@ -69,18 +73,25 @@ def read_config_file(file, settings):
         exec(code, namespace)
     except Exception as e:
         line = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file][-1]
-        python = '; Python writes True, False and None' * (str(e).split("'")[1:2] in (['true'], ['false'], ['none'], ['null']))
+        python = '; Python writes True, False and None' * (
+            str(e).split("'")[1:2] in (['true'], ['false'], ['none'], ['null'])
+        )
         raise ValueError(f'{file}, line {line}: {type(e).__name__}: {e}{python}') from None
-    namespace = {k: v for k, v in namespace.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)}
+    namespace = {
+        k: v for k, v in namespace.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)
+    }
     for key in namespace:
         if key not in settings:
-            raise ValueError(f'{file}: {key}: no such setting{nearest(key, settings)}; '
-                             f'--help lists them all, and a helper name may start with _')
+            raise ValueError(
+                f'{file}: {key}: no such setting{nearest(key, settings)}; '
+                f'--help lists them all, and a helper name may start with _'
+            )
     return namespace
 
 
 def check_type(key, value, kind, file):
-    """A value from a config file, already Python: checks that it is of the setting's type; an int may stand for a float."""
+    """A value from a config file, already Python: checks that it is of the setting's type; an int may stand
+    for a float."""
     allowed = typing.get_args(kind) or (kind,)
     if float in allowed and type(value) is int:
         value = float(value)
@@ -98,7 +109,9 @@ def parse(key, text, kind):
         if bool in allowed:
             return {'true': True, 'false': False}[text.lower()]
         if int in allowed:
-            number = float(text) if re.search('[eE]', text) else int(text)  # 1e5 is a whole number, 32.5 is not
+            number = (
+                float(text) if re.search('[eE]', text) else int(text)
+            )  # 1e5 is a whole number, 32.5 is not
             if number == int(number):
                 return int(number)
         elif float in allowed:
@@ -112,7 +125,13 @@ def parse(key, text, kind):
 
 
 def spell(kind):
-    words = {bool: 'true or false', int: 'a whole number', float: 'a finite number', str: 'text', type(None): 'None'}
+    words = {
+        bool: 'true or false',
+        int: 'a whole number',
+        float: 'a finite number',
+        str: 'text',
+        type(None): 'None',
+    }
     return ' or '.join(words[k] for k in typing.get_args(kind) or (kind,))
 
 
@@ -122,7 +141,8 @@ def nearest(key, names):
 
 
 def help_text(cls, prog):
-    """Every setting with type, default and the comment beside it, under the comments that head its group in the source."""
+    """Every setting with type, default and the comment beside it, under the comments that head its group in
+    the source."""
     lines = [f'usage: python {prog} [config/FILE.py ...] [--key=value ...]', '']
     for line in inspect.getsource(cls).splitlines()[2:]:
         if setting := re.match(r'    (\w+): ([^=#]+?) = (.+?)\s+# (.*)', line):

@@ -1,4 +1,5 @@
 """What an aligned encoder is worth: retrieval, and what a probe reads from its tokens."""
+
 import sys
 from dataclasses import dataclass
 
@@ -19,19 +20,26 @@ from prepare.shapes import COLORS, SHAPES
 @torch.no_grad()
 def retrieval(pooled, text, prefixes):
     """Finds each caption's picture among all, and each picture's caption. Shapes: pooled and text (n, D)
-    -> {prefix: {'R@1', 'R@5', 'R@10', 'median rank'}}, over both directions; the best rank is 1, and what is as near as the right one counts as nearer."""
+    -> {prefix: {'R@1', 'R@5', 'R@10', 'median rank'}}, over both directions; the best rank is 1, and what is
+        as near as the right one counts as nearer."""
     results = {}
     for d in prefixes:
         sims = F.normalize(pooled[:, :d], dim=1) @ F.normalize(text[:, :d], dim=1).T
-        rank = torch.cat([(~(s < s.diagonal()[:, None])).sum(1) for s in (sims, sims.T)])  # the right one and all that are not farther away
-        results[d] = {f'R@{k}': (rank <= k).float().mean().item() for k in (1, 5, 10)} | {'median rank': rank.float().median().item()}
+        rank = torch.cat(
+            [(~(s < s.diagonal()[:, None])).sum(1) for s in (sims, sims.T)]
+        )  # the right one and all that are not farther away
+        results[d] = {f'R@{k}': (rank <= k).float().mean().item() for k in (1, 5, 10)} | {
+            'median rank': rank.float().median().item()
+        }
     return results
 
 
 def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
-    """What can be read from the frozen tokens: a small network per token says which (colour, shape) pairs are there and where.
+    """What can be read from the frozen tokens: a small network per token says which (colour, shape) pairs are
+    there and where.
 
-    -> pair_f1 and exact_scene (share of pictures with every pair right), in 0..1, and place_error_px, the mean distance in
+    -> pair_f1 and exact_scene (share of pictures with every pair right), in 0..1, and place_error_px, the
+        mean distance in
     pixels between true and read places, all on pictures that the probe was not trained on.
     """
     pairs = [(c, s) for c in COLORS for s in SHAPES]
@@ -52,10 +60,14 @@ def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
     mean, std = x.mean((0, 1)), x.std((0, 1))
     half = drawn.config.image_px / 2
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(x.size(2), 256), torch.nn.GELU(), torch.nn.Linear(256, 3 * len(pairs)))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(x.size(2), 256), torch.nn.GELU(), torch.nn.Linear(256, 3 * len(pairs))
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
 
-    def read(x):  # every token votes for each pair and for its place; the votes are weighed by their certainty
+    def read(
+        x,
+    ):  # every token votes for each pair and for its place; the votes are weighed by their certainty
         vote, xy = net((x - mean) / std).split([len(pairs), 2 * len(pairs)], dim=-1)
         xy = (vote.softmax(1).unsqueeze(-1) * xy.unflatten(2, (-1, 2))).sum(1)
         return vote.logsumexp(1) - 2, half + half * xy
@@ -73,9 +85,11 @@ def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
     with torch.no_grad():
         logit, xy = read(x)
     found = (logit > 0).float()
-    return dict(pair_f1=(2 * (found * there).sum() / (found.sum() + there.sum())).item(),
-                exact_scene=(found == there).all(1).float().mean().item(),
-                place_error_px=(((xy - place).norm(dim=-1) * there).sum() / there.sum()).item())
+    return dict(
+        pair_f1=(2 * (found * there).sum() / (found.sum() + there.sum())).item(),
+        exact_scene=(found == there).all(1).float().mean().item(),
+        place_error_px=(((xy - place).norm(dim=-1) * there).sum() / there.sum()).item(),
+    )
 
 
 @torch.no_grad()
@@ -95,23 +109,25 @@ def judged(model, data, s, device, split, most):
     text = []
     for step in range(steps):
         batch = on_device(data.batch(split, step, size, s.seed), device)
-        tokens = data.tokens(model.encoder, batch, split)                                  # (B, N, D)
+        tokens = data.tokens(model.encoder, batch, split)  # (B, N, D)
         losses = model(tokens, batch['caption'], batch['left_out'])
         loss += sum(term for name, term in losses.items() if s.objective in (name, 'both')).item() / steps
-        pooled.append(data.tokens(model.encoder, batch, split).mean(1).float())            # (B, D)
-        text.append(model.read_text(batch['caption'])[1].float())                          # (B, D)
+        pooled.append(data.tokens(model.encoder, batch, split).mean(1).float())  # (B, D)
+        text.append(model.read_text(batch['caption'])[1].float())  # (B, D)
     prefixes = model.encoder.config.prefixes
     found = retrieval(torch.cat(pooled), torch.cat(text), prefixes)
     return {'loss': loss, 'R@1': found[max(prefixes)]['R@1']}, found, steps * size
 
 
 def report(model, data, s, device, split, most=5000):
-    """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens. -> both, and the
-    loss"""
+    """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens. -> both,
+    and the loss"""
     scores, found, n = judged(model, data, s, device, split, most)
     print(f'retrieval among {n} pictures, both ways')
-    rows = [[d, *(f'{r[key]:.3f}' for key in ('R@1', 'R@5', 'R@10')), f"{r['median rank']:.0f}"]
-            for d, r in found.items()]
+    rows = [
+        [d, *(f'{r[key]:.3f}' for key in ('R@1', 'R@5', 'R@10')), f"{r['median rank']:.0f}"]
+        for d, r in found.items()
+    ]
     print(table(['dimensions', 'R@1', 'R@5', 'R@10', 'median rank'], rows))
     scores |= dict(retrieval=found)
     if data.drawn:
@@ -123,9 +139,9 @@ def report(model, data, s, device, split, most=5000):
 @dataclass
 class JudgeConfig:
     out_dir: str = 'out/align'  # the run to report on
-    split: str = 'test'         # train, val or test
+    split: str = 'test'  # train, val or test
     dataset: str | None = None  # another dataset folder than the one of the run
-    device: str = 'auto'        # auto (a GPU if there is one), cpu, cuda, ...
+    device: str = 'auto'  # auto (a GPU if there is one), cpu, cuda, ...
 
     def __post_init__(self):
         if self.split not in ('train', 'val', 'test'):
@@ -142,7 +158,9 @@ def main(argv=None):
     s = AlignConfig(**run | dict(dataset=settings.dataset or run['dataset'], wandb=False))
     data = AlignData(s, checkpoint, splits=())
     trunk = open_trunk(s, device)
-    model = AlignModel(Encoder(encoder_config(s, trunk)), data.tokenizer.vocab_size, s.text_width, s.text_layers)
+    model = AlignModel(
+        Encoder(encoder_config(s, trunk)), data.tokenizer.vocab_size, s.text_width, s.text_layers
+    )
     if trunk:
         model.encoder.trunk = torch.nn.Identity()
     data.open_pictures(trunk, model.encoder, device)

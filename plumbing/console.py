@@ -1,4 +1,5 @@
 """What every script says, and how it ends: messages, progress, tables."""
+
 import errno
 import signal
 import sys
@@ -6,7 +7,8 @@ import time
 
 
 def run_script(main):
-    """Runs main(argv). What a user can mend ends it with one message and an exit code that is not zero, --debug with the stack trace too.
+    """Runs main(argv). What a user can mend ends it with one message and an exit code that is not zero,
+    --debug with the stack trace too.
 
     SIGTERM is taken as Ctrl-C, which a script answers by saving what it has.
     """
@@ -20,12 +22,25 @@ def run_script(main):
         raise SystemExit(1)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
         if isinstance(e, OSError) and e.strerror and '--debug' not in sys.argv:
-            room = '; make room: what was finished is kept, and the same command goes on from there' * (e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            room = '; make room: what was finished is kept, and the same command goes on from there' * (
+                e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            )
             end(f'error: {f"{e.filename}: " if e.filename else ""}{e.strerror}{room}', code=1)
-        full = isinstance(e, MemoryError) or 'out of memory' in str(e).lower() or 'allocate memory' in str(e).lower()
-        if '--debug' in sys.argv or isinstance(e, RuntimeError) and not full:  # the latter is a fault of this code
+        full = (
+            isinstance(e, MemoryError)
+            or 'out of memory' in str(e).lower()
+            or 'allocate memory' in str(e).lower()
+        )
+        if (
+            '--debug' in sys.argv or isinstance(e, RuntimeError) and not full
+        ):  # the latter is a fault of this code
             raise
-        end(f'error: out of memory: a smaller --batch_size is the usual remedy; {e}' if full else f'error: {e}', code=1)
+        end(
+            f'error: out of memory: a smaller --batch_size is the usual remedy; {e}'
+            if full
+            else f'error: {e}',
+            code=1,
+        )
 
 
 def end(message, code):
@@ -43,11 +58,17 @@ def clock(seconds):
 
 
 def progress(what, done, n, start):
-    """Says on the console how far a long loop is that began at time `start`, over what it said before; in a log, which keeps everything, every half minute."""
+    """Says on the console how far a long loop is that began at time `start`, over what it said before; in a
+    log, which keeps everything, every half minute."""
     now = time.time()
     if sys.stdout.isatty() or done >= n or now > max(start, progress.said) + 30:
         progress.said = now
-        print(f'\r{what} | {done}/{n} | eta {clock((now - start) / max(1, done) * (n - done))} ', end='', flush=True)
+        print(
+            f'\r{what} | {done}/{n} | eta {clock((now - start) / max(1, done) * (n - done))} ',
+            end='',
+            flush=True,
+        )
+
 
 progress.said = 0
 
@@ -62,6 +83,8 @@ def row_done(what, i, n, start, every=20000):
 def table(head, rows):
     """Rows of cells as a Markdown table."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    lines = ['| ' + ' | '.join(f'{str(cell):>{w}}' for cell, w in zip(row, widths)) + ' |' for row in [head, *rows]]
+    lines = [
+        '| ' + ' | '.join(f'{str(cell):>{w}}' for cell, w in zip(row, widths)) + ' |' for row in [head, *rows]
+    ]
     lines.insert(1, '|' + '|'.join('-' * (w + 1) + ':' for w in widths) + '|')
     return '\n'.join(lines) + '\n'

@@ -1,4 +1,5 @@
 """From picture files to image tokens: decoded on all cores, encoded once, kept on disk."""
+
 import hashlib
 import math
 import os
@@ -19,7 +20,8 @@ from plumbing.ranks import in_turn
 
 
 def picture_from(file, encoder):
-    """A picture file, ready for an encoder. Shapes: -> (3, S, S). Raises: FileNotFoundError, ValueError naming the file."""
+    """A picture file, ready for an encoder. Shapes: -> (3, S, S). Raises: FileNotFoundError, ValueError
+    naming the file."""
     try:
         return encoder.preprocess(open_picture(Path(file).read_bytes()))
     except ValueError as e:
@@ -27,7 +29,8 @@ def picture_from(file, encoder):
 
 
 def decode(encoder, data, digest):
-    """The pixels of a picture file, uint8 (3, S, S), or a string that says why there are none, as `data` may be too."""
+    """The pixels of a picture file, uint8 (3, S, S), or a string that says why there are none, as `data` may
+    be too."""
     if isinstance(data, str):
         return data
     if hashlib.sha256(data).digest() != digest:
@@ -39,7 +42,8 @@ def decode(encoder, data, digest):
 
 
 def decode_all(encoder, pictures, wanted, n, batch_size):
-    """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for the n pictures with wanted(index).
+    """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for
+    the n pictures with wanted(index).
     Raises: ValueError at the end, counting and naming those that cannot be decoded."""
     if not n:
         return
@@ -58,10 +62,12 @@ def decode_all(encoder, pictures, wanted, n, batch_size):
                     yield finished(ahead[:batch_size])
                     del ahead[:batch_size]
         for start in range(0, len(ahead), batch_size):
-            yield finished(ahead[start:start + batch_size])
+            yield finished(ahead[start : start + batch_size])
     if bad:
-        raise ValueError(f'{len(bad)} of {len(pictures)} pictures cannot be used: {"; ".join(bad[:3])}'
-                         f'{"; ..." * (len(bad) > 3)}: remove or repair them')
+        raise ValueError(
+            f'{len(bad)} of {len(pictures)} pictures cannot be used: {"; ".join(bad[:3])}'
+            f'{"; ..." * (len(bad) > 3)}: remove or repair them'
+        )
 
 
 def pixel_array(encoder, pictures):
@@ -77,7 +83,12 @@ class PixelReader:
         self.encoder, self.pictures, self.pool = encoder, pictures, ThreadPoolExecutor()
 
     def __getitem__(self, indices):
-        pixels = list(self.pool.map(partial(decode, self.encoder), *zip(*[(self.pictures[i], self.pictures.digests[i]) for i in indices.tolist()])))
+        pixels = list(
+            self.pool.map(
+                partial(decode, self.encoder),
+                *zip(*[(self.pictures[i], self.pictures.digests[i]) for i in indices.tolist()]),
+            )
+        )
         for i, p in zip(indices.tolist(), pixels):
             if isinstance(p, str):
                 raise ValueError(f'{self.pictures.names[i]}: {p}: remove or repair it')
@@ -85,7 +96,8 @@ class PixelReader:
 
 
 class Features:
-    """The tokens of pictures, read from the parts of a cache as they are asked for. Shapes: [indices (B,)] -> (B, N, D) float16"""
+    """The tokens of pictures, read from the parts of a cache as they are asked for. Shapes: [indices (B,)] ->
+    (B, N, D) float16"""
 
     def __init__(self, files, per_part, n):
         self.files, self.per_part, self.n = files, per_part, n
@@ -97,16 +109,18 @@ class Features:
         indices, tokens = indices.numpy(), None
         parts = indices // self.per_part
         for p in np.unique(parts):
-            part = np.load(self.files[p], mmap_mode='r')  # anew every time: what stays mapped counts as this process's memory
+            part = np.load(
+                self.files[p], mmap_mode='r'
+            )  # anew every time: what stays mapped counts as this process's memory
             tokens = np.empty((len(indices), *part.shape[1:]), np.float16) if tokens is None else tokens
             tokens[parts == p] = part[indices[parts == p] % self.per_part]
         return torch.from_numpy(tokens)
 
 
-def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_bytes=2 ** 28):
-    """The tokens of all pictures, encoded once and kept in `cache_dir`, in parts of `part_bytes`. A part is named after what it is made
-    from: encoder, dim, dtype and the content of its pictures; so it is never stale, every run shares it, and a run that is killed
-    goes on behind the last whole part.
+def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_bytes=2**28):
+    """The tokens of all pictures, encoded once and kept in `cache_dir`, in parts of `part_bytes`. A part is
+    named after what it is made from: encoder, dim, dtype and the content of its pictures; so it is never
+    stale, every run shares it, and a run that is killed goes on behind the last whole part.
 
     Shapes: dim, how many dimensions of a token to keep, None: all -> (n, N, dim) float16
     Raises: ValueError naming the pictures that cannot be decoded, and where the disk is too small.
@@ -114,30 +128,55 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_b
     dim = dim or encoder.config.vision_dim
     dtype = fast_dtypes(device)[-1] if device.startswith('cuda') else torch.float32  # of the matrix products
     with torch.no_grad():
-        shape = encoder(torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)).shape[1:-1] + (dim,)
-    per_part, maker = max(1, part_bytes // (2 * math.prod(shape))), f'{encoder.fingerprint()} {dim} {dtype}'.encode()
+        shape = encoder(
+            torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)
+        ).shape[1:-1] + (dim,)
+    per_part, maker = (
+        max(1, part_bytes // (2 * math.prod(shape))),
+        f'{encoder.fingerprint()} {dim} {dtype}'.encode(),
+    )
     starts = range(0, len(pictures), per_part)
-    files = [Path(cache_dir) / f'{hashlib.sha256(maker + b"".join(pictures.digests[i:i + per_part])).hexdigest()[:32]}.npy' for i in starts]
+    files = [
+        Path(cache_dir)
+        / f'{hashlib.sha256(maker + b"".join(pictures.digests[i : i + per_part])).hexdigest()[:32]}.npy'
+        for i in starts
+    ]
     sizes = [min(per_part, len(pictures) - i) for i in starts]
     whole = lambda p: is_whole(files[p], (sizes[p], *shape))
     if not all(map(whole, range(len(files)))):
-        with locked(Path(cache_dir) / '.lock', wait=True):  # what another process writes meanwhile is found there afterwards
+        with locked(
+            Path(cache_dir) / '.lock', wait=True
+        ):  # what another process writes meanwhile is found there afterwards
             missing = [p for p in range(len(files)) if not whole(p)]
             if missing:
-                encode_parts(encoder, pictures, {p: Part(files[p], (sizes[p], *shape)) for p in missing}, per_part, cache_dir, device, dim, dtype)
+                encode_parts(
+                    encoder,
+                    pictures,
+                    {p: Part(files[p], (sizes[p], *shape)) for p in missing},
+                    per_part,
+                    cache_dir,
+                    device,
+                    dim,
+                    dtype,
+                )
     return Features(files, per_part, len(pictures))
 
 
 def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dtype):
-    """Encodes the pictures of some parts of a cache, {number of the part: Part}, and writes them. Raises: as `cached_features`."""
+    """Encodes the pictures of some parts of a cache, {number of the part: Part}, and writes them. Raises: as
+    `cached_features`."""
     n, done, start = sum(map(len, parts.values())), 0, time.time()
-    for leftover in Path(cache_dir).glob('.*.npy.partial'):  # of a process that was killed: nobody else writes here now
+    for leftover in Path(cache_dir).glob(
+        '.*.npy.partial'
+    ):  # of a process that was killed: nobody else writes here now
         leftover.unlink()
     need, free = sum(2 * math.prod(part.shape) for part in parts.values()), shutil.disk_usage(cache_dir).free
     print(f'encoding {n} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
     if need > free:
-        raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
-                         f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step')
+        raise ValueError(
+            f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
+            f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step'
+        )
     try:
         for batch in decode_all(encoder, pictures, lambda i: i // per_part in parts, n, encoder.at_once):
             for i, pixels in batch:
@@ -146,7 +185,14 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
             batch = [(i, pixels) for i, pixels in batch if not parts[i // per_part].dropped]
             if batch:
                 with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
-                    tokens = encoder.encode_images(encoder.normalise(torch.stack([pixels for _, pixels in batch]).to(device)))[..., :dim].half().cpu().numpy()
+                    tokens = (
+                        encoder.encode_images(
+                            encoder.normalise(torch.stack([pixels for _, pixels in batch]).to(device))
+                        )[..., :dim]
+                        .half()
+                        .cpu()
+                        .numpy()
+                    )
                 for (i, _), t in zip(batch, tokens):
                     parts[i // per_part].write(t)
             done += len(batch)
@@ -158,7 +204,8 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
 
 
 class Part:
-    """A part of a cache, written picture by picture; it is in place when it is whole, or not at all. Shapes: of the part (n, N, D)"""
+    """A part of a cache, written picture by picture; it is in place when it is whole, or not at all. Shapes:
+    of the part (n, N, D)"""
 
     def __init__(self, file, shape):
         self.file, self.shape, self.written, self.out, self.dropped = file, shape, 0, None, False
@@ -167,7 +214,9 @@ class Part:
     def write(self, tokens):
         if self.out is None:
             self.out = open(self.unfinished, 'wb')
-            np.lib.format.write_array_header_1_0(self.out, dict(descr='<f2', fortran_order=False, shape=self.shape))
+            np.lib.format.write_array_header_1_0(
+                self.out, dict(descr='<f2', fortran_order=False, shape=self.shape)
+            )
         self.out.write(tokens.tobytes())
         self.written += 1
         if self.written == len(self):
@@ -198,14 +247,23 @@ def is_whole(file, shape):
 
 
 def vision_source(settings, encoder, rows, device):
-    """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens (B, N, D), which come
-    from the cache where the encoder is frozen, else anew from the pixels, with gradient; None without vision."""
+    """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens (B,
+    N, D), which come from the cache where the encoder is frozen, else anew from the pixels, with gradient;
+    None without vision."""
     if not settings['use_vision']:
         return lambda encoder, picture: None
     if settings['train_encoder'] or not settings['cache']:
-        pixels = pixel_array(encoder, rows.pictures) if settings['cache'] else PixelReader(encoder, rows.pictures)
+        pixels = (
+            pixel_array(encoder, rows.pictures) if settings['cache'] else PixelReader(encoder, rows.pictures)
+        )
         trained = settings['train_encoder']
-        encode = lambda encoder, images: encoder(images) if trained and torch.is_grad_enabled() else encoder.encode_images(images)  # a few at a time
-        return lambda encoder, picture: encode(encoder, encoder.normalise(pixels[picture.cpu()].to(device)))[..., :settings['vision_dim']]
-    features = in_turn(lambda: cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim']))
+        encode = lambda encoder, images: (
+            encoder(images) if trained and torch.is_grad_enabled() else encoder.encode_images(images)
+        )  # a few at a time
+        return lambda encoder, picture: encode(encoder, encoder.normalise(pixels[picture.cpu()].to(device)))[
+            ..., : settings['vision_dim']
+        ]
+    features = in_turn(
+        lambda: cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim'])
+    )
     return lambda encoder, picture: features[picture.cpu()].to(device).float()  # halves travel

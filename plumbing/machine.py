@@ -1,4 +1,5 @@
 """The machine: device, dtype, memory, clock, compiler, FLOPs, and which commit runs on it."""
+
 import ctypes
 import platform
 import subprocess
@@ -12,18 +13,27 @@ import torch
 def pick_device(device):
     """Raises: ValueError where there is no such device."""
     import torch
+
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda or cuda:N') from None
+        raise ValueError(
+            f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda or cuda:N'
+        ) from None
     return device
 
 
 def fast_dtypes(device):
-    """float32, and bfloat16 after it where the hardware multiplies in it; elsewhere it is emulated, a hundred times slower."""
+    """float32, and bfloat16 after it where the hardware multiplies in it; elsewhere it is emulated, a hundred
+    times slower."""
     import torch
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith('cuda') else torch.cpu._is_avx512_bf16_supported()
+
+    bf16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.startswith('cuda')
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return [torch.float32] + [torch.bfloat16] * bf16
 
 
@@ -32,6 +42,7 @@ def seconds(function, device):
     wait = lambda: None
     if device.startswith('cuda'):
         import torch
+
         wait = lambda: torch.cuda.synchronize(device)
     wait()
     start = time.perf_counter()
@@ -41,9 +52,11 @@ def seconds(function, device):
 
 
 def most_memory(device):
-    """The most bytes that this process has used so far, of the GPU's memory or, on a CPU, of the machine's; 0 where it cannot be told."""
+    """The most bytes that this process has used so far, of the GPU's memory or, on a CPU, of the machine's; 0
+    where it cannot be told."""
     if device.startswith('cuda'):
         import torch
+
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
@@ -53,13 +66,17 @@ def most_memory(device):
 
 
 def keep_freed_memory():
-    """Lets glibc keep the memory that a step frees for the next one, instead of handing it back to Linux and asking for fresh,
-    zeroed pages: a quarter of an alignment step on a CPU. Elsewhere it does nothing."""
+    """Lets glibc keep the memory that a step frees for the next one, instead of handing it back to Linux and
+    asking for fresh, zeroed pages: a quarter of an alignment step on a CPU. Elsewhere it does nothing."""
     if sys.platform == 'linux':
         libc = ctypes.CDLL(None)
         if hasattr(libc, 'mallopt'):
             M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2  # malloc.h
-            for option, value in ((M_MMAP_THRESHOLD, 2 ** 30), (M_TRIM_THRESHOLD, 2 ** 31 - 1), (M_TOP_PAD, 2 ** 28)):
+            for option, value in (
+                (M_MMAP_THRESHOLD, 2**30),
+                (M_TRIM_THRESHOLD, 2**31 - 1),
+                (M_TOP_PAD, 2**28),
+            ):
                 libc.mallopt(option, value)
 
 
@@ -69,14 +86,17 @@ def pick_dtype(dtype, device):
 
 
 def compile_layers(model, device):
-    """torch.compile, where a compiler works; else the reason is printed. One layer at a time: it is compiled once for all layers and all passes of a
-    recursion. A size becomes dynamic when it first changes: with dynamic=True from the start torch 2.13 fails in bfloat16."""
+    """torch.compile, where a compiler works; else the reason is printed. One layer at a time: it is compiled
+    once for all layers and all passes of a recursion. A size becomes dynamic when it first changes: with
+    dynamic=True from the start torch 2.13 fails in bfloat16."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
         print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
         return
-    torch._inductor.config.triton.coalesce_tiling_analysis = False  # on a GPU it ends in an AssertionError where a size is dynamic: pytorch issue 197077
+    torch._inductor.config.triton.coalesce_tiling_analysis = (
+        False  # on a GPU it ends in an AssertionError where a size is dynamic: pytorch issue 197077
+    )
     for layers in (m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
         for layer in layers:
             layer.compile()
@@ -86,7 +106,9 @@ def commit():
     try:
         here = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
         changed = subprocess.run(['git', 'status', '--porcelain', '-uno'], **here).stdout.strip()
-        return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], **here).stdout.strip() + '+changes' * bool(changed)
+        return subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'], **here
+        ).stdout.strip() + '+changes' * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
 
@@ -95,13 +117,18 @@ def device_name(device):
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
     cpu = Path('/proc/cpuinfo')
-    names = [line.partition(': ')[2] for line in cpu.read_text().splitlines() if line.startswith('model name')] if cpu.is_file() else []
+    names = (
+        [line.partition(': ')[2] for line in cpu.read_text().splitlines() if line.startswith('model name')]
+        if cpu.is_file()
+        else []
+    )
     return f'{names[0].strip()} cpu' if names else f'{platform.processor() or platform.machine()} cpu'
 
 
 def flops_of(function):
     """FLOPs of the matrix products and convolutions in a call."""
     from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()

@@ -1,4 +1,5 @@
 """Picture files: decoded safely, and put together on sheets to look at."""
+
 import io
 import struct
 import zlib
@@ -10,10 +11,22 @@ from plumbing.console import printable
 # no others: to decode EPS Pillow starts a program that runs what is in it
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 
-UNREADABLE = OSError, SyntaxError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, MemoryError, struct.error, zlib.error
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
 
 
-def open_picture(data, most_pixels=2 ** 26):
+def open_picture(data, most_pixels=2**26):
     """Decodes a picture file completely. Raises: ValueError where it is no picture, is cut off, moves, or is
     gigantic: its kind, a colon, the details."""
     try:
@@ -40,14 +53,21 @@ def picture_sheet(tiles, columns=6, scale=3, colors=None):
     width = max(200, scale * max(p.width for p, _ in tiles))
     wrapped = [[part for line in lines for part in wrap(line, font, width)] for _, lines in tiles]
     height = scale * max(p.height for p, _ in tiles) + line_px * max(map(len, wrapped)) + 4
-    sheet = Image.new('RGB', (columns * (width + pad) + pad, -(-len(tiles) // columns) * (height + pad) + pad), 'white')
+    sheet = Image.new(
+        'RGB', (columns * (width + pad) + pad, -(-len(tiles) // columns) * (height + pad) + pad), 'white'
+    )
     draw = ImageDraw.Draw(sheet)
     for k, ((picture, _), lines) in enumerate(zip(tiles, wrapped)):
         x, y = pad + k % columns * (width + pad), pad + k // columns * (height + pad)
         picture = picture.convert('RGB')
         sheet.paste(picture.resize((scale * picture.width, scale * picture.height), Image.NEAREST), (x, y))
         for i, line in enumerate(lines):
-            draw.text((x, y + scale * picture.height + 2 + line_px * i), line, colors[k] if colors else 'black', font)
+            draw.text(
+                (x, y + scale * picture.height + 2 + line_px * i),
+                line,
+                colors[k] if colors else 'black',
+                font,
+            )
     return sheet
 
 
@@ -77,12 +97,14 @@ def as_rgb(picture):
     if picture.mode.startswith(('I', 'F')):  # grey with more than 8 bits, which Pillow would cut off at 255
         low, high = picture.convert('F').getextrema()
         if picture.mode == 'F' or low < 0 or high > 65535:
-            raise ValueError(f'a grey picture of mode {picture.mode} with values from {low:g} to {high:g}: '
-                             'expected 8 or 16 bits a pixel')
+            raise ValueError(
+                f'a grey picture of mode {picture.mode} with values from {low:g} to {high:g}: '
+                'expected 8 or 16 bits a pixel'
+            )
         picture = picture.convert('I').point(eight_bits).convert('L')
     return picture.convert('RGB')
 
 
 def eight_bits(level):
     """A level of 16 bits as one of 8."""
-    return level / 257 + .5
+    return level / 257 + 0.5

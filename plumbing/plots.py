@@ -1,4 +1,5 @@
 """Curves of a run, drawn with matplotlib where it is installed."""
+
 from pathlib import Path
 
 from plumbing.files import write_whole
@@ -6,7 +7,8 @@ from plumbing.run import read_log
 
 
 def draw_curves(out_dir):
-    """Draws loss and Exact Match over the steps from log.jsonl to curves.png; without matplotlib, says how to get them."""
+    """Draws loss and Exact Match over the steps from log.jsonl to curves.png; without matplotlib, says how to
+    get them."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
@@ -28,6 +30,6 @@ def draw_curves(out_dir):
     left.yaxis.set_major_formatter('{x:g}')
     left.yaxis.set_minor_formatter('')
     for axes in (left, right):
-        axes.grid(alpha=.3)
+        axes.grid(alpha=0.3)
     figure.suptitle(str(out_dir))
     write_whole(Path(out_dir) / 'curves.png', lambda f: figure.savefig(f, format='png', dpi=110))

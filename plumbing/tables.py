@@ -1,4 +1,6 @@
-"""Tables on disk: the parquet files of a dataset, row by row, what can be wrong with a row, and long lists in temporary files."""
+"""Tables on disk: the parquet files of a dataset, row by row, what can be wrong with a row, and long lists in
+temporary files."""
+
 import json
 import os
 import re
@@ -19,20 +21,36 @@ from plumbing.files import locked
 
 SPLITS = ('train', 'val', 'test')
 
-SCHEMA = pa.schema([('image', pa.binary()), ('question', pa.string()), ('answer', pa.string()), ('caption', pa.string()),
-                    ('sample_id', pa.string()), ('type', pa.string())])
+SCHEMA = pa.schema(
+    [
+        ('image', pa.binary()),
+        ('question', pa.string()),
+        ('answer', pa.string()),
+        ('caption', pa.string()),
+        ('sample_id', pa.string()),
+        ('type', pa.string()),
+    ]
+)
 
 
 def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
-    """Writes (split, row) pairs to the folder `out`, which appears whole or not at all; `finish` may add files to it.
+    """Writes (split, row) pairs to the folder `out`, which appears whole or not at all; `finish` may add
+    files to it.
 
     Raises: FileExistsError when `out` is there already.
     """
     out = Path(out)
     partial = out.with_name(f'.{out.name}.partial')
-    start, n, batch, size, last, files = time.time(), Counter(), {split: [] for split in SPLITS}, Counter(), {}, {}
+    start, n, batch, size, last, files = (
+        time.time(),
+        Counter(),
+        {split: [] for split in SPLITS},
+        Counter(),
+        {},
+        {},
+    )
     # a row group is quickly read; a picture that is asked several times is stored once in it
-    options = dict(use_dictionary=True, dictionary_pagesize_limit=2 ** 26)
+    options = dict(use_dictionary=True, dictionary_pagesize_limit=2**26)
     with ExitStack() as stack:
         stack.enter_context(locked(out.with_name(f'.{out.name}.lock'), wait=True))
         if out.exists():
@@ -41,19 +59,27 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
         partial.mkdir()
         stack.callback(shutil.rmtree, partial, ignore_errors=True)  # it is in place by then, or of no use
         for split in SPLITS:
-            files[split] = stack.enter_context(pq.ParquetWriter(partial / f'{split}.parquet', schema, **options))
+            files[split] = stack.enter_context(
+                pq.ParquetWriter(partial / f'{split}.parquet', schema, **options)
+            )
 
         def flush(split):
             files[split].write_table(pa.Table.from_pylist(batch[split], schema))
             batch[split], size[split] = [], 0
-            print(f'\r{out} | ' + ' | '.join(f'{split} {n[split]}' for split in SPLITS) + f' questions | {time.time() - start:.0f} s', end='', flush=True)
+            print(
+                f'\r{out} | '
+                + ' | '.join(f'{split} {n[split]}' for split in SPLITS)
+                + f' questions | {time.time() - start:.0f} s',
+                end='',
+                flush=True,
+            )
 
         for split, row in rows:
             n[split] += 1
             batch[split].append(row)
             size[split] += len(row['image']) * (row['image'] != last.get(split))
             last[split] = row['image']
-            if len(batch[split]) == 2000 or size[split] > 2 ** 22:
+            if len(batch[split]) == 2000 or size[split] > 2**22:
                 flush(split)
         for split in SPLITS:
             flush(split)
@@ -72,31 +98,43 @@ def named(value, otherwise):
 
 
 def open_split(folder, split):
-    """-> the path of a split's file, and the file, opened. Raises: FileNotFoundError; ValueError where it lacks a column."""
+    """-> the path of a split's file, and the file, opened. Raises: FileNotFoundError; ValueError where it
+    lacks a column."""
     path = Path(folder) / f'{split}.parquet'
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
-                                f'(python data.py --help says how to draw or import one)')
+        raise FileNotFoundError(
+            f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
+            f'(python data.py --help says how to draw or import one)'
+        )
     file = open_parquet(path)
     for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
         if not set(needed) & set(file.schema_arrow.names):
-            raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}')
+            raise ValueError(
+                f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}'
+            )
     return path, file
 
 
 def check_splits(folder):
-    """Raises: FileNotFoundError or ValueError where a split is not there, lacks a column or has no rows; reads none of them."""
+    """Raises: FileNotFoundError or ValueError where a split is not there, lacks a column or has no rows;
+    reads none of them."""
     for split in SPLITS:
         path, file = open_split(folder, split)
         if not file.metadata.num_rows:
-            raise ValueError(f'{path}: has no rows; training, validation and test need some each: give more pictures, or files named train, val and test, to python data.py')
+            raise ValueError(
+                f'{path}: has no rows; training, validation and test need some each: give more pictures, or files named train, val and test, to python data.py'
+            )
 
 
 def text_problem(question, references):
     """What is wrong with the texts of a row, or None."""
     if not isinstance(question, str) or not question.strip():
         return f'the question is {"empty" if isinstance(question, str) else "no text"}'
-    if not isinstance(references, list) or not references or not all(isinstance(a, str) and a.strip() for a in references):
+    if (
+        not isinstance(references, list)
+        or not references
+        or not all(isinstance(a, str) and a.strip() for a in references)
+    ):
         return 'the answer is empty or no text'
     if not is_unicode(question, *references):
         return 'the question or answer is not in UTF-8'
@@ -109,7 +147,8 @@ def caption_problem(caption):
 
 
 def is_unicode(*texts):
-    """Whether texts can be written: half a character (a lone surrogate) comes of a file in another encoding than UTF-8, or of a bad escape."""
+    """Whether texts can be written: half a character (a lone surrogate) comes of a file in another encoding
+    than UTF-8, or of a bad escape."""
     return not any(re.search('[\ud800-\udfff]', text) for text in texts)
 
 
@@ -122,7 +161,8 @@ def open_parquet(path):
 
 
 def stream(path, columns, at_once=100):
-    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows at a time. Raises: ValueError."""
+    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows
+    at a time. Raises: ValueError."""
     file = open_parquet(path)
     columns = [key for key in columns if key in file.schema_arrow.names]
     for group in range(file.num_row_groups):
@@ -133,27 +173,42 @@ def stream(path, columns, at_once=100):
             except StopIteration:
                 break
             except (pa.ArrowException, OSError, ValueError) as e:
-                raise ValueError(f'{path}: damaged in row group {group}, behind row {k} of it: {str(e).splitlines()[0]}') from None
+                raise ValueError(
+                    f'{path}: damaged in row group {group}, behind row {k} of it: {str(e).splitlines()[0]}'
+                ) from None
             for row in rows:
                 yield (group, k), row
                 k += 1
 
 
 def plain_rows(batch):
-    """The rows of a record batch as dicts; texts that are not in UTF-8 come with half characters in them, see `is_unicode`."""
+    """The rows of a record batch as dicts; texts that are not in UTF-8 come with half characters in them, see
+    `is_unicode`."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        loose = lambda column: [text and text.decode(errors='surrogateescape') for text in column.cast(pa.binary()).to_pylist()]
-        columns = [loose(column) if pa.types.is_string(column.type) else column.to_pylist() for column in batch.columns]
+        loose = lambda column: [
+            text and text.decode(errors='surrogateescape') for text in column.cast(pa.binary()).to_pylist()
+        ]
+        columns = [
+            loose(column) if pa.types.is_string(column.type) else column.to_pylist()
+            for column in batch.columns
+        ]
         return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
 
 
 class OnDisk(Sequence):
-    """A long list in a temporary file: a million items take 8 MB of memory. `pack` makes bytes of an item, `unpack` the item of its bytes."""
+    """A long list in a temporary file: a million items take 8 MB of memory. `pack` makes bytes of an item,
+    `unpack` the item of its bytes."""
 
     def __init__(self, pack=lambda item: json.dumps(item).encode(), unpack=json.loads):
-        self.pack, self.unpack, self.file, self.ends, self.at_end = pack, unpack, tempfile.TemporaryFile(), array('Q', [0]), True
+        self.pack, self.unpack, self.file, self.ends, self.at_end = (
+            pack,
+            unpack,
+            tempfile.TemporaryFile(),
+            array('Q', [0]),
+            True,
+        )
 
     def append(self, item):
         if not self.at_end:
@@ -173,7 +228,8 @@ class OnDisk(Sequence):
 
 
 class KnownPictures:
-    """What is known of every picture met so far, by the sha256 of its file, in a temporary file: a million pictures take no more memory than ten."""
+    """What is known of every picture met so far, by the sha256 of its file, in a temporary file: a million
+    pictures take no more memory than ten."""
 
     def __init__(self):
         self.table = sqlite3.connect('', isolation_level=None)
@@ -206,11 +262,18 @@ class View(Sequence):
 
 
 class Pictures:
-    """The different pictures of a parquet file, as bytes, read when they are asked for: all in order (iterate), or one ([i], which reads
-    its row group). `digests` holds the sha256 of each, `names` what to call it in messages."""
+    """The different pictures of a parquet file, as bytes, read when they are asked for: all in order
+    (iterate), or one ([i], which reads its row group). `digests` holds the sha256 of each, `names` what to
+    call it in messages."""
 
     def __init__(self, path):
-        self.path, self.groups, self.places, self.rows, self.group = path, array('i'), array('i'), array('i'), (None, None)
+        self.path, self.groups, self.places, self.rows, self.group = (
+            path,
+            array('i'),
+            array('i'),
+            array('i'),
+            (None, None),
+        )
         self.sums = OnDisk(bytes, bytes)
         self.digests = View(self.__len__, self.sums.__getitem__)
         self.names = View(self.__len__, lambda i: f'{self.path}, row {self.rows[i]}')
@@ -234,12 +297,16 @@ class Pictures:
 
     def __getitem__(self, i):
         if self.group[0] != self.groups[i]:
-            self.group = self.groups[i], open_parquet(self.path).read_row_group(self.groups[i], ['image'])['image']
+            self.group = (
+                self.groups[i],
+                open_parquet(self.path).read_row_group(self.groups[i], ['image'])['image'],
+            )
         return read_image(self.group[1][self.places[i]].as_py(), self.path.parent)
 
 
 def read_image(image, folder):
-    """The bytes of a picture file from what the image column holds, or a string that says what is wrong with it."""
+    """The bytes of a picture file from what the image column holds, or a string that says what is wrong with
+    it."""
     if isinstance(image, dict):
         image = image.get('bytes') or image.get('path')
     if isinstance(image, str):
@@ -265,7 +332,10 @@ def read_file(path):
 
 
 def report_bad(path, bad, n, remedy):
-    """Raises: ValueError that counts the bad rows, names the first ones and says what to do; nothing where there are none."""
+    """Raises: ValueError that counts the bad rows, names the first ones and says what to do; nothing where
+    there are none."""
     if bad:
         first = '; '.join(f'row {i}: {reason}' for i, reason in bad[:3])
-        raise ValueError(f'{path}: {len(bad)} of {n} rows cannot be used: {first}{"; ..." * (len(bad) > 3)}: {remedy}')
+        raise ValueError(
+            f'{path}: {len(bad)} of {n} rows cannot be used: {first}{"; ..." * (len(bad) > 3)}: {remedy}'
+        )

@@ -1,7 +1,9 @@
 """
-CLEVR 1.0: rendered scenes of simple solids, questions that take several steps. CC-BY 4.0, https://cs.stanford.edu/people/jcjohns/clevr.
+CLEVR 1.0: rendered scenes of simple solids, questions that take several steps. CC-BY 4.0,
+https://cs.stanford.edu/people/jcjohns/clevr.
 
---source is the folder CLEVR_v1.0. The answers of its test split are not published: its val split is our test split, and train is divided.
+--source is the folder CLEVR_v1.0. The answers of its test split are not published: its val split is our test
+split, and train is divided.
 """
 
 from prepare import published, read_json
@@ -14,9 +16,23 @@ def rows(config):
 
         def row(q):
             answer = q.get('answer')  # files of one's own hold true, false and numbers
-            answer = {True: 'yes', False: 'no'}[answer] if isinstance(answer, bool) else str(answer) if isinstance(answer, (int, float)) else answer
+            answer = (
+                {True: 'yes', False: 'no'}[answer]
+                if isinstance(answer, bool)
+                else str(answer)
+                if isinstance(answer, (int, float))
+                else answer
+            )
             last = (q.get('program') or [{}])[-1]
-            yield split, dict(image=f"{config.images or config.source + '/images'}/{part}/{q['image_filename']}", question=q['question'], answer=answer,
-                              sample_id=f"{part}-{q['question_index']}", type=last.get('function') or last.get('type'))
+            yield (
+                split,
+                dict(
+                    image=f"{config.images or config.source + '/images'}/{part}/{q['image_filename']}",
+                    question=q['question'],
+                    answer=answer,
+                    sample_id=f"{part}-{q['question_index']}",
+                    type=last.get('function') or last.get('type'),
+                ),
+            )
 
         yield from published(path, read_json(path, 'questions'), row)

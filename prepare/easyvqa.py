@@ -1,5 +1,6 @@
 """
-easy-VQA: 64 x 64 pictures of one coloured shape, 48,248 questions. MIT, https://github.com/vzhou842/easy-VQA, folder easy_vqa/data.
+easy-VQA: 64 x 64 pictures of one coloured shape, 48,248 questions. MIT, https://github.com/vzhou842/easy-VQA,
+folder easy_vqa/data.
 
 Its own test split is kept; its train split is divided into train and val by the content of the pictures.
 """
@@ -14,7 +15,15 @@ def rows(config):
 
         def row(numbered):
             i, (question, answer, image_id) = numbered
-            yield split, dict(image=f'{config.source}/{part}/images/{image_id}.png', question=question, answer=answer, sample_id=f'{part}-{image_id}-{i}',
-                              type='yes/no' if answer in ('yes', 'no') else 'open')
+            yield (
+                split,
+                dict(
+                    image=f'{config.source}/{part}/images/{image_id}.png',
+                    question=question,
+                    answer=answer,
+                    sample_id=f'{part}-{image_id}-{i}',
+                    type='yes/no' if answer in ('yes', 'no') else 'open',
+                ),
+            )
 
         yield from published(path, enumerate(read_json(path)), row)

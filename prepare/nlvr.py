@@ -1,7 +1,8 @@
 """
 NLVR 1: is a sentence true of three boxes of shapes? CC-BY 4.0, https://github.com/lil-lab/nlvr, folder nlvr.
 
-Every example has six pictures, the boxes in six orders. Its dev split is val, its test split test. Pictures are 400 x 100: take --fit=squash or pad.
+Every example has six pictures, the boxes in six orders. Its dev split is val, its test split test. Pictures
+are 400 x 100: take --fit=squash or pad.
 """
 
 from pathlib import Path
@@ -17,7 +18,14 @@ def rows(config):
         def six(example):
             for k in range(6):
                 name = f"{part}-{example['identifier']}-{k}"
-                yield split, dict(image=folder / 'images' / example['directory'] / f'{name}.png', question=example['sentence'],
-                                  answer=str(example['label']).lower(), sample_id=name)
+                yield (
+                    split,
+                    dict(
+                        image=folder / 'images' / example['directory'] / f'{name}.png',
+                        question=example['sentence'],
+                        answer=str(example['label']).lower(),
+                        sample_id=name,
+                    ),
+                )
 
         yield from published(folder / f'{part}.json', read_json_lines(folder / f'{part}.json'), six)

@@ -1,9 +1,12 @@
 """
-PixMo of Ai2: captions, questions and counts for photographs that it names by URL. ODC-BY 1.0, https://huggingface.co/collections/allenai/pixmo.
+PixMo of Ai2: captions, questions and counts for photographs that it names by URL. ODC-BY 1.0,
+https://huggingface.co/collections/allenai/pixmo.
 
---source is a parquet file of pixmo-cap, -cap-qa, -ask-model-anything, -count or -points, or a folder of them; --images a folder that keeps what is
-fetched, one file a URL, and manifest.jsonl, one line a URL with what became of it. A fetch that is killed goes on there; what failed is asked for
-again with --retry_failed=true. A quarter of the URLs are dead. For a million pictures take img2dataset, whose output `python data.py parquet` reads.
+--source is a parquet file of pixmo-cap, -cap-qa, -ask-model-anything, -count or -points, or a folder of them;
+--images a folder that keeps what is fetched, one file a URL, and manifest.jsonl, one line a URL with what
+became of it. A fetch that is killed goes on there; what failed is asked for again with --retry_failed=true. A
+quarter of the URLs are dead. For a million pictures take img2dataset, whose output `python data.py parquet`
+reads.
 """
 
 import hashlib
@@ -26,13 +29,21 @@ from plumbing.tables import open_parquet, stream
 from prepare import split_of_name, turns
 
 COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')
-KEPT = "%/:=&?~#+!$,;'@()*[]|"  # what a URL may hold besides letters and digits; anything else, a space, say, is escaped
+# what a URL may hold besides letters and digits; anything else, a space, say, is escaped
+KEPT = "%/:=&?~#+!$,;'@()*[]|"
 
 
 def rows(config):
     """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
     source = Path(config.source)
-    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'), key=lambda path: (not path.name.startswith(('validation', 'test')), path))
+    files = (
+        [source]
+        if source.is_file()
+        else sorted(
+            source.rglob('*.parquet'),
+            key=lambda path: (not path.name.startswith(('validation', 'test')), path),
+        )
+    )
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
     if not config.images:
@@ -41,14 +52,21 @@ def rows(config):
     for path in files:
         file = open_parquet(path)
         if 'image_url' not in file.schema_arrow.names:
-            raise ValueError(f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: python data.py parquet')
+            raise ValueError(
+                f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: python data.py parquet'
+            )
         for _, row in stream(path, ('image_url', 'image_sha256')):
             if row['image_url']:
-                urls[row['image_url']] = urls.get(row['image_url']) or row.get('image_sha256')  # not every set gives it
+                urls[row['image_url']] = urls.get(row['image_url']) or row.get(
+                    'image_sha256'
+                )  # not every set gives it
     fate = fetch(urls, Path(config.images), config)
     for path in files:
         for i, (_, row) in enumerate(stream(path, COLUMNS)):
-            name, split = f'{path.stem}-{i}', split_of_name(path.name) if path.name.startswith(('validation', 'test')) else None
+            name, split = (
+                f'{path.stem}-{i}',
+                split_of_name(path.name) if path.name.startswith(('validation', 'test')) else None,
+            )
             reason = fate.get(row['image_url'], 'no URL')
             if reason:
                 yield split, dict(missing=reason, sample_id=name)
@@ -56,10 +74,18 @@ def rows(config):
             base = dict(image=Path(config.images) / file_name(row['image_url']), caption=row.get('caption'))
             if row.get('count') is not None:
                 question = f"How many {row['label']} are there?" if row.get('label') else None
-                yield split, base | dict(question=question, answer=str(row['count']), sample_id=name, type='count')
+                yield (
+                    split,
+                    base | dict(question=question, answer=str(row['count']), sample_id=name, type='count'),
+                )
             else:
-                for k, (question, answer) in enumerate(turns(row.get('question'), row.get('answer'), row.get('messages'))):
-                    yield split, base | dict(question=question, answer=answer, sample_id=name + f'-{k}' * (k > 0))
+                for k, (question, answer) in enumerate(
+                    turns(row.get('question'), row.get('answer'), row.get('messages'))
+                ):
+                    yield (
+                        split,
+                        base | dict(question=question, answer=answer, sample_id=name + f'-{k}' * (k > 0)),
+                    )
 
 
 def file_name(url):
@@ -67,7 +93,8 @@ def file_name(url):
 
 
 def fetch(urls, folder, config):
-    """Fetches pictures into a folder, `config.workers` at a time. urls: {url: sha256 of the file, or None} -> {url: why there is none, or ''}."""
+    """Fetches pictures into a folder, `config.workers` at a time. urls: {url: sha256 of the file, or None} ->
+    {url: why there is none, or ''}."""
     folder.mkdir(parents=True, exist_ok=True)
     fate, manifest = {}, folder / 'manifest.jsonl'
     for line in manifest.read_text().splitlines() if manifest.is_file() else []:
@@ -76,7 +103,15 @@ def fetch(urls, folder, config):
         except ValueError:  # the end of a killed run
             continue
         fate[entry['url']] = entry['reason'] or wrong_sum(entry.get('sha256'), urls.get(entry['url']))
-    left = [url for url in urls if url not in fate or fate[url] and config.retry_failed or not fate[url] and not (folder / file_name(url)).is_file()]
+    left = [
+        url
+        for url in urls
+        if url not in fate
+        or fate[url]
+        and config.retry_failed
+        or not fate[url]
+        and not (folder / file_name(url)).is_file()
+    ]
     start, done = time.time(), 0
 
     def one(url):
@@ -99,7 +134,9 @@ def fetch(urls, folder, config):
             out.write('\n')
         try:
             under_way, ahead = set(), iter(left)
-            while under_way := under_way | {pool.submit(one, url) for url in islice(ahead, 4 * config.workers - len(under_way))}:
+            while under_way := under_way | {
+                pool.submit(one, url) for url in islice(ahead, 4 * config.workers - len(under_way))
+            }:
                 finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in finished:
                     entry = future.result()
@@ -113,14 +150,18 @@ def fetch(urls, folder, config):
             raise
     fate = {url: fate[url] for url in urls}
     failed = Counter(reason.split(':')[0] for reason in fate.values() if reason)
-    print(f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
-          + (', '.join(f'{n} {reason}' for reason, n in failed.most_common()) or 'none'))
+    print(
+        f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
+        + (', '.join(f'{n} {reason}' for reason, n in failed.most_common()) or 'none')
+    )
     return fate
 
 
 def wrong_sum(sha256, expected):
     """Why a file with this sha256 is not the one that the data set means, or ''."""
-    return 'another picture than it was (sha256)' if sha256 and expected and sha256 != expected.lower() else ''
+    return (
+        'another picture than it was (sha256)' if sha256 and expected and sha256 != expected.lower() else ''
+    )
 
 
 class Failed(Exception):
@@ -139,7 +180,7 @@ def get(url, config):
         except Failed as e:
             if e.again is None or attempt == config.retries:
                 raise
-            time.sleep(min(30, max(e.again, config.backoff_s * 2 ** attempt)))
+            time.sleep(min(30, max(e.again, config.backoff_s * 2**attempt)))
 
 
 def get_once(url, config):
@@ -153,12 +194,21 @@ def get_once(url, config):
     except (ValueError, http.client.InvalidURL):
         raise Failed('not a URL') from None
     except (OSError, http.client.HTTPException) as e:
-        reason = 'cut off' if isinstance(e, http.client.IncompleteRead) else 'no connection' if isinstance(e, OSError) else 'not HTTP'
-        raise Failed('timed out' if isinstance(e, TimeoutError) or time.time() > deadline else reason, again=0) from None
+        reason = (
+            'cut off'
+            if isinstance(e, http.client.IncompleteRead)
+            else 'no connection'
+            if isinstance(e, OSError)
+            else 'not HTTP'
+        )
+        raise Failed(
+            'timed out' if isinstance(e, TimeoutError) or time.time() > deadline else reason, again=0
+        ) from None
 
 
 def body(url, config, deadline, most_redirects=5):
-    """One attempt, over before the deadline (but for the look-up of a name) whatever the server does: a timer hangs up on those that drip."""
+    """One attempt, over before the deadline (but for the look-up of a name) whatever the server does: a timer
+    hangs up on those that drip."""
     for _ in range(most_redirects + 1):
         parts = urlsplit(url)
         port = parts.port or {'http': 80, 'https': 443}[parts.scheme]
@@ -181,7 +231,7 @@ def body(url, config, deadline, most_redirects=5):
             if response.status != 200:
                 raise Failed(f'status {response.status}')
             data = bytearray()
-            while block := response.read1(2 ** 16):
+            while block := response.read1(2**16):
                 data += block
                 if len(data) > config.most_bytes:
                     raise Failed(f'more than {config.most_bytes} bytes')
@@ -204,7 +254,8 @@ def hang_up(sock):
 
 
 def connect(parts, port, config, deadline):
-    """A connection to the host of a URL, whose address was looked up once and is public; the handshake of https is still to come."""
+    """A connection to the host of a URL, whose address was looked up once and is public; the handshake of
+    https is still to come."""
     if not parts.hostname:
         raise ValueError('no host')
     address = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4]
@@ -218,5 +269,7 @@ def connect(parts, port, config, deadline):
     connection.sock = socket.create_connection(address[:2], left)
     if parts.scheme == 'https':
         secure = ssl.create_default_context()
-        connection.sock = secure.wrap_socket(connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+        connection.sock = secure.wrap_socket(
+            connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
+        )
     return connection

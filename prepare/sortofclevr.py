@@ -1,10 +1,13 @@
 """
-Sort-of-CLEVR: 75 x 75 pictures of six objects, each of its own colour, square or circle; ten relational questions and ten others about each of 10,000.
-Drawn here, after Santoro et al. 2017, arXiv 1706.01427; nothing is downloaded, and no code is taken over.
+Sort-of-CLEVR: 75 x 75 pictures of six objects, each of its own colour, square or circle; ten relational
+questions and ten others about each of 10,000. Drawn here, after Santoro et al. 2017, arXiv 1706.01427;
+nothing is downloaded, and no code is taken over.
 
-What the paper leaves open is as in the public generators (github.com/kimhc6028/relational-networks): objects are 11 pixels wide, the middle of the picture
-parts left from right and top from bottom, and a count leaves out the object that is named (0 to 5). Other than there, questions are words; the ten of a
-kind differ, of 18; no corners overlap; no two objects are equally far from a third; and 300 pictures are for validation, taken from those to train on.
+What the paper leaves open is as in the public generators (github.com/kimhc6028/relational-networks): objects
+are 11 pixels wide, the middle of the picture parts left from right and top from bottom, and a count leaves
+out the object that is named (0 to 5). Other than there, questions are words; the ten of a kind differ, of 18;
+no corners overlap; no two objects are equally far from a third; and 300 pictures are for validation, taken
+from those to train on.
 """
 
 import io
@@ -14,25 +17,35 @@ from itertools import combinations
 
 from PIL import Image, ImageDraw
 
-COLORS = {'red': (255, 0, 0), 'green': (0, 255, 0), 'blue': (0, 0, 255), 'orange': (255, 156, 0), 'gray': (128, 128, 128), 'yellow': (255, 255, 0)}
+COLORS = {
+    'red': (255, 0, 0),
+    'green': (0, 255, 0),
+    'blue': (0, 0, 255),
+    'orange': (255, 156, 0),
+    'gray': (128, 128, 128),
+    'yellow': (255, 255, 0),
+}
 SIDE, R = 75, 5  # of the picture; from an object's centre to its edge: in pixels
 
 
 @dataclass
 class Config:
     out: str = 'data/sortofclevr'  # folder to write the dataset to
-    n_train: int = 9500            # pictures in train.parquet; twenty questions each
-    n_val: int = 300               # pictures in val.parquet
-    n_test: int = 200              # pictures in test.parquet
-    seed: int = 1337               # the same seed draws the same dataset, byte for byte
+    n_train: int = 9500  # pictures in train.parquet; twenty questions each
+    n_val: int = 300  # pictures in val.parquet
+    n_test: int = 200  # pictures in test.parquet
+    seed: int = 1337  # the same seed draws the same dataset, byte for byte
 
     def __post_init__(self):
         if min(self.n_train, self.n_val, self.n_test) < 0:
-            raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}: expected 0 or more')
+            raise ValueError(
+                f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}: expected 0 or more'
+            )
 
 
 def rows(config):
-    """Yields (split, row); a row's type is relational or non-relational. A picture is a pure function of (seed, split, its number)."""
+    """Yields (split, row); a row's type is relational or non-relational. A picture is a pure function of
+    (seed, split, its number)."""
     for split, n in dict(train=config.n_train, val=config.n_val, test=config.n_test).items():
         for i in range(n):
             rng = random.Random(f'{config.seed}/{split}/{i}')
@@ -40,16 +53,36 @@ def rows(config):
             draw_picture(scene).save(buffer, 'PNG')
             picture = buffer.getvalue()
             for type, ask in (('relational', ask_relational), ('non-relational', ask_non_relational)):
-                for k, (question, answer) in enumerate(rng.sample([qa for o in scene for qa in ask(o, scene)], 10)):
-                    yield split, dict(image=picture, question=question, answer=answer, type=type, sample_id=f'{split}-{i}-{type}-{k}')
+                for k, (question, answer) in enumerate(
+                    rng.sample([qa for o in scene for qa in ask(o, scene)], 10)
+                ):
+                    yield (
+                        split,
+                        dict(
+                            image=picture,
+                            question=question,
+                            answer=answer,
+                            type=type,
+                            sample_id=f'{split}-{i}-{type}-{k}',
+                        ),
+                    )
 
 
 def draw_scene(rng):
     """Six objects, a pixel apart at least. Units: x, y (centre) in pixels."""
     while True:  # six or seven times, mostly because two are too near each other
-        scene = [dict(color=color, shape=rng.choice(('square', 'circle')), x=rng.randint(R, SIDE - 1 - R), y=rng.randint(R, SIDE - 1 - R)) for color in COLORS]
-        if (all(max(abs(a['x'] - b['x']), abs(a['y'] - b['y'])) > 2 * R + 1 for a, b in combinations(scene, 2))
-                and all(len({far(a, b) for b in scene}) == len(scene) for a in scene)):
+        scene = [
+            dict(
+                color=color,
+                shape=rng.choice(('square', 'circle')),
+                x=rng.randint(R, SIDE - 1 - R),
+                y=rng.randint(R, SIDE - 1 - R),
+            )
+            for color in COLORS
+        ]
+        if all(
+            max(abs(a['x'] - b['x']), abs(a['y'] - b['y'])) > 2 * R + 1 for a, b in combinations(scene, 2)
+        ) and all(len({far(a, b) for b in scene}) == len(scene) for a in scene):
             return scene
 
 
@@ -68,12 +101,19 @@ def draw_picture(scene):
 
 def ask_relational(o, scene):
     others = sorted((b for b in scene if b is not o), key=lambda b: far(o, b))
-    return [(f"what shape is the object closest to the {o['color']} one?", others[0]['shape']),
-            (f"what shape is the object furthest from the {o['color']} one?", others[-1]['shape']),
-            (f"how many other objects have the shape of the {o['color']} one?", str(sum(b['shape'] == o['shape'] for b in others)))]
+    return [
+        (f"what shape is the object closest to the {o['color']} one?", others[0]['shape']),
+        (f"what shape is the object furthest from the {o['color']} one?", others[-1]['shape']),
+        (
+            f"how many other objects have the shape of the {o['color']} one?",
+            str(sum(b['shape'] == o['shape'] for b in others)),
+        ),
+    ]
 
 
 def ask_non_relational(o, scene):
-    return [(f"what shape is the {o['color']} object?", o['shape']),
-            (f"is the {o['color']} object on the left of the picture?", 'yes' if o['x'] < SIDE / 2 else 'no'),
-            (f"is the {o['color']} object at the top of the picture?", 'yes' if o['y'] < SIDE / 2 else 'no')]
+    return [
+        (f"what shape is the {o['color']} object?", o['shape']),
+        (f"is the {o['color']} object on the left of the picture?", 'yes' if o['x'] < SIDE / 2 else 'no'),
+        (f"is the {o['color']} object at the top of the picture?", 'yes' if o['y'] < SIDE / 2 else 'no'),
+    ]

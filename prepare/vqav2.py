@@ -1,8 +1,9 @@
 """
 VQA v2: photographs from COCO, ten answers to every question. CC-BY 4.0, https://visualqa.org.
 
---source holds v2_OpenEnded_mscoco_{train,val}2014_questions.json and v2_mscoco_{train,val}2014_annotations.json, --images the folders train2014
-and val2014. The answers of its test split are not published: its val split is our test split, and train is divided into train and val.
+--source holds v2_OpenEnded_mscoco_{train,val}2014_questions.json and
+v2_mscoco_{train,val}2014_annotations.json, --images the folders train2014 and val2014. The answers of its
+test split are not published: its val split is our test split, and train is divided into train and val.
 """
 
 import re
@@ -13,7 +14,8 @@ from prepare import published, read_json, sorted_on_disk
 
 
 def rows(config):
-    """Yields (split, row), the questions of a picture one after the other; a row's answers are the ten, the commonest first; its type is VQA's answer type."""
+    """Yields (split, row), the questions of a picture one after the other; a row's answers are the ten, the
+    commonest first; its type is VQA's answer type."""
     for part, split in (('val2014', 'test'), ('train2014', 'train or val')):
         path = f'{config.source}/v2_mscoco_{part}_annotations.json'
         asked = read_json(f'{config.source}/v2_OpenEnded_mscoco_{part}_questions.json', 'questions')
@@ -24,8 +26,16 @@ def rows(config):
                 return
             counts = Counter(answer['answer'] for answer in a['answers'])
             ten = sorted((answer['answer'] for answer in a['answers']), key=lambda answer: -counts[answer])
-            yield split, dict(image=f"{config.images or config.source}/{part}/COCO_{part}_{a['image_id']:012}.jpg", question=a.get('question'),
-                              answer=ten, sample_id=str(a['question_id']), type=a['answer_type'])
+            yield (
+                split,
+                dict(
+                    image=f"{config.images or config.source}/{part}/COCO_{part}_{a['image_id']:012}.jpg",
+                    question=a.get('question'),
+                    answer=ten,
+                    sample_id=str(a['question_id']),
+                    type=a['answer_type'],
+                ),
+            )
 
         both = sorted_on_disk((ids(value), value) for value in chain(asked, read_json(path, 'annotations')))
         yield from published(path, joined(both), row)
@@ -33,7 +43,12 @@ def rows(config):
 
 def ids(value):
     """A question's or annotation's picture and number, -1 where there is none."""
-    return [value[key] if isinstance(value, dict) and isinstance(value.get(key), int) and value[key] < 2 ** 63 else -1 for key in ('image_id', 'question_id')]
+    return [
+        value[key]
+        if isinstance(value, dict) and isinstance(value.get(key), int) and value[key] < 2**63
+        else -1
+        for key in ('image_id', 'question_id')
+    ]
 
 
 def joined(both):
@@ -45,22 +60,33 @@ def joined(both):
             yield {key: value for one in values for key, value in one.items()}
 
 
-NUMBERS = {word: str(n) for n, word in enumerate('zero one two three four five six seven eight nine ten'.split())} | {'none': '0'}
-CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in (  # written with an apostrophe left out -> with all of them
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd "
-    "it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't "
-    "shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd "
-    "there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd "
-    "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
-    "you'll you're you've").split() for i, ch in enumerate(word) if ch == "'"} | {"somebody'd": 'somebodyd'}
+NUMBERS = {
+    word: str(n) for n, word in enumerate('zero one two three four five six seven eight nine ten'.split())
+} | {'none': '0'}
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word
+    for word in (  # written with an apostrophe left out -> with all of them
+        "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd "
+        "it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't "
+        "shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd "
+        "there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd "
+        "where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
+        "you'll you're you've"
+    ).split()
+    for i, ch in enumerate(word)
+    if ch == "'"
+} | {"somebody'd": 'somebodyd'}
 
 
 def vqa_accuracy(prediction, answers):
-    """The official accuracy of VQA v2, in 0..1: the mean over ten people of min(1, a third of how many of the other nine gave this answer).
+    """The official accuracy of VQA v2, in 0..1: the mean over ten people of min(1, a third of how many of the
+    other nine gave this answer).
 
-    Source: GT-Vision-Lab/VQA, vqaEval.py at a013f00, with what it does and does not mean to do: answers are normalised only where people disagree,
+    Source: GT-Vision-Lab/VQA, vqaEval.py at a013f00, with what it does and does not mean to do: answers are
+        normalised only where people disagree,
     'none' is 0, and a point goes unless a digit follows it (of the first 32).
     """
+
     def normalised(text):
         digits = re.search(r'\d,\d', text)
         out = text
@@ -69,7 +95,9 @@ def vqa_accuracy(prediction, answers):
         words = [NUMBERS.get(word, word) for word in re.sub(r'\.(?!\d)', '', out, count=32).lower().split()]
         return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ('a', 'an', 'the'))
 
-    prediction, *answers = (text.replace('\n', ' ').replace('\t', ' ').strip() for text in (prediction, *answers))
+    prediction, *answers = (
+        text.replace('\n', ' ').replace('\t', ' ').strip() for text in (prediction, *answers)
+    )
     if len(set(answers)) > 1:
         prediction, *answers = map(normalised, (prediction, *answers))
     same = [answer == prediction for answer in answers]

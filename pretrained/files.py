@@ -1,4 +1,6 @@
-"""Other people's files of weights: safetensors, torch, TorchScript, in one piece or several; nothing in them is run."""
+"""Other people's files of weights: safetensors, torch, TorchScript, in one piece or several; nothing in them
+is run."""
+
 import json
 import pickle
 import zipfile
@@ -16,7 +18,6 @@ def as_tensor(t):
 
 def first_few(names, most=8):
     return ', '.join(sorted(names)[:most]) + f', ... ({len(names)} in all)' * (len(names) > most)
-
 
 
 def read_json(path):
@@ -40,10 +41,13 @@ def read_safetensors(path):
 
 
 def read_torch_file(path):
-    """-> ({name: tensor, or a function that reads it}, about) of a file of torch.save or, read without running any of it, of a TorchScript archive.
-    `about` is a dict: of this project's own files what stands beside the weights, of an archive that it is one."""
+    """-> ({name: tensor, or a function that reads it}, about) of a file of torch.save or, read without
+    running any of it, of a TorchScript archive. `about` is a dict: of this project's own files what stands
+    beside the weights, of an archive that it is one."""
     try:
-        if zipfile.is_zipfile(path) and any(name.endswith('/constants.pkl') for name in zipfile.ZipFile(path).namelist()):
+        if zipfile.is_zipfile(path) and any(
+            name.endswith('/constants.pkl') for name in zipfile.ZipFile(path).namelist()
+        ):
             return read_torchscript(path), {'torchscript': True}
     except (ValueError, *DAMAGED) as e:
         raise ValueError(f'{path}: not a file that can be read safely ({e})') from None
@@ -54,20 +58,33 @@ def read_torch_file(path):
         saved = saved.get(level, saved) if isinstance(saved, dict) else {}
     return {key: t for key, t in saved.items() if torch.is_tensor(t)}, {}
 
-DTYPES = {'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16, 'FloatStorage': torch.float32, 'DoubleStorage': torch.float64,
-          'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
-          'BoolStorage': torch.bool}
+
+DTYPES = {
+    'HalfStorage': torch.float16,
+    'BFloat16Storage': torch.bfloat16,
+    'FloatStorage': torch.float32,
+    'DoubleStorage': torch.float64,
+    'LongStorage': torch.int64,
+    'IntStorage': torch.int32,
+    'ShortStorage': torch.int16,
+    'CharStorage': torch.int8,
+    'ByteStorage': torch.uint8,
+    'BoolStorage': torch.bool,
+}
 
 
 def read_torchscript(path):
-    """The tensors of a TorchScript archive, OpenAI's form -> {name: function that reads the tensor}. Its code is not touched, and the
-    classes of its pickle become empty objects; anything but these and tensors is refused. Raises: ValueError, DAMAGED."""
+    """The tensors of a TorchScript archive, OpenAI's form -> {name: function that reads the tensor}. Its code
+    is not touched, and the classes of its pickle become empty objects; anything but these and tensors is
+    refused. Raises: ValueError, DAMAGED."""
     archive = zipfile.ZipFile(path)
     root = archive.namelist()[0].split('/')[0]
 
     def tensor(storage, offset, size, stride, *_):
         dtype, name = storage
-        return lambda: torch.frombuffer(bytearray(archive.read(f'{root}/data/{name}')), dtype=dtype).as_strided(size, stride, offset)
+        return lambda: torch.frombuffer(
+            bytearray(archive.read(f'{root}/data/{name}')), dtype=dtype
+        ).as_strided(size, stride, offset)
 
     class TensorReader(pickle.Unpickler):
         def find_class(self, module, name):
