@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of results/README.md, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
+# The experiments of results/, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
 #     bash lab/experiments.sh                  # everything but the groups gpu, wide and five, three seeds; of the learning rates left aside one
 #     bash lab/experiments.sh steps width T2   # some groups, some runs
@@ -63,7 +63,7 @@ for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_st
     done
 done
 # clock: plain decoders with the seconds of n=4, where equal FLOPs buy less of them: four blocks with 14 % more training steps (87 and 122 ms a step, side by side
-# on one machine), eight with 21 % (results/README.md has the milliseconds)
+# on one machine), eight with 21 % (results/seconds.md has the milliseconds)
 for rate in 2e-3 1e-3; do add clock swaps_plain4_clock$(suffix $rate) config/swaps.py --kind=plain --n_layer=4 --max_steps=2180 --eval_interval=150 --learning_rate=$rate; done
 add clock swaps_plain8_clock config/swaps.py --kind=plain --n_layer=8 --max_steps=1040 --eval_interval=150 --learning_rate=2e-3
 # and with 23 % more, a generous reading of those seconds
