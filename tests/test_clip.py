@@ -253,7 +253,7 @@ def test_from_clip_to_answers(tmp_path, tiny_shapes):
         return done.stdout
 
     common = [f'--dataset={tiny_shapes}', f'--cache_dir={tmp_path}/cache', '--max_steps=20', '--eval_interval=10', '--log_interval=10', '--device=cpu']
-    text = run('train.py', 'config/align_pixmo.py', *common, f'--out_dir={tmp_path}/align', f'--trunk={tmp_path}/clip', '--batch_size=16', '--encoder_px=48',
+    text = run('-m', 'align', 'config/align_pixmo.py', *common, f'--out_dir={tmp_path}/align', f'--trunk={tmp_path}/clip', '--batch_size=16', '--encoder_px=48',
                '--pool=2', '--n_latents=4', '--perceiver_layers=1', '--perceiver_width=32', '--perceiver_heads=2', '--encoder_dim=32', '--prefixes=8,32',
                '--text_width=32', '--text_layers=1', '--vocab_size=300')
     assert 'interpolated from 4 x 4 to 6 x 6' in text and 'retrieval among 20 pictures' in text and 'frozen trunk' in text
@@ -264,7 +264,7 @@ def test_from_clip_to_answers(tmp_path, tiny_shapes):
     (tmp_path / 'test_alone').mkdir()
     shutil.copy(tiny_shapes / 'test.parquet', tmp_path / 'test_alone')
     for flag in ('--split=val', f'--dataset={tmp_path}/test_alone'):
-        assert 'median rank' in run('eval.py', f'--out_dir={tmp_path}/align', flag)
+        assert 'median rank' in run('-m', 'align.judge', f'--out_dir={tmp_path}/align', flag)
 
     ems = []
     for name, flags in (('cached', []), ('fresh', ['--cache=false'])):
@@ -274,7 +274,7 @@ def test_from_clip_to_answers(tmp_path, tiny_shapes):
     assert abs(ems[0]['loss'] - ems[1]['loss']) < .01 and ems[0]['peak_memory_gb'] > .1
     again = run('eval.py', f'--out_dir={tmp_path}/cached')
     assert 'mean of types' in again
-    run('eval.py', f'--out_dir={tmp_path}/cached', '--attention=true')
+    run('-m', 'lab.attention', f'--out_dir={tmp_path}/cached')
 
 
 # ----------------------------------------------------------------------------

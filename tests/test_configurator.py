@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from configurator import clock, configure, echo, progress
+from configurator import configure, echo
+from plumbing.console import clock, progress
 from train import TrainConfig
 
 

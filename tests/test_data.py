@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import data
-from data import Captions, Questions, Tokenizer, read_rows, train_bpe
+from data import Questions, Tokenizer, read_rows, train_bpe
+from plumbing.tables import SPLITS, write_dataset
 from prepare import shapes
 from prepare.shapes import Config as ShapesConfig
-from prepare.shapes import DrawnCaptions
 
 
 @pytest.fixture(scope='module')
@@ -173,7 +173,7 @@ def test_shapes_are_a_function_of_the_seed(tiny_shapes, tmp_path):
     """The same seed draws the same rows, another one does not; splits share no picture."""
     a, b, c = (shapes.shapes_rows(ShapesConfig(seed=s), 'train', 0, 5) for s in (1, 1, 2))
     assert a == b != c
-    pictures = [set(read_rows(tiny_shapes, split).pictures.digests) for split in data.SPLITS]
+    pictures = [set(read_rows(tiny_shapes, split).pictures.digests) for split in SPLITS]
     assert len(set.union(*pictures)) == sum(map(len, pictures)) == 100
 
 
@@ -238,11 +238,11 @@ def test_datasets_appear_whole(tmp_path):
         yield 'train', dict(image=b'x', question='q', answer='a')
         raise RuntimeError('killed')
     with pytest.raises(RuntimeError):
-        data.write_dataset(tmp_path / 'd', rows())
+        write_dataset(tmp_path / 'd', rows())
     assert not (tmp_path / 'd').exists()
     (tmp_path / 'd').mkdir()
     with pytest.raises(FileExistsError, match='already there'):
-        data.write_dataset(tmp_path / 'd', [])
+        write_dataset(tmp_path / 'd', [])
 
 
 def test_easyvqa(tmp_path):
@@ -254,7 +254,7 @@ def test_easyvqa(tmp_path):
         for i in range(n):
             (tmp_path / 'src' / part / 'images' / f'{i}.png').write_bytes(png((i, n, 0)))
     data.main(['easyvqa', f"--source={tmp_path / 'src'}", f"--out={tmp_path / 'out'}"])
-    train, val, test = (read_rows(tmp_path / 'out', split) for split in data.SPLITS)
+    train, val, test = (read_rows(tmp_path / 'out', split) for split in SPLITS)
     assert len(train) + len(val) == 120 and len(test) == 10 and 2 <= len(val) <= 30
     for part, rows in (('train', train), ('train', val), ('test', test)):
         for name, question, references, k in zip(rows.sample_id, rows.question, rows.references, rows.picture):
@@ -383,18 +383,6 @@ def test_too_long(tiny_shapes):
     assert cut.cut > 0 and max(map(len, cut.questions)) == 8 and max(map(len, cut.answers)) == 5
 
 
-def test_drawn_captions():
-    """Alignment batches are a pure function of (split, step, seed); phrases name size, colour, shape and the right place."""
-    config = ShapesConfig()
-    t = Tokenizer(train_bpe(shapes.caption_sample(config, 300), 512))
-    drawn = DrawnCaptions(config, t)
-    a, b, c = drawn.batch('train', 3, 4, 0), drawn.batch('train', 3, 4, 0), drawn.batch('val', 3, 4, 0)
-    assert all(torch.equal(a[k], b[k]) for k in ('pixels', 'caption', 'left_out')) and not torch.equal(a['pixels'], c['pixels'])
-    assert a['pixels'].shape == (4, 3, 64, 64) and a['pixels'].dtype == torch.uint8 and a['caption'].shape[:2] == (4, 4)
-    scene = [dict(size='big', color='red', shape='circle', x=18.0, y=47.0, r=7.5)]
-    assert list(shapes.locate(scene, random.Random(0), 64)) == ['big red circle at e12'] * 4
-
-
 def test_few_shapes(tiny_shapes):
     """For a compiler the batches of an epoch have few shapes; they hold the same, and more padding."""
     rows = read_rows(tiny_shapes, 'train')
@@ -463,43 +451,3 @@ def test_epochs_differ(tiny_shapes):
     some = np.concatenate(list(questions.rows_in_order(16, most=40)))
     assert len(some) == len(set(some)) == 40 and sorted(some) != list(range(40)) and (some > len(rows) // 2).sum() > 10
     assert np.array_equal(some, np.concatenate(list(questions.rows_in_order(16, most=40))))
-
-
-def test_captions(tmp_path):
-    """A batch has its pictures' own sentences, long ones cut without loss; an epoch shows every picture once, in another order each time; a batch is a function of
-    (seed, step); pictures without a caption are named."""
-    words = [f'w{k}' for k in range(9)]
-    texts = [f'{w} is here. ' + ' '.join([w] * (2 + 40 * (k == 3))) + '! And so on.' for k, w in enumerate(words)]
-    pq.write_table(pa.table(dict(image=[png((k, 0, 0)) for k in range(9)], caption=texts)), tmp_path / 'train.parquet')
-    rows = read_rows(tmp_path, 'train')
-    t = Tokenizer(train_bpe(texts, 300))
-    captions = Captions(rows, t, n_phrases=4, most_tokens=8)
-    for k, text in enumerate(texts):
-        assert max(map(len, captions.phrases[k])) <= 8 and t.bpe.decode(sum((p.tolist() for p in captions.phrases[k]), [])).replace(' ', '') == text.replace(' ', '')
-    orders = []
-    for step in range(6):
-        batch = captions.batch(step, 3, seed=1)
-        assert batch['caption'].shape[:2] == (3, 4) and all(torch.equal(batch[key], captions.batch(step, 3, seed=1)[key]) for key in ('picture', 'caption', 'left_out'))
-        for i, phrases in zip(batch['picture'].tolist(), batch['caption']):
-            said = [t.bpe.decode(p[p >= 0].tolist()) for p in phrases]
-            own = [t.bpe.decode(p.tolist()) for p in captions.phrases[i]]
-            assert set(said) <= set(own) and (i == 3 or len(set(said)) == 3) and not any(w in ' '.join(said) for w in words if w != words[i])
-        orders += batch['picture'].tolist()
-    assert sorted(orders[:9]) == sorted(orders[9:]) == list(range(9)) and orders[:9] != orders[9:]
-    with pytest.raises(ValueError, match='batch_size=10: more than the 9 pictures'):
-        captions.batch(0, 10, seed=1)
-    pq.write_table(pa.table(dict(image=[png((1, 0, 0)), png((2, 0, 0))], question=['q', 'q'], answer=['a', 'a'], caption=['c', ' '])), tmp_path / 'train.parquet')
-    with pytest.raises(ValueError, match='1 of 2 pictures have no caption.*row 1'):
-        Captions(read_rows(tmp_path, 'train'), t)
-
-
-def test_drawn_captions_are_of_their_picture():
-    """Each phrase names an object of its own scene."""
-    config = shapes.Config()
-    t = Tokenizer(train_bpe(shapes.caption_sample(config, 300), 512))
-    drawn = shapes.DrawnCaptions(config, t)
-    batch, (scenes, pixels, _) = drawn.batch('train', 3, 6, 0), drawn.scenes('train', 3, 6, 0)
-    assert torch.equal(batch['pixels'], pixels)
-    for scene, phrases in zip(scenes, batch['caption']):
-        there = {f"{o['size']} {o['color']} {o['shape']}" for o in scene}
-        assert {t.bpe.decode(p[p >= 0].tolist()).split(' at ')[0] for p in phrases} <= there

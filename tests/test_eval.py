@@ -1,11 +1,9 @@
-"""eval.py: metrics, retrieval, tables, pictures."""
+"""eval.py: metrics, tables, pictures."""
 
-import io
 import itertools
 import json
 import random
 import re
-import sys
 import types
 
 import pytest
@@ -13,9 +11,11 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from configurator import printable, write_whole
 from eval import exact_match, normalize_answer, token_f1
-from model import ModelConfig, build_model
+from plumbing.console import printable
+from plumbing.files import write_whole
+from plumbing.pictures import picture_sheet
+from prepare.vqav2 import vqa_accuracy
 
 
 @pytest.mark.parametrize('text, normal', [
@@ -33,157 +33,6 @@ def test_normalize(text, normal):
 def test_metrics(prediction, references, em, f1):
     """EM and F1 are each the best over the references; empty references count only where there is no other (SQuAD v2)."""
     assert exact_match(prediction, references) == em and token_f1(prediction, references) == pytest.approx(f1)
-
-
-def test_retrieval():
-    """Perfect embeddings find each other, random ones do at chance; a prefix is judged on its own dimensions. Embeddings that are all alike, or no numbers, find
-    nothing, and of pictures that are alike none is the right one for sure."""
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(50, 8, generator=g), torch.randn(50, 8, generator=g)
-    assert evaluation.retrieval(a, a, [8])[8]['R@1'] == 1
-    mixed = torch.cat([a[:, :4], b[:, :4]], dim=1)
-    result = evaluation.retrieval(a, mixed, [4, 8])
-    assert result[4]['R@1'] == 1 > result[8]['R@1']
-    assert evaluation.retrieval(a, b, [8])[8]['R@5'] < .3
-    nan = torch.full((50, 8), torch.nan)
-    assert evaluation.retrieval(a, nan, [8])[8] == {'R@1': 0, 'R@5': 0, 'R@10': 0, 'median rank': 50}
-    for alike in (torch.ones(50, 8), nan):
-        assert evaluation.retrieval(alike, alike, [8])[8]['R@10'] == 0
-    twice = torch.cat([a, a[:10]])
-    assert evaluation.retrieval(twice, twice, [8])[8]['R@1'] == pytest.approx(40 / 60) and evaluation.retrieval(twice, twice, [8])[8]['R@5'] == 1
-
-
-def test_probe_reads_perfect_tokens():
-    """On tokens that hold the scene itself the probe is nearly perfect; on noise it is not: it measures the tokens."""
-    from prepare.shapes import COLORS, SHAPES, DrawnCaptions
-    from prepare.shapes import Config as ShapesConfig
-
-    class Oracle:
-        def __init__(self, noise):
-            self.noise, self.scenes = noise, []
-
-        def normalise(self, pixels):
-            return pixels
-
-        def encode_images(self, pixels):
-            tokens = torch.zeros(len(pixels), 6, 34)
-            for i, scene in enumerate(self.scenes):
-                for k, o in enumerate(scene):
-                    tokens[i, k, list(COLORS).index(o['color']) * 4 + list(SHAPES).index(o['shape'])] = 1
-                    tokens[i, k, 32:] = torch.tensor([o['x'], o['y']]) / 32 - 1
-            return torch.randn(tokens.shape) if self.noise else tokens
-
-    class Drawn(DrawnCaptions):
-        def scenes(self, *args, **kwargs):
-            result = super().scenes(*args, **kwargs)
-            oracle.scenes = result[0]
-            return result
-
-    results = []
-    for noise in (False, True):
-        oracle = Oracle(noise)
-        results.append(evaluation.probe(oracle, Drawn(ShapesConfig(), None), 'cpu', n_train=1000, n_test=250, steps=200))
-    assert results[0]['pair_f1'] > .97 and results[0]['place_error_px'] < 4
-    assert results[1]['pair_f1'] < .5 and results[1]['place_error_px'] > 10
-
-
-def metrics(em, seed=0, **settings):
-    """What a finished run has written. On '2 hops' it is right in em squared of the cases."""
-    row = dict(n=10, em=em, f1=em, token_accuracy=.5, loss=1.)
-    settings = dict(kind='plain', n_layer=4, inner_steps=3, outer_steps=2, recursion='add', batch_size=2, grad_accum=1, dataset='d', seed=seed) | settings
-    return row | dict(em_types=(em + em ** 2) / 2, by_type={'color': row, '2 hops': row | dict(em=em ** 2), 'describe': row}, step=5, train_s=9., seed=seed,
-                      parameters=dict(total=1234567, core=1000), settings=settings, mflop_per_example=3e6, curve=[(1, .5, .1), (2, 1., em)], commit='abc',
-                      device='a cpu', threads=2, correct='1' * round(4 * em) + '0' * round(4 - 4 * em) + '-')
-
-
-def test_seeds_on_two_devices(tmp_path):
-    """Runs that differ in their seed and in where and how fast they ran belong together."""
-    for k, seed in enumerate((1, 2)):
-        (tmp_path / f'{seed}.json').write_text(json.dumps(metrics(.5, seed, device=f'cuda:{k}', compile=bool(k), wandb=bool(k), skip_bad_steps=k)))
-    assert len(evaluation.grouped([tmp_path / '1.json', tmp_path / '2.json'])) == 1
-    (tmp_path / '3.json').write_text(json.dumps(metrics(.5, 2, device='cuda:0')))
-    assert [len(runs) for runs in evaluation.grouped([tmp_path / f'{k}.json' for k in (1, 2, 3)]).values()] == [2, 1]  # a seed counts once
-
-
-def test_tables(tmp_path, capsys):
-    """The result table has a line per type, captions last; --compare sets runs side by side and names a folder without results."""
-    lines = evaluation.result_table(metrics(.25)).splitlines()
-    assert [line.split('|')[0].strip() for line in lines[2:]] == ['color', '2 hops', 'all', 'mean of types', 'describe']
-    for run, em in (('a', .25), ('b', .75)):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / 'metrics.json').write_text(json.dumps(metrics(em, n_layer=round(4 * em))))
-    table = evaluation.compare([tmp_path / 'a', tmp_path / 'b'])
-    assert '0.250' in table and '0.750' in table and '1,234,567' in table and table.count(' | ') > 40
-    with pytest.raises(FileNotFoundError, match='folders of finished runs'):
-        evaluation.compare([tmp_path / 'c'])
-    for name, text in dict(begun=None, align='{"probe": 1}').items():  # a pattern leaves out what is no finished run, and says so
-        (tmp_path / name).mkdir()
-        if text:
-            (tmp_path / name / 'metrics.json').write_text(text)
-    capsys.readouterr()
-    assert evaluation.compare([tmp_path / '*']).count('0.750') == table.count('0.750')
-    assert [line.split(': ')[0] for line in capsys.readouterr().out.splitlines()] == ['left out'] * 4  # the two pictures are no runs either
-    with pytest.raises(ValueError, match='align/metrics.json: no by_type'):
-        evaluation.compare([tmp_path / 'align'])
-
-
-def test_comparison(tmp_path, monkeypatch):
-    """--compare puts the seeds of a configuration together: mean and Student's 95 % interval; the difference to the first one is seed by seed and question by
-    question; --types and --reach say what is judged and when validation had it; patterns and copies of metrics.json are read too; the pictures are drawn, or a
-    line says how to get them."""
-    kinds = dict(plain=dict(kind='plain', n_layer=4), trm=dict(kind='trm', n_layer=2))
-    for kind, ems in dict(plain=(.5, .5, .5), trm=(.5, .75, 1.)).items():
-        for seed, em in enumerate(ems):
-            newer = dict(objective='both') if seed == 2 else {}            # a setting that the other runs do not know yet
-            m = metrics(em, seed, **kinds[kind], **newer, out_dir=f'{kind}_{seed}')
-            (tmp_path / f'{kind}_{seed}.json').write_text(json.dumps(m))
-    cells = lambda text: [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if '/plain' in line or '/trm' in line]
-    text = evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], reach=.75)
-    plain, trm, plain_scores, trm_scores = cells(text)
-    half = 4.303 * .25 / 3 ** .5                                       # t at 2 degrees of freedom, standard deviation .25, 3 seeds
-    near = lambda cell, mean, half: cell.startswith(f'{mean} ± ') and abs(float(cell.split()[-1]) - half) < 2e-3
-    assert plain[0].endswith('/plain') and plain[1] == '3' and plain[4] == '4' and trm[4] == str(2 * 2 * (3 + 1))
-    assert plain[6] == '30.0' and plain[8] == '0.375 ± 0.000' and trm[9] == '0.375 0.656 1.000' and near(trm[10], '+0.302', .7777)
-    d = [0, 0, 2 / 3, 1 / 3]                                           # question by question: how much oftener the three seeds of trm are right
-    sd = (sum((x - .25) ** 2 for x in d) / 4) ** .5
-    assert trm[11] == f'+0.250 ± {1.96 * sd / 2:.3f}' and plain[10:] == ['-', '-', 'never, never, never'] and trm[12] == 'never, 2 (1 s), 2 (1 s)'
-    assert near(trm_scores[1], '0.750', half) and trm_scores[3] == trm_scores[1] and trm_scores[4].startswith('0.604 ± ') and 'commit abc on a cpu' in text
-    trm = cells(evaluation.compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], judged=['2 hops']))[1]
-    assert trm[9] == '0.250 0.562 1.000' and trm[10].startswith('+0.354 ± ')                     # the squares of trm less plain's .25
-    with pytest.raises(ValueError, match='--types=size: .* has no such type; expected some of color, 2 hops'):
-        evaluation.compare([tmp_path / 'plain_*'], judged=['size'])
-    for name in ('comparison.png', 'comparison_curves.png'):
-        assert Image.open(tmp_path / name).width > 600
-    assert evaluation.labels(['r/swaps_n1_lr1e-3', 'r/swaps_n2_lr1e-3']) == ['n1', 'n2'] and evaluation.labels(['r/n1', 's/n1']) == ['n1', 'n1']
-    assert evaluation.labels(['r/flops_n1', 'r/flops_n1_lr4e-3']) == ['n1', 'n1_lr4e-3'] and evaluation.labels(['r/trm_1']) == ['trm_1']
-    this, that = metrics(.5), metrics(.75)
-    assert evaluation.paired([this], [that]) and not evaluation.paired([this], [metrics(.75, dataset='e')])  # other questions
-    assert not evaluation.paired([this], [that | dict(correct='1-110')])
-    for k, kind in enumerate(('plain', 'trm') * 2):                        # two groups whose paths begin alike keep their runs and have two names
-        (tmp_path / f'x_{k}.json').write_text(json.dumps(metrics(.5, k, kind=kind)))
-    assert [len(runs) for runs in evaluation.grouped([tmp_path / 'x_*']).values()] == [2, 2]
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    assert evaluation.compare([tmp_path / 'plain_0.json']).count('plain') == 2
-
-
-@pytest.mark.parametrize('shared', [True, False])
-@pytest.mark.parametrize('which', ['y', 'z'])
-def test_forgetful(which, shared):
-    """With --forget what the first step makes of that state reaches nothing, what it makes of the other one does; writing token by token agrees with reading it all."""
-    torch.manual_seed(0)
-    decoder = build_model(ModelConfig(vocab_size=11, n_embd=16, n_head=2, vision_dim=3, inner_steps=2, outer_steps=2, shared=shared, deep_supervision=not shared))
-    evaluation.forgetful(decoder, which)
-    vision, question, watch = torch.randn(2, 4, 3), torch.randint(3, 11, (2, 5)), []
-    answer = torch.tensor([[1, 7, 5], [1, 4, 9]])
-    decoder.answer_states(decoder.read_context(vision, question), answer, watch=watch)  # the last cycle, steps three and four, has a gradient
-    (third, _), (fourth, _) = watch[2:]
-    y, z = torch.autograd.grad(fourth.pow(3).mean(), third)[0].chunk(2, dim=1)
-    forgotten, kept = (y, z) if which == 'y' else (z, y)
-    assert forgotten.abs().max() == 0 and kept.abs().max() > 0
-    written = decoder.generate(vision, question, 3)
-    read = decoder(vision, question, torch.cat([torch.ones(2, 1, dtype=torch.long), written[:, :-1]], dim=1))[0].argmax(-1)
-    ends = (written == 2).int().cumsum(1) - (written == 2).int()           # after the end nothing is compared
-    assert ((written == read) | (ends > 0)).all()
 
 
 def test_write_whole(tmp_path):
@@ -204,13 +53,13 @@ def test_bad_picture_is_named():
 def test_picture_sheet():
     """Long lines wrap inside their tile, control characters do not reach the picture, every tile is drawn."""
     tiles = [(Image.new('RGB', (64, 64), 'red'), ['a question ' * 12, 'bell\x07\x1b[31m'])] * 7
-    sheet = evaluation.picture_sheet(tiles, columns=3)
+    sheet = picture_sheet(tiles, columns=3)
     assert sheet.width < 700 and sheet.height > 3 * 64 * 3
     assert printable('a\x1b[31mb') == 'a [31mb'
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--image=x.png'], 'belong together'), (['--split=tset'], 'split=tset'), (['--forget=x'], 'expected y or z'), (['--reach=.5'], '--types and --reach go with --compare'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
+    (['--image=x.png'], 'belong together'), (['--split=tset'], 'split=tset'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
 def test_bad_arguments(argv, message):
     """A wrong combination or a folder without a run is one message."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -229,22 +78,7 @@ TEN = ['net'] * 3 + ['mesh'] + ['Netting'] * 6
     ('a\tb\n', ['b'] * 9 + ['x'], 1), ('50%', ['50%'] * 9 + ['x'], 1), ('10:30', ['10:30'] * 9 + ['x'], 1)])
 def test_vqa_accuracy(prediction, answers, score):
     """The official VQA v2 accuracy, with its quirks: 0, .3, .6, .9, 1 by how many agree; raw strings where all ten people agree."""
-    assert evaluation.vqa_accuracy(prediction, answers) == pytest.approx(score)
-
-
-def test_baselines(tmp_path, capsys):
-    """The commonest answer, and the commonest to the same question, else to the same beginning, get what can be worked out by hand."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    buffer = io.BytesIO()
-    Image.new('RGB', (8, 8)).save(buffer, 'PNG')
-    train = [('is it red?', 'no')] * 3 + [('is it blue?', 'yes')] * 2 + [('what is it?', 'red')] * 4
-    test = [('is it red?', ['no']), ('Is it blue?', ['yes']), ('is it green?', ['no']), ('how many?', ['3']), ('what is it?', ['a', 'red'])]
-    for split, rows in (('train', [(q, [a]) for q, a in train]), ('test', test)):
-        pq.write_table(pa.table(dict(image=[buffer.getvalue()] * len(rows), question=[q for q, _ in rows], answer=[a for _, a in rows])), tmp_path / f'{split}.parquet')
-    for flag, score in (('--majority=true', '0.200'), ('--question_only=true', '0.800')):
-        evaluation.main([f'--dataset={tmp_path}', flag])
-        assert f'all          |      5 | {score}' in capsys.readouterr().out
+    assert vqa_accuracy(prediction, answers) == pytest.approx(score)
 
 
 def test_official_results(tmp_path, monkeypatch):
@@ -304,7 +138,7 @@ def test_against_references_written_another_way():
         said = [random_text(rng), random_text(rng), a.upper()]
         ten = [rng.choice(said) for _ in range(10)] if rng.random() < .9 else said[:1] * 10
         prediction = rng.choice([*said, a, cleaned(said[0])])
-        assert evaluation.vqa_accuracy(prediction, ten) == leave_one_out(prediction, ten)
+        assert vqa_accuracy(prediction, ten) == leave_one_out(prediction, ten)
 
 
 def test_summaries():
@@ -314,3 +148,27 @@ def test_summaries():
     assert m['em'] == 2 / 3 and m['n'] == 3 and m['em_types'] == .75 and m['by_type']['describe']['em'] == 0 and m['loss'] == 1.5 and list(m['by_type']) == ['color', 'count', 'describe']
     alone = evaluation.summaries(rows[3:])
     assert alone['em_types'] == alone['em'] == 0 and alone['n'] == 1
+
+
+def test_result_table():
+    """The result table has a line per type, captions last."""
+    row = dict(n=10, em=.5, f1=.5, token_accuracy=.5, loss=1.)
+    lines = evaluation.result_table(row | dict(em_types=.5, by_type={'color': row, '2 hops': row, 'describe': row})).splitlines()
+    assert [line.split('|')[0].strip() for line in lines[2:]] == ['color', '2 hops', 'all', 'mean of types', 'describe']
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda c: c['model_config'].update(shared=True), 'no setting shared'), (lambda c: c['model_config'].update(norm='unbounded'), 'norm=unbounded: expected one of pre, post'),
+    (lambda c: c['run']['best']['decoder'].pop('z_start'), 'other weights z_start'), (lambda c: c['run']['best']['decoder'].update(gate=torch.ones(1)), 'other weights gate')])
+def test_a_checkpoint_that_does_not_fit(spoil, message):
+    """What of a run the code does not know is named in one line, with the commit that made it."""
+    import dataclasses
+
+    from model import ModelConfig, build_model
+    config = ModelConfig(n_embd=16, n_head=2, vision_dim=4, use_vision=False)
+    checkpoint = dict(stage='answer', settings=dict(out_dir='out/x', use_vision=False), model_config=dataclasses.asdict(config), environment=dict(commit='abc123'),
+                      run=dict(best=dict(decoder=build_model(config).state_dict())), tokenizer=dict(name='bpe', tokens=[bytes([b]).hex() for b in range(256)]))
+    evaluation.load_run(checkpoint, 'cpu')
+    spoil(checkpoint)
+    with pytest.raises(ValueError, match=f'out/x: its decoder does not fit this code .{message}.*; commit abc123 made the run'):
+        evaluation.load_run(checkpoint, 'cpu')

@@ -10,10 +10,12 @@ import torch
 from conftest import ROOT
 
 import eval as evaluation
-import model
 import train
 from data import read_rows
-from encoder import cached_features, load_encoder
+from encoder import load_encoder
+from lab import bench
+from plumbing.features import cached_features
+from plumbing.run import read_checkpoint, read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 SMALL = ['--max_steps=40', '--eval_interval=20', '--log_interval=10', '--batch_size=32', '--n_embd=32', '--n_head=2', '--inner_steps=2', '--max_question_tokens=40']
@@ -25,7 +27,7 @@ def flags(tiny_shapes, tiny_encoder, tmp_path_factory):
 
 
 def losses(out_dir):
-    return [event['loss'] for event in evaluation.read_log(out_dir) if event['event'] == 'step']
+    return [event['loss'] for event in read_log(out_dir) if event['event'] == 'step']
 
 
 @pytest.mark.parametrize('dtype, more', [('float32', []), ('bfloat16', []), ('float16', []), ('bfloat16', ['--train_encoder=true', '--encoder_lr=0.1']),
@@ -52,16 +54,16 @@ def test_deterministic_and_killed(flags, tmp_path):
     killed.wait()
     assert not (tmp_path / 'killed/metrics.json').exists()
     subprocess.run(command('killed'), check=True)
-    a, b = (evaluation.read_checkpoint(tmp_path / name)['state'] for name in ('whole', 'killed'))
+    a, b = (read_checkpoint(tmp_path / name)['state'] for name in ('whole', 'killed'))
     for part in ('model', 'ema'):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
 
 
-@pytest.mark.parametrize('settings', [dict(kind='plain', n_layer=4), dict(recursion='concat'), dict(recursion='add'), dict(recursion='loop', shared=False)], ids=str)
+@pytest.mark.parametrize('settings', [dict(kind='plain', n_layer=4), dict(recursion='concat'), dict(recursion='add'), dict(recursion='loop')], ids=str)
 def test_same_numbers_as_the_cpu(settings):
     """Logits, loss, gradient and written answers of a decoder in float32 are those of the CPU."""
-    b = model.BenchConfig(device='cpu', n_embd=64, n_head=2, vocab_size=200, vision_dim=32, n_answer=6, batch_size=4, inner_steps=3)
-    decoder, batch = model.bench_decoder(b, **settings)
+    b = bench.BenchConfig(device='cpu', n_embd=64, n_head=2, vocab_size=200, vision_dim=32, n_answer=6, batch_size=4, inner_steps=3)
+    decoder, batch = bench.bench_decoder(b, **settings)
     results = []
     for device in ('cpu', 'cuda'):
         there, on = decoder.to(device), [t.to(device) for t in batch]
@@ -89,7 +91,7 @@ def test_no_such_gpu(tmp_path):
 @pytest.mark.parametrize('more, shown', [('--repeats=1', 'cached'), ('--profile=true', 'aten::'), ('--memory=true', 'checkpoint_recursion'), ('--compile=true', 'compiled')])
 def test_benchmark(more, shown, capsys):
     """The benchmark runs on a GPU, and so do its profile, its table of memory and, taking minutes, torch.compile."""
-    model.main(['--device=cuda', '--n_embd=64', '--n_head=2', '--vocab_size=500', '--vision_dim=64', '--n_answer=4', '--inner_steps=2', '--batch_size=2', '--repeats=1',
+    bench.main(['--device=cuda', '--n_embd=64', '--n_head=2', '--vocab_size=500', '--vision_dim=64', '--n_answer=4', '--inner_steps=2', '--batch_size=2', '--repeats=1',
                 '--peak_size=512', more])
     assert shown in capsys.readouterr().out
 

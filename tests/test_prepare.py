@@ -27,6 +27,7 @@ import data
 import prepare
 import train
 from data import read_rows
+from plumbing.tables import SPLITS
 from prepare import pixmo
 
 NOISE = random.Random()
@@ -52,7 +53,7 @@ def put(path, content):
 
 def imported(format, tmp_path, *flags, source='src'):
     data.main([format, f'--source={tmp_path / source}', f"--out={tmp_path / 'out'}", *flags])
-    return {split: read_rows(tmp_path / 'out', split) for split in data.SPLITS}
+    return {split: read_rows(tmp_path / 'out', split) for split in SPLITS}
 
 
 def told(rows):
@@ -91,7 +92,7 @@ def test_gqa(tmp_path):
     for i, name in enumerate(('n250821', '2407890')):
         put(tmp_path / f'src/images/{name}.jpg', picture(i, form='JPEG'))
     rows = imported('gqa', tmp_path)
-    for split, part in zip(data.SPLITS, ('train', 'val', 'testdev')):
+    for split, part in zip(SPLITS, ('train', 'val', 'testdev')):
         assert told(rows[split]) == [((tmp_path / f'src/images/{image}.jpg').read_bytes(), 'Is it red?', [f'{part} {k}']) for image, k in (('2407890', 2), ('n250821', 3), ('n250821', 1))]
     assert list(rows['test'].sample_id) == ['02', '01', '07333408'] and list(rows['test'].picture) == [0, 1, 1] and list(rows['val'].type) == ['verify'] * 3
 
@@ -131,10 +132,10 @@ def test_nlvr(tmp_path):
             for k in range(6):
                 put(tmp_path / f'src/{part}/images/7/{part}-{i}-0-{k}.png', picture(i * 6 + k, (400, 100), 'RGBA'))
     rows = imported('nlvr', tmp_path)
-    for split, part in zip(data.SPLITS, ('train', 'dev', 'test')):
+    for split, part in zip(SPLITS, ('train', 'dev', 'test')):
         assert told(rows[split]) == [((tmp_path / f'src/{part}/images/7/{part}-{i}-0-{k}.png').read_bytes(), f'There is box {i} of {part}.', [label])
                                      for i, label in enumerate(('true', 'false')) for k in range(6)]
-    assert [len(rows[split]) for split in data.SPLITS] == [12] * 3 and list(rows['val'].references) == [['true']] * 6 + [['false']] * 6
+    assert [len(rows[split]) for split in SPLITS] == [12] * 3 and list(rows['val'].references) == [['true']] * 6 + [['false']] * 6
 
 
 def test_hugging_face(tmp_path):
@@ -146,12 +147,12 @@ def test_hugging_face(tmp_path):
         pq.write_table(pa.table(dict(image=pa.array(images + [dict(path='gone.png', bytes=None)], struct), question=['q?'] * 5, answer=['a'] * 5)),
                        tmp_path / f'src/data/{name}.parquet')
     rows = imported('parquet', tmp_path, '--max_bad=0.3')
-    assert [len(rows[split]) for split in data.SPLITS] == [8, 4, 4] and len(rejects(tmp_path)) == 4
+    assert [len(rows[split]) for split in SPLITS] == [8, 4, 4] and len(rejects(tmp_path)) == 4
     for split, k in (('train', 0), ('test', 1)):  # as the Hugging Face converts data sets to parquet
         put(tmp_path / f'converted/default/{split}/0000.parquet', b'')
         pq.write_table(pa.table(dict(image=pa.array(images[k:k + 1], struct), question=['q?'], answer=['a'])), tmp_path / f'converted/default/{split}/0000.parquet')
     data.main(['parquet', f"--source={tmp_path / 'converted'}", f"--out={tmp_path / 'converted_out'}"])
-    n = [pq.read_metadata(tmp_path / f'converted_out/{split}.parquet').num_rows for split in data.SPLITS]
+    n = [pq.read_metadata(tmp_path / f'converted_out/{split}.parquet').num_rows for split in SPLITS]
     assert n[0] + n[1] == n[2] == 1  # no file is named after val: the picture says where the row for training goes
     pq.write_table(pa.table(dict(images=pa.array([images[:2], images[:1]], pa.list_(struct)), question=['q?'] * 2, answer=[['a', 'b']] * 2)), tmp_path / 'two.parquet')
     data.main(['parquet', f"--source={tmp_path / 'two.parquet'}", f"--out={tmp_path / 'two'}", '--max_bad=0.5'])
@@ -166,7 +167,7 @@ def test_one_split_is_divided(tmp_path, capsys):
             put(source / f'{name}.parquet', b'')
             pq.write_table(pa.table(dict(image=[picture(60 * k + i) for i in range(60)], question=['q?'] * 60, answer=['a'] * 60)), source / f'{name}.parquet')
         data.main(['parquet', f'--source={source}', f'--out={source}_out'])
-        n = [len(read_rows(f'{source}_out', split)) for split in data.SPLITS]
+        n = [len(read_rows(f'{source}_out', split)) for split in SPLITS]
         assert 'rows for training are divided' in capsys.readouterr().out and sum(n) == 60 * len(names) and min(n) > 0 and (n[1] < 30) == (names == ['train'])
 
 
@@ -195,7 +196,7 @@ def test_seed(tmp_path):
                                      question=['[USER] What is it? [ASSISTANT]', '[USER] Hi? [ASSISTANT] Hello. [USER] And now? [ASSISTANT]'], answer=['a bus', 'bye'])),
                        tmp_path / f'qa/pixmo_qa_mixed_{split}.parquet')
     rows = imported('parquet', tmp_path)
-    assert [list(rows[split].sample_id) for split in data.SPLITS] == [['0', '1'], ['10', '11'], ['20', '21']] and list(rows['val'].caption) == ['A red bus.', 'A dog.']
+    assert [list(rows[split].sample_id) for split in SPLITS] == [['0', '1'], ['10', '11'], ['20', '21']] and list(rows['val'].caption) == ['A red bus.', 'A dog.']
     data.main(['parquet', f"--source={tmp_path / 'qa'}", f"--out={tmp_path / 'qa_out'}"])
     qa = read_rows(tmp_path / 'qa_out', 'test')
     assert list(zip(qa.question, qa.references)) == [('What is it?', ['a bus']), ('Hi?', ['Hello.']), ('And now?', ['bye'])] and list(qa.picture) == [0, 1, 1]
@@ -212,7 +213,7 @@ def test_table(tmp_path):
         out.writerows([['gone.png', 'q?', 'a'], ['p1.png', 'q?', ''], ['../secret.png', 'q?', 'a']])
     put(tmp_path / 'secret.png', picture(1))
     data.main(['table', f"--source={tmp_path / 'src/mine.csv'}", f"--out={tmp_path / 'out'}", '--max_bad=0.1'])
-    rows = {split: read_rows(tmp_path / 'out', split) for split in data.SPLITS}
+    rows = {split: read_rows(tmp_path / 'out', split) for split in SPLITS}
     assert sum(map(len, rows.values())) == 30 and rows['train'].question[0] == 'what, "exactly"?'
     assert [(r['sample_id'], r['reason'].split(':')[0]) for r in rejects(tmp_path)] == [
         ('mine.csv-30', 'there is no image file'), ('mine.csv-31', 'the answer is empty or no text'), ('mine.csv-32', "the image path '../secret.png' leaves the folder")]
@@ -233,7 +234,7 @@ def test_sortofclevr(tmp_path, tiny_encoder, capsys):
     sizes = dict(train=60, val=8, test=8)
     def draw(name, *flags):
         data.main(['sortofclevr', f'--out={tmp_path / name}', *[f'--n_{split}={n}' for split, n in sizes.items()], *flags])
-        return [(tmp_path / name / f'{split}.parquet').read_bytes() for split in data.SPLITS]
+        return [(tmp_path / name / f'{split}.parquet').read_bytes() for split in SPLITS]
     first = draw('a')
     assert draw('b') == first and draw('c', '--n_train=3')[1:] == first[1:] and not set(draw('d', '--seed=1')) & set(first)
     with pytest.raises(ValueError, match='--source: no such setting'):
@@ -320,8 +321,8 @@ def test_same_bytes_stay_in_one_split(tmp_path, capsys):
         put(tmp_path / f'own/{i}.png', picture(i))
     capsys.readouterr()
     data.main(['table', f"--source={tmp_path / 'own'}", f"--out={tmp_path / 'own_out'}"])
-    rows = {split: read_rows(tmp_path / 'own_out', split) for split in data.SPLITS}
-    places = {name: split for split in data.SPLITS for name in rows[split].sample_id}
+    rows = {split: read_rows(tmp_path / 'own_out', split) for split in SPLITS}
+    places = {name: split for split in SPLITS for name in rows[split].sample_id}
     assert sum(map(len, rows.values())) == 13 and [places[f'more.jsonl-{i}'] for i in (1, 2, 3)] == ['train', 'test', 'test']
     assert '1 rows have a picture that another split has too; splits are kept as they were published: train.jsonl-1 of train is in test' in capsys.readouterr().out
 
@@ -521,7 +522,7 @@ def test_fuzz_importers(tmp_path):
             data.main([{'csv': 'table', 'jsonl': 'table'}.get(format, format.split()[0]), *flags, f'--out={out}', '--max_bad=1'])
         except (ValueError, FileNotFoundError):
             return None
-        return sum(pq.read_metadata(out / f'{split}.parquet').num_rows for split in data.SPLITS) + len((out / 'rejects.jsonl').read_text().splitlines())
+        return sum(pq.read_metadata(out / f'{split}.parquet').num_rows for split in SPLITS) + len((out / 'rejects.jsonl').read_text().splitlines())
 
     for format, (file, flags, rows) in published_files(tmp_path).items():
         whole, flags = file.read_bytes(), [flag.format(file=file) for flag in flags]

@@ -7,9 +7,9 @@ from glob import glob
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
-from eval import spread, plus_minus, depth, training_flops
+
+from lab.compare import depth, plus_minus, spread, training_flops
 
 README, HEADING = 'README.md', 'Does recursion help?'  # of the table there that is tested where it is present
 

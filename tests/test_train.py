@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-import data
 import eval as evaluation
 import train
 from configurator import configure
-from conftest import ROOT
 from data import Questions, train_bpe
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from lab.compare import compare

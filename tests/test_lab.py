@@ -1,0 +1,218 @@
+"""lab/: runs side by side, benchmark, states, attention, guesses."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from test_model import decoder_of, sample
+from test_train import TINY
+
+from lab import attention, guess, states
+from lab.bench import BenchConfig, benchmark, show_memory, show_profile
+from lab.compare import compare, grouped, labels, paired
+from lab.compare import main as compare_main
+from model import RECURSIONS, ModelConfig, build_model
+from plumbing.console import run_script
+
+
+def metrics(em, seed=0, **settings):
+    """What a finished run has written. On '2 hops' it is right in em squared of the cases."""
+    row = dict(n=10, em=em, f1=em, token_accuracy=.5, loss=1.)
+    settings = dict(kind='plain', n_layer=4, inner_steps=3, outer_steps=2, recursion='add', batch_size=2, grad_accum=1, dataset='d', seed=seed) | settings
+    return row | dict(em_types=(em + em ** 2) / 2, by_type={'color': row, '2 hops': row | dict(em=em ** 2), 'describe': row}, step=5, train_s=9., seed=seed,
+                      parameters=dict(total=1234567, core=1000), settings=settings, mflop_per_example=3e6, curve=[(1, .5, .1), (2, 1., em)], commit='abc',
+                      device='a cpu', threads=2, correct='1' * round(4 * em) + '0' * round(4 - 4 * em) + '-')
+
+
+def test_seeds_on_two_devices(tmp_path):
+    """Runs that differ in their seed and in where and how fast they ran belong together."""
+    for k, seed in enumerate((1, 2)):
+        (tmp_path / f'{seed}.json').write_text(json.dumps(metrics(.5, seed, device=f'cuda:{k}', compile=bool(k), wandb=bool(k), skip_bad_steps=k)))
+    assert len(grouped([tmp_path / '1.json', tmp_path / '2.json'])) == 1
+    (tmp_path / '3.json').write_text(json.dumps(metrics(.5, 2, device='cuda:0')))
+    assert [len(runs) for runs in grouped([tmp_path / f'{k}.json' for k in (1, 2, 3)]).values()] == [2, 1]  # a seed counts once
+
+
+def test_comparison(tmp_path, monkeypatch):
+    """lab.compare puts the seeds of a configuration together: mean and Student's 95 % interval; the difference to the first one is seed by seed and question by
+    question; --types and --reach say what is judged and when validation had it; patterns and copies of metrics.json are read too; the pictures are drawn, or a
+    line says how to get them."""
+    kinds = dict(plain=dict(kind='plain', n_layer=4), trm=dict(kind='trm', n_layer=2))
+    for kind, ems in dict(plain=(.5, .5, .5), trm=(.5, .75, 1.)).items():
+        for seed, em in enumerate(ems):
+            newer = dict(objective='both') if seed == 2 else {}            # a setting that the other runs do not know yet
+            m = metrics(em, seed, **kinds[kind], **newer, out_dir=f'{kind}_{seed}')
+            (tmp_path / f'{kind}_{seed}.json').write_text(json.dumps(m))
+    cells = lambda text: [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if '/plain' in line or '/trm' in line]
+    text = compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], reach=.75)
+    plain, trm, plain_scores, trm_scores = cells(text)
+    half = 4.303 * .25 / 3 ** .5                                       # t at 2 degrees of freedom, standard deviation .25, 3 seeds
+    near = lambda cell, mean, half: cell.startswith(f'{mean} ± ') and abs(float(cell.split()[-1]) - half) < 2e-3
+    assert plain[0].endswith('/plain') and plain[1] == '3' and plain[4] == '4' and trm[4] == str(2 * 2 * (3 + 1))
+    assert plain[6] == '30.0' and plain[8] == '0.375 ± 0.000' and trm[9] == '0.375 0.656 1.000' and near(trm[10], '+0.302', .7777)
+    d = [0, 0, 2 / 3, 1 / 3]                                           # question by question: how much oftener the three seeds of trm are right
+    sd = (sum((x - .25) ** 2 for x in d) / 4) ** .5
+    assert trm[11] == f'+0.250 ± {1.96 * sd / 2:.3f}' and plain[10:] == ['-', '-', 'never, never, never'] and trm[12] == 'never, 2 (1 s), 2 (1 s)'
+    assert near(trm_scores[1], '0.750', half) and trm_scores[3] == trm_scores[1] and trm_scores[4].startswith('0.604 ± ') and 'commit abc on a cpu' in text
+    trm = cells(compare([tmp_path / 'plain_*', tmp_path / 'trm_*'], judged=['2 hops']))[1]
+    assert trm[9] == '0.250 0.562 1.000' and trm[10].startswith('+0.354 ± ')                     # the squares of trm less plain's .25
+    with pytest.raises(ValueError, match='--types=size: .* has no such type; expected some of color, 2 hops'):
+        compare([tmp_path / 'plain_*'], judged=['size'])
+    for name in ('comparison.png', 'comparison_curves.png'):
+        assert Image.open(tmp_path / name).width > 600
+    assert labels(['r/swaps_n1_lr1e-3', 'r/swaps_n2_lr1e-3']) == ['n1', 'n2'] and labels(['r/n1', 's/n1']) == ['n1', 'n1']
+    assert labels(['r/flops_n1', 'r/flops_n1_lr4e-3']) == ['n1', 'n1_lr4e-3'] and labels(['r/trm_1']) == ['trm_1']
+    this, that = metrics(.5), metrics(.75)
+    assert paired([this], [that]) and not paired([this], [metrics(.75, dataset='e')])  # other questions
+    assert not paired([this], [that | dict(correct='1-110')])
+    for k, kind in enumerate(('plain', 'trm') * 2):                        # two groups whose paths begin alike keep their runs and have two names
+        (tmp_path / f'x_{k}.json').write_text(json.dumps(metrics(.5, k, kind=kind)))
+    assert [len(runs) for runs in grouped([tmp_path / 'x_*']).values()] == [2, 2]
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert compare([tmp_path / 'plain_0.json']).count('plain') == 2
+
+
+@pytest.mark.parametrize('which', ['y', 'z'])
+def test_forgetful(which):
+    """With --forget what the first step makes of that state reaches nothing, what it makes of the other one does; writing token by token agrees with reading it all."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=11, n_embd=16, n_head=2, vision_dim=3, inner_steps=2, outer_steps=2))
+    states.forgetful(decoder, which)
+    vision, question = torch.randn(2, 4, 3), torch.randint(3, 11, (2, 5))
+    passes = states.watch_passes(decoder)
+    answer = torch.tensor([[1, 7, 5], [1, 4, 9]])
+    decoder.answer_states(decoder.read_context(vision, question), answer)  # the last cycle, steps three and four, has a gradient
+    (_, third), (_, fourth) = passes[2:]
+    y, z = torch.autograd.grad(fourth.pow(3).mean(), third)[0].chunk(2, dim=1)
+    forgotten, kept = (y, z) if which == 'y' else (z, y)
+    assert forgotten.abs().max() == 0 and kept.abs().max() > 0
+    written = decoder.generate(vision, question, 3)
+    read = decoder(vision, question, torch.cat([torch.ones(2, 1, dtype=torch.long), written[:, :-1]], dim=1))[0].argmax(-1)
+    ends = (written == 2).int().cumsum(1) - (written == 2).int()           # after the end nothing is compared
+    assert ((written == read) | (ends > 0)).all()
+
+
+def test_baselines(tmp_path, capsys):
+    """The commonest answer, and the commonest to the same question, else to the same beginning, get what can be worked out by hand."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    buffer = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(buffer, 'PNG')
+    train = [('is it red?', 'no')] * 3 + [('is it blue?', 'yes')] * 2 + [('what is it?', 'red')] * 4
+    test = [('is it red?', ['no']), ('Is it blue?', ['yes']), ('is it green?', ['no']), ('how many?', ['3']), ('what is it?', ['a', 'red'])]
+    for split, rows in (('train', [(q, [a]) for q, a in train]), ('test', test)):
+        pq.write_table(pa.table(dict(image=[buffer.getvalue()] * len(rows), question=[q for q, _ in rows], answer=[a for _, a in rows])), tmp_path / f'{split}.parquet')
+    for flag, score in (('--split=test', '0.200'), ('--question_only=true', '0.800')):
+        guess.main([f'--dataset={tmp_path}', flag])
+        assert f'all          |      5 | {score}' in capsys.readouterr().out
+
+
+def test_left_out(tmp_path, capsys):
+    """lab.compare sets runs side by side and names a folder without results."""
+    for run, em in (('a', .25), ('b', .75)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / 'metrics.json').write_text(json.dumps(metrics(em, n_layer=round(4 * em))))
+    table = compare([tmp_path / 'a', tmp_path / 'b'])
+    assert '0.250' in table and '0.750' in table and '1,234,567' in table and table.count(' | ') > 40
+    with pytest.raises(FileNotFoundError, match='folders of finished runs'):
+        compare([tmp_path / 'c'])
+    for name, text in dict(begun=None, align='{"probe": 1}').items():  # a pattern leaves out what is no finished run, and says so
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / 'metrics.json').write_text(text)
+    capsys.readouterr()
+    assert compare([tmp_path / '*']).count('0.750') == table.count('0.750')
+    assert [line.split(': ')[0] for line in capsys.readouterr().out.splitlines()] == ['left out'] * 4  # the two pictures are no runs either
+    with pytest.raises(ValueError, match='align/metrics.json: no by_type'):
+        compare([tmp_path / 'align'])
+
+
+def test_state_sizes():
+    """'pre' and 'post' keep the states at RMS 1 over 64 passes; what is measured is what the decoder hands on."""
+    vision, question, answer = sample()
+    for recursion in RECURSIONS:
+        ends = {}
+        for placement in ('pre', 'post'):
+            sizes = states.state_sizes(decoder_of(dict(recursion=recursion, norm=placement)), vision, question, answer)
+            ends[placement] = [size for size in sizes[-1] if size]
+            assert len(sizes) == 64
+        assert all(abs(size - 1) < 1e-3 for placement in ('pre', 'post') for size in ends[placement])
+
+
+def test_benchmark(capsys):
+    """`python -m lab.bench` counts FLOPs as they follow from the shapes, and shows parameters and times for every decoder."""
+    b = BenchConfig(device='cpu', n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
+                    batch_size=2, repeats=1, peak_size=64)
+    C, V, D, S, A = b.n_embd, b.vocab_size, b.vision_dim, 8, 4
+    T = S + 2 * A
+    forward = 2 * 2 * (5 * D * C + 2 * (T * 12 * C * C + 2 * T * T * C) + A * C * V)  # 2 FLOPs, 2 rows; the naive concat loop
+    benchmark(b)
+    text = capsys.readouterr().out
+    assert f'{forward / 1e9:.4g}' in text and 'MFU' in text
+    assert all(text.count(f' {name} |') >= 3 for name in ('plain', 'concat', 'add'))
+    states.show_fresh(b)
+    assert 'gradient at n=16' in capsys.readouterr().out
+    show_memory(b, steps=(1,))
+    assert 'checkpoint_recursion' in capsys.readouterr().out
+    show_profile(b)
+    assert 'mm' in capsys.readouterr().out
+
+
+def test_benchmark_compiled(capsys, monkeypatch):
+    """With --compile the compiled step is timed beside the others, and it is torch.compile's that runs."""
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda decoder, mode: lambda *batch: compiled.append(mode) or decoder(*batch))
+    benchmark(BenchConfig(device='cpu', n_layer=1, n_head=2, n_embd=32, inner_steps=2, vocab_size=50, vision_dim=16, n_image=5, n_question=3, n_answer=4,
+                          batch_size=2, repeats=1, peak_size=64, compile=True))
+    text = capsys.readouterr().out
+    assert text.count(' compiled |') * 4 == len(compiled) and text.count(' - |') == 2 * text.count(' compiled |')
+
+
+def test_bad_bench_settings():
+    """A setting out of range is an error that names it."""
+    with pytest.raises(ValueError, match='repeats=0'):
+        BenchConfig(repeats=0)
+
+
+def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
+    """The programs of lab look into a run and leave its files as they are; forgetting a state matters, but not before the first pass."""
+    import train
+    out = tmp_path / 'run'
+    flags = [*TINY, f'--dataset={tiny_shapes}', f'--encoder={tiny_encoder}', f'--cache_dir={tmp_path}/cache']
+    train.main([*flags, f'--out_dir={out}'])
+    before = (out / 'metrics.json').read_bytes()
+    capsys.readouterr()
+    tables = []
+    for more in (['--forget=y'], ['--forget=z'], ['--forget=y', '--inner_steps=1'], ['--forget=z', '--inner_steps=1']):
+        states.main([f'--out_dir={out}', '--device=cpu', *more])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] != tables[1] and tables[2] == tables[3]
+    states.main([f'--out_dir={out}', '--device=cpu'])
+    assert 'after 64 passes: RMS of y 1.00, RMS of z 1.00' in capsys.readouterr().out
+    attention.main([f'--out_dir={out}', '--device=cpu', '--inner_steps=3'])
+    assert (out / 'attention.png').stat().st_size > 1000 and (out / 'metrics.json').read_bytes() == before
+    train.main([*flags, f'--out_dir={tmp_path / "plain"}', '--kind=plain'])
+    with pytest.raises(ValueError, match='plain decoder'):
+        states.main([f'--out_dir={tmp_path / "plain"}', '--device=cpu'])
+    with pytest.raises(ValueError, match='no y and z side by side'):
+        states.main([f'--out_dir={tmp_path / "plain"}', '--device=cpu', '--forget=z'])
+    capsys.readouterr()
+    compare_main([str(out), f'{tmp_path / "plain"},{out}'])
+    assert ' ± ' not in capsys.readouterr().out.splitlines()[2]
+
+
+@pytest.mark.parametrize('main, argv, message', [
+    (states.main, '--forget=x', 'forget=x: expected y or z'), (states.main, '--split=tset', 'split=tset'), (attention.main, '--split=tset', 'split=tset'),
+    (guess.main, '--split=tset', 'split=tset'), (guess.main, '--dataset=/nowhere', 'no such file; a dataset is a folder'), (compare_main, '', 'which runs'),
+    (compare_main, '/nowhere', 'none/metrics.json: no such file|nowhere/metrics.json: no such file; lab.compare takes'), (states.main, '--out_dir=/nowhere', 'no such file; a run writes it')])
+def test_mistakes(main, argv, message, monkeypatch, capsys):
+    """A mistake is one line that says what was wrong."""
+    monkeypatch.setattr(sys, 'argv', ['lab', *argv.split()])
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    text = capsys.readouterr().err
+    assert end.value.code == 1 and text.count('\n') == 1 and re.search(message, text), text
