@@ -330,7 +330,8 @@ def load_run(checkpoint, device):
     """The decoder, encoder and tokenizer of a checkpoint, with its best weights. Raises: ValueError."""
     if checkpoint['stage'] != 'answer':
         raise ValueError(f"a checkpoint of stage '{checkpoint['stage']}' has no decoder: it trained an "
-                         f"encoder, which --encoder=FILE gives to train.py; python -m align.judge reports on it")
+                         f"encoder, which --encoder=FILE gives to train.py; python -m align.judge "
+                         f"--out_dir={checkpoint['settings']['out_dir']} reports on it")
     best = checkpoint['run']['best']
     settings = checkpoint['settings']
     decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, checkpoint['model_config'])

@@ -40,21 +40,22 @@ class AttentionConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
 
 
-def watch_attention(decoder):
-    """Notes the attention of the states from now on, made again of what goes into every layer.
+def attention_of(decoder, context, answer):
+    """Attention of the answer's states, made again of what goes into every layer.
 
-    -> a list that gets (B, nh, T, S + T) for every block of every pass; the pass over the context is left out
+    Shapes: answer (B, A) -> a list with (B, nh, T, S + T) for every block of every pass, in their order
     """
     seen = []
 
     def note(attention, args):
-        h, rope, mask, context, *_ = args
-        if context is not None:
-            q, k, _ = attention.queries_keys_values(h, rope)           # (B, nh, T, hs) each
-            seen.append(attention.weights(q, k, mask, context))
+        h, rope, mask, layer, *_ = args
+        q, k, _ = attention.queries_keys_values(h, rope)               # (B, nh, T, hs) each
+        seen.append(attention.weights(q, k, mask, layer))              # (B, nh, T, S + T)
 
-    for block in decoder.blocks:
-        block.attention.register_forward_pre_hook(note)
+    hooks = [block.attention.register_forward_pre_hook(note) for block in decoder.blocks]
+    decoder.answer_states(context, answer)
+    for hook in hooks:
+        hook.remove()
     return seen
 
 
@@ -79,19 +80,16 @@ def passes_of(decoder, vision, question, bos_id):
     It is y's, or with recursion='add' z's and in the last pass y's.
     Shapes: vision (1, N, D), question (1, Q) -> one (S + T,) for each pass
     """
-    seen = watch_attention(decoder)
     start = torch.tensor([[bos_id]], device=question.device)           # (1, 1)
-    decoder.answer_states(decoder.read_context(vision, question), start)
-    for block in decoder.blocks:
-        block.attention._forward_pre_hooks.clear()
+    seen = attention_of(decoder, decoder.read_context(vision, question), start)
     layers = [att[0, :, 0].float().mean(0) for att in seen]            # (S + T,) each: of all heads
     n = decoder.config.n_layer
     return [torch.stack(layers[i:i + n]).mean(0) for i in range(0, len(layers), n)]
 
 
 def draw_passes(small, words, passes, shares):
-    """A row for each pass: the picture, the picture lit where the pass looks, and the question, the redder the
-    more it is looked at. Shapes: passes (S + T,) each, shares (N, P) -> a Pillow picture."""
+    """A row for each pass: the picture, the picture lit where the pass looks, and the question, a word the
+    redder the more it is looked at. Shapes: passes (S + T,) each, shares (N, P) -> a Pillow picture."""
     font = ImageFont.load_default(FONT)
     N = len(shares)
     side = math.isqrt(shares.size(1))
@@ -99,9 +97,11 @@ def draw_passes(small, words, passes, shares):
     strip = Image.new('RGB', (2 * SIDE + 20 + text_px, len(passes) * (SIDE + 4)), 'white')
     draw = ImageDraw.Draw(strip)
     for k, att in enumerate(passes):
-        places = (att[:N] @ shares.float())[-side * side:].view(side, side).cpu()      # (side, side)
-        weights = att[N:N + len(words)].cpu()
-        heat = Image.fromarray((255 * places / places.max()).byte().numpy()).resize(small.size, Image.BICUBIC)
+        patches = att[:N] @ shares.float()                             # (P,)
+        places = patches[-side * side:].view(side, side).cpu()         # a trunk's class token stands first
+        weights = att[N:N + len(words)].cpu()                          # (Q,)
+        heat = Image.fromarray((255 * places / places.max()).byte().numpy())
+        heat = heat.resize(small.size, Image.BICUBIC)
         x = 2 * SIDE + 20
         y = k * (SIDE + 4)
         strip.paste(small, (0, y))
@@ -121,8 +121,10 @@ def draw_attention(path, decoder, encoder, tokenizer, rows, questions, device, t
     """Writes a sheet with one question of each type; without such types, the first four questions."""
     chosen = []
     for type in types:
-        of_type = (i for i, t in enumerate(rows.type) if t == type)
-        chosen += [i for i in [next(of_type, None)] if i is not None]
+        for i, type_of_row in enumerate(rows.type):
+            if type_of_row == type:
+                chosen.append(i)
+                break
     tiles = []
     colors = []
     for i in chosen or range(min(4, len(rows))):

@@ -1,23 +1,34 @@
-"""How large and how fast: parameters, FLOPs, time of a training step, generation, memory, the encoder.
+"""
+How large and how fast: parameters, FLOPs, milliseconds of a training step, tokens a second, memory.
 
-    python -m lab.bench"""
+    python -m lab.bench                                        # plain, concat and add beside the naive loop
+    python -m lab.bench --profile=true                         # the costliest operations of a training step
+    python -m lab.bench --memory=true                          # memory of a training step, by passes
+    python -m lab.bench --encoder=random --pictures=16         # an encoder of Edge-Glass' shapes
+    python -m lab.bench --encoder=assets/encoder_shapes.pt     # the encoder of a file or folder
+"""
+
 import io
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import torch
 from PIL import Image
 
 from configurator import configure
+from encoder import EDGE_GLASS_CONFIG, Encoder, load_encoder
 from lab.naive import naive_generate, naive_logits
 from model import ModelConfig, build_model, cross_entropy
 from plumbing.console import run_script, table
 from plumbing.machine import fast_dtypes, flops_of, keep_freed_memory, most_memory, pick_device, seconds
 from plumbing.pictures import open_picture
+
+SCALE = ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')
 
 
 @dataclass
@@ -26,7 +37,7 @@ class BenchConfig:
     n_layer: int = 2         # blocks in F
     n_head: int = 8          # attention heads
     n_embd: int = 512        # width
-    inner_steps: int = 4     # steps of a cycle
+    inner_steps: int = 4     # passes of a cycle
     outer_steps: int = 1     # cycles
     vocab_size: int = 50257  # size of the vocabulary
     vision_dim: int = 4096   # dimensions of an image token
@@ -34,153 +45,275 @@ class BenchConfig:
     n_question: int = 20     # question tokens
     n_answer: int = 32       # answer tokens
     batch_size: int = 32     # rows
+    # the timing
     repeats: int = 3         # rounds of timing; every figure is the fastest of them
     peak_size: int = 4096    # side of the matrices whose product shows the peak of the machine
-    memory: bool = False     # print the memory of a training step, by steps, with and without checkpoint_recursion, and stop
-    profile: bool = False    # print the costliest operations of a training step of concat, and stop
     compile: bool = False    # time a compiled training step too (torch.compile; with CUDA graphs on a GPU)
     device: str = 'auto'     # auto (a GPU if there is one), cpu, cuda, ...
+    # something else instead
+    memory: bool = False     # the memory of a training step, by passes, with and without checkpoint_recursion
+    profile: bool = False    # the costliest operations of a training step of concat
+    encoder: str | None = None  # the speed of this encoder file or folder; random: of Edge-Glass' shapes
+    pictures: int = 16       # with encoder: how many drawn photographs
 
     def __post_init__(self):
         for key, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f'{key}={value}: expected at least 1')
+        if bool(self.memory) + bool(self.profile) + bool(self.encoder) > 1:
+            raise ValueError('--memory, --profile and --encoder: one at a time')
 
+
+def autocast_to(dtype, device):
+    """Matrix products in `dtype`; in float32 as they are."""
+    return torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix('torch.')
+
+
+# ----------------------------------------------------------------------------
+# the decoders
 
 def bench_decoder(b, **settings):
-    """A decoder of the benchmark's scale and a batch for it: (vision, question, answer, targets), all tokens real."""
+    """A decoder of the benchmark's scale and a batch for it, all tokens real.
+
+    Shapes: -> decoder, (vision (B, N, D), question (B, Q), answer (B, A), targets (B, A))
+    """
     torch.manual_seed(0)
-    scale = {key: getattr(b, key) for key in ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')}
-    decoder = build_model(ModelConfig(**scale | dict(eos_id=-1) | settings)).to(b.device)  # no end token: answers get their whole length
-    token = lambda length: torch.randint(3, b.vocab_size, (b.batch_size, length), device=b.device)
-    answer = token(b.n_answer)
-    return decoder, (torch.randn(b.batch_size, b.n_image, b.vision_dim, device=b.device), token(b.n_question), answer, answer.roll(-1, dims=1))
+    scale = {key: getattr(b, key) for key in SCALE}
+    config = ModelConfig(**scale | dict(eos_id=-1) | settings)  # no end token: answers get their whole length
+    decoder = build_model(config).to(b.device)
+
+    def tokens(length):
+        return torch.randint(3, b.vocab_size, (b.batch_size, length), device=b.device)
+
+    answer = tokens(b.n_answer)
+    vision = torch.randn(b.batch_size, b.n_image, b.vision_dim, device=b.device)
+    return decoder, (vision, tokens(b.n_question), answer, answer.roll(-1, dims=1))
 
 
-def bench_run(b, name, loop, dtype, decoder, batch):
-    """One line of the benchmark: what to time, and the FLOPs of it, counted."""
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
-    autocast = torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32)
+class Contender:
+    """A line of the benchmark: a decoder, how its loop runs and in which dtype, and the best times so far."""
 
-    def loss(forward):
-        with autocast:
-            if loop == 'naive':
-                return cross_entropy(naive_logits(decoder, *batch[:3]), batch[3])
-            return forward(*batch)[1]
+    def __init__(self, b, name, loop, dtype, decoder, batch):
+        self.b = b
+        self.name = name
+        self.loop = loop  # naive, cached or compiled
+        self.dtype = dtype
+        self.decoder = decoder
+        self.batch = batch
+        self.optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
+        self.step_s = math.inf
+        self.write_s = math.inf
+        # FLOPs are those of the decoder as it is written: the counter does not see into compiled code
+        self.forward = decoder
+        with torch.no_grad():
+            self.forward_flops = flops_of(self.loss)
+        self.step_flops = flops_of(self.step)
+        if loop == 'compiled':
+            self.forward = torch.compile(decoder, mode='reduce-overhead')  # on a GPU with CUDA graphs
+            for _ in range(3):  # compile, warm up, record
+                self.step()
+        else:
+            self.write(2)
 
-    def step(forward):
-        loss(forward).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def loss(self):
+        with autocast_to(self.dtype, self.b.device):
+            if self.loop == 'naive':
+                vision, question, answer, targets = self.batch
+                return cross_entropy(naive_logits(self.decoder, vision, question, answer), targets)
+            return self.forward(*self.batch)[1]
+
+    def step(self):
+        """A training step."""
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def write(length=b.n_answer):
-        with autocast:
-            generate = partial(naive_generate, decoder) if loop == 'naive' else decoder.generate
-            generate(*batch[:2], length)
+    def write(self, length=None):
+        """Generates answers of this length, or of the benchmark's."""
+        vision, question, *_ = self.batch
+        length = length or self.b.n_answer
+        with autocast_to(self.dtype, self.b.device):
+            if self.loop == 'naive':
+                naive_generate(self.decoder, vision, question, length)
+            else:
+                self.decoder.generate(vision, question, length)
 
-    flops, forward = [flops_of(partial(function, decoder)) for function in (torch.no_grad()(loss), step)], decoder
-    if loop == 'compiled':
-        forward = torch.compile(decoder, mode='reduce-overhead')       # static shapes; on a GPU with CUDA graphs
-        for _ in range(3):  # compile, warm up, record
-            step(forward)
-    else:
-        write(2)
-    return dict(name=name, loop=loop, dtype=dtype, step=partial(step, forward), write=write, flops=flops)
+    def time(self, writing):
+        """Keeps the better time of a training step and, where `writing`, of generation."""
+        self.step_s = min(self.step_s, seconds(self.step, self.b.device))
+        if writing:
+            self.write_s = min(self.write_s, seconds(self.write, self.b.device))
+
+    def row(self, naive, peak):
+        """A row of the table; the speed-ups are over `naive`, MFU is the share of `peak` FLOP/s."""
+        share = self.step_flops / self.step_s / peak
+        cells = [self.name, self.loop, name_of(self.dtype)]
+        cells += [f'{self.forward_flops / 1e9:.4g}', f'{self.step_flops / 1e9:.4g}']
+        cells += [f'{1e3 * self.step_s:.4g}', f'{naive.step_s / self.step_s:.1f}', f'{100 * share:.0f} %']
+        if self.write_s == math.inf:
+            return cells + ['-', '-']
+        n_tokens = self.b.batch_size * self.b.n_answer
+        return cells + [f'{n_tokens / self.write_s:.0f}', f'{naive.write_s / self.write_s:.1f}']
+
+
+def peak_flops(b, dtype):
+    """FLOP/s of a product of large square matrices, the best of four: what this machine can do."""
+    m = torch.randn(b.peak_size, b.peak_size, device=b.device, dtype=dtype)
+    fastest = min(seconds(partial(torch.matmul, m, m), b.device) for _ in range(4))
+    return 2 * b.peak_size ** 3 / fastest
+
+
+def loops_of(b):
+    """The loops that are timed, and in which dtypes. The naive one is the yardstick, in float32 alone."""
+    loops = [('naive', torch.float32)]
+    for dtype in fast_dtypes(b.device):
+        loops.append(('cached', dtype))
+        if b.compile:
+            loops.append(('compiled', dtype))
+    return loops
 
 
 def benchmark(b):
-    """Prints parameters, FLOPs, time of a training step and generation speed for plain, concat and add, beside the naive loop."""
-    dtypes, peaks = fast_dtypes(b.device), {}
-    for dtype in dtypes:
-        m = torch.randn(b.peak_size, b.peak_size, device=b.device, dtype=dtype)
-        peaks[dtype] = 2 * b.peak_size ** 3 / min(seconds(lambda: m @ m, b.device) for _ in range(4))
-    print(' | '.join(f'{str(dtype)[6:]} peak {p / 1e9:.0f} GFLOP/s' for dtype, p in peaks.items()), f'(a product of matrices of side {b.peak_size})')
+    """Prints parameters, FLOPs, times and speeds of plain, concat and add, beside the naive loop."""
+    peaks = {dtype: peak_flops(b, dtype) for dtype in fast_dtypes(b.device)}
+    said = [f'{name_of(dtype)} peak {peak / 1e9:.0f} GFLOP/s' for dtype, peak in peaks.items()]
+    print(' | '.join(said), f'(a product of matrices of side {b.peak_size})')
 
-    runs, rows = [], []
-    for name, settings in (('plain', dict(kind='plain', n_layer=2 * b.n_layer)), ('concat', {}), ('add', dict(recursion='add'))):
+    decoders = dict(plain=dict(kind='plain', n_layer=2 * b.n_layer), concat={}, add=dict(recursion='add'))
+    contenders = []
+    sizes = []
+    for name, settings in decoders.items():
         decoder, batch = bench_decoder(b, **settings)
-        rows.append([name, *(f'{n / 1e6:.2f} M' for n in decoder.parameter_counts().values())])
-        loops = [('naive', torch.float32)] + [(loop, dtype) for dtype in dtypes for loop in ['cached'] + ['compiled'] * b.compile]
-        runs += [bench_run(b, name, loop, dtype, decoder, batch) for loop, dtype in loops]
-    print(table(['parameters', *decoder.parameter_counts()], rows))
+        counts = decoder.parameter_counts()
+        sizes.append([name, *(f'{n / 1e6:.2f} M' for n in counts.values())])
+        contenders += [Contender(b, name, loop, dtype, decoder, batch) for loop, dtype in loops_of(b)]
+    print(table(['parameters', *counts], sizes))
 
-    for k in range(b.repeats):  # side by side: a round times everything once, but for the naive loop's generation, timed once in all
-        for run in runs:
-            run['step_s'] = min(run.get('step_s', math.inf), seconds(run['step'], b.device))
-            if run['loop'] == 'cached' or run['loop'] == 'naive' and k == 0:
-                run['write_s'] = min(run.get('write_s', math.inf), seconds(run['write'], b.device))
-    naive, rows = {run['name']: run for run in runs if run['loop'] == 'naive'}, []
-    for run in runs:
-        slow, (forward, step) = naive[run['name']], run['flops']
-        rows.append([run['name'], run['loop'], str(run['dtype'])[6:], f'{forward / 1e9:.4g}', f'{step / 1e9:.4g}', f"{1e3 * run['step_s']:.4g}",
-                     f"{slow['step_s'] / run['step_s']:.1f}", f"{100 * step / run['step_s'] / peaks[run['dtype']]:.0f} %",
-                     *((f"{b.batch_size * b.n_answer / run['write_s']:.0f}", f"{slow['write_s'] / run['write_s']:.1f}") if 'write_s' in run else '--')])
-    print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'speed-up', 'MFU', 'tokens/s written', 'speed-up'], rows))
+    # side by side: a round times everything once, so that a busy minute of the machine hits all alike
+    for k in range(b.repeats):
+        for contender in contenders:
+            once = contender.loop == 'naive' and k == 0  # it is too slow to write in every round
+            contender.time(writing=contender.loop == 'cached' or once)
+    naive = {contender.name: contender for contender in contenders if contender.loop == 'naive'}
+    rows = [c.row(naive[c.name], peaks[c.dtype]) for c in contenders]
+    print(table(['decoder', 'loop', 'dtype', 'GFLOP forward', 'GFLOP step', 'ms step', 'speed-up', 'MFU',
+                 'tokens/s written', 'speed-up'], rows))
 
 
 def show_profile(b, most=8):
     """Prints the costliest operations of a training step of concat, in the fastest dtype."""
     decoder, batch = bench_decoder(b)
-    step = bench_run(b, 'concat', 'compiled' if b.compile else 'cached', fast_dtypes(b.device)[-1], decoder, batch)['step']
-    step()  # it asks for memory that is not there yet
+    loop = 'compiled' if b.compile else 'cached'
+    contender = Contender(b, 'concat', loop, fast_dtypes(b.device)[-1], decoder, batch)
+    contender.step()  # it asks for memory that is not there yet
     with torch.profiler.profile() as profiler:
-        step()
-    own = lambda event: event.self_device_time_total if b.device.startswith('cuda') else event.self_cpu_time_total  # microseconds
-    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]  # operations; a GPU's kernels, whose time they have, are listed too
-    events.sort(key=own, reverse=True)
-    total = sum(map(own, events))
-    print(table(['operation', 'calls', 'ms', 'share'], [[e.key[:60], e.count, f'{own(e) / 1e3:.1f}', f'{own(e) / total:.0%}'] for e in events[:most]]))
+        contender.step()
+    on_gpu = b.device.startswith('cuda')
+    costs = []  # (microseconds of its own, event)
+    for event in profiler.key_averages():
+        # operations alone: a GPU's kernels, whose time they have, are listed too
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            costs.append((own, event))
+    total = sum(own for own, _ in costs)
+    costs.sort(key=lambda cost: cost[0], reverse=True)
+    rows = [[e.key[:60], e.count, f'{own / 1e3:.1f}', f'{own / total:.0%}'] for own, e in costs[:most]]
+    print(table(['operation', 'calls', 'ms', 'share'], rows))
 
 
 def show_memory(b, steps=(1, 2, 4, 8, 16)):
-    """Prints how much memory a forward and backward pass adds to the weights, gradients included, each in a process of its own."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    """Prints how much memory a forward and a backward pass add to the weights, gradients included."""
     rows = []
     for n in steps:
         row = [n]
         for recompute in (False, True):
+            # each in a process of its own: what counts is the most that one has used
             with ProcessPoolExecutor(1, get_context('spawn')) as pool:
-                row.append(f'{pool.submit(peak_memory, replace(b, inner_steps=n), recompute).result() / 2 ** 20:.0f}')
+                added = pool.submit(peak_memory, replace(b, inner_steps=n), recompute).result()
+            row.append(f'{added / 2 ** 20:.0f}')
         rows.append(row)
-    print(table(['steps', 'MiB, all kept', 'MiB, checkpoint_recursion'], rows))
+    print(table(['passes', 'MiB, all kept', 'MiB, checkpoint_recursion'], rows))
 
 
 def peak_memory(b, recompute):
     """Bytes that a forward and a backward pass add to the most that the process has used so far."""
     decoder, batch = bench_decoder(b, checkpoint_recursion=recompute)
-    torch.ones(8, 8, device=b.device) @ torch.ones(8, 8, device=b.device)  # a GPU's library takes its own memory with the first product
+    ones = torch.ones(8, 8, device=b.device)
+    ones @ ones  # a GPU's library takes its own memory with the first product
     before = most_memory(b.device)
     decoder(*batch)[1].backward()
     return most_memory(b.device) - before
 
 
-def bench(encoder, n, device):
-    """Prints how many pictures per second are decoded and encoded, and the most memory that took: n photographs of noise, 1024 x 768."""
-    rng, files = np.random.default_rng(0), []
+# ----------------------------------------------------------------------------
+# the encoder
+
+def noise_photographs(n, size=(1024, 768)):
+    """The bytes of n JPEG files that compress about as photographs do: coarse noise, enlarged."""
+    rng = np.random.default_rng(0)
+    files = []
     for _ in range(n):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).resize((1024, 768), Image.BICUBIC).save(buffer, 'JPEG', quality=90)
-        files.append(buffer.getvalue())
-    with ThreadPoolExecutor() as pool:
-        took = seconds(lambda: list(pool.map(lambda data: encoder.pixels(open_picture(data)), files)), device)
-    print(f'decoding, all cores: {n / took:.1f} pictures/s')
-    pixels = encoder.pixels(open_picture(files[0]))
+        noise = rng.integers(0, 256, (24, 32, 3), np.uint8)            # (height, width, 3)
+        file = io.BytesIO()
+        Image.fromarray(noise).resize(size, Image.BICUBIC).save(file, 'JPEG', quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def open_for_timing(path):
+    """An encoder and what to say of it; `random`: with random weights of Edge-Glass' shapes."""
+    if path == 'random':
+        encoder = Encoder(EDGE_GLASS_CONFIG).eval().requires_grad_(False)
+        about = 'random weights'
+    else:
+        encoder = load_encoder(path)
+        about = f'{path} | fingerprint {encoder.fingerprint()}'
+    return encoder, f'{about} | {sum(p.numel() for p in encoder.parameters()):,} parameters'
+
+
+def bench_encoder(encoder, n, device):
+    """Prints how many pictures per second are decoded and encoded, and the most memory that took."""
+    files = noise_photographs(n)
+
+    def decode(data):
+        return encoder.pixels(open_picture(data))                      # (3, S, S)
+
+    def decode_all():
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(decode, files))
+
+    print(f'decoding, all cores: {n / seconds(decode_all, device):.1f} pictures/s')
+    pixels = decode(files[0])
     for dtype in (torch.float32, torch.bfloat16):
-        images = encoder.normalise(torch.stack([pixels] * min(n, 32)).to(device))
-        with torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32):
-            encoder.encode_images(images[:1])
-            took = min(seconds(lambda: encoder.encode_images(images), device) for _ in range(2))
-        print(f'encoding, {str(dtype)[6:]}: {len(images) / took:.2f} pictures/s, {len(images)} at once')
-    print(f'at most {most_memory(device) / 1e9:.1f} GB of memory; a picture takes {2e-6 * encoder.encode_images(images[:1]).numel():.2f} MB of the cache')
+        images = encoder.normalise(torch.stack([pixels] * min(n, 32)).to(device))      # (B, 3, S, S)
+        with autocast_to(dtype, device):
+            tokens = encoder.encode_images(images[:1])                 # (1, N, D); and it warms up
+            took = min(seconds(partial(encoder.encode_images, images), device) for _ in range(2))
+        print(f'encoding, {name_of(dtype)}: {len(images) / took:.2f} pictures/s, {len(images)} at once')
+    cached = 2e-6 * tokens.numel()  # two bytes a number
+    used = most_memory(device) / 1e9
+    print(f'at most {used:.1f} GB of memory; a picture takes {cached:.2f} MB of the cache')
 
 
 def main(argv=None):
-    settings, _ = configure(BenchConfig, sys.argv[1:] if argv is None else argv, '-m lab.bench')
+    b, _ = configure(BenchConfig, sys.argv[1:] if argv is None else argv, '-m lab.bench')
     keep_freed_memory()
-    settings.device = pick_device(settings.device)
-    (show_memory if settings.memory else show_profile if settings.profile else benchmark)(settings)
+    b.device = pick_device(b.device)
+    if b.memory:
+        show_memory(b)
+    elif b.profile:
+        show_profile(b)
+    elif b.encoder:
+        encoder, about = open_for_timing(b.encoder)
+        print(about)
+        bench_encoder(encoder.to(b.device), b.pictures, b.device)
+    else:
+        benchmark(b)
 
 
 if __name__ == '__main__':

@@ -262,8 +262,8 @@ def compare(paths, judged=None, reach=None):
     made = sorted({f"{m['commit']} on {m['device']}, {m['threads']} threads" for m in everything})
     notes = (f"mean of types: {', '.join(judged or ['all'])}; ±: 95 % interval over the seeds, of `minus "
              f"the first` over the differences between runs of one seed, of `em minus the first` over the "
-             f"questions; describe: f1\nTFLOP, min: of the whole training; depth: blocks in a row for an answer token; "
-             f"commit {'; '.join(made)}")
+             f"questions; describe: f1\nTFLOP, min: of the whole training; depth: blocks in a row for an "
+             f"answer token; commit {'; '.join(made)}")
     return '\n'.join([table_of(about), table_of(scores), notes])
 
 

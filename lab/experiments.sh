@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The experiments of results/README.md, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
+# The experiments of results/, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
-#     bash config/experiments.sh                  # everything but the groups gpu, wide and five, three seeds; of the learning rates left aside one
-#     bash config/experiments.sh steps width T2   # some groups, some runs
-#     SEEDS="1 2 3 4 5" JOBS=2 bash config/experiments.sh swaps
-#     LIST=1 bash config/experiments.sh           # only print the commands that there are to run
-#     RESULTS=out/again bash config/experiments.sh trm    # run again what results/runs has, to compare
+#     bash lab/experiments.sh                  # everything but the groups gpu, wide and five, three seeds; of the learning rates left aside one
+#     bash lab/experiments.sh steps width T2   # some groups, some runs
+#     SEEDS="1 2 3 4 5" JOBS=2 bash lab/experiments.sh swaps
+#     LIST=1 bash lab/experiments.sh           # only print the commands that there are to run
+#     RESULTS=out/again bash lab/experiments.sh trm    # run again what results/runs has, to compare
 #
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
 # NAME_SEED.json in RESULTS, which is results/runs unless it says otherwise, and a run that is there counts as finished.
@@ -21,8 +21,8 @@ add() { NAMES+=("$2"); GROUP[$2]=$1; FLAGS[$2]="${*:3}"; }   # add GROUP NAME FL
 
 suffix() { [ $1 = 2e-3 ] || echo _lr$1; }  # of a run's name, by its learning rate
 
-# flops: every decoder with the training FLOPs of n=2 in 1800 steps of 128 rows; two blocks but for plain4 and plain8. The learning rate, 2e-3, was tuned for n=2
-# and n=4; shaperate has what else there was to choose from, on val
+# flops: every decoder with the training FLOPs of n=2 in 1800 steps of 128 rows; two blocks but for plain4 and plain8; norm=pre, the default of that time. The
+# learning rate, 2e-3, was tuned for n=2 and n=4; shaperate has what else there was to choose from, on val
 for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_steps=4" "loop2 2128 --recursion=loop --inner_steps=2" "loop4 1801 --recursion=loop --inner_steps=4" \
          "plain2 2341 --kind=plain --n_layer=2" "plain4 903 --kind=plain --n_layer=4" "plain8 405 --kind=plain --n_layer=8"; do
     set -- $k
@@ -30,7 +30,7 @@ for k in "n1 2127 --inner_steps=1" "n2 1800 --inner_steps=2" "n4 1376 --inner_st
         read -r group rate <<< "$r"
         if [ $rate = 8e-3 ] && [[ $1 != plain[48] ]]; then continue; fi
         if [ $rate = 4e-3 ] && [[ $1 = plain[48] ]]; then group=flops; fi  # which these two prefer
-        add $group flops_$1$(suffix $rate) --max_steps=$2 --eval_interval=150 "${@:3}" --learning_rate=$rate
+        add $group flops_$1$(suffix $rate) --norm=pre --max_steps=$2 --eval_interval=150 "${@:3}" --learning_rate=$rate
     done
 done
 # base: the main job's TRM, n=4 and norm=post; each of the following runs, up to the encoders, changes one thing of it and has 1800 steps too
@@ -41,8 +41,9 @@ for n in 2 4; do add steps loop$n config/trm.py --recursion=loop --inner_steps=$
 for l in 2 4 8; do add steps plain$l config/trm.py --kind=plain --n_layer=$l; done
 # cycles: T, with every cycle supervised and with the last one only; two steps each
 for t in 2 3; do add cycles T$t config/trm.py --inner_steps=2 --outer_steps=$t; add cycles T${t}_deep config/trm.py --inner_steps=2 --outer_steps=$t --deep_supervision=true; done
-# form: the other recursion, norm placements, the context mask, no averaging of weights
-for k in "add --recursion=add" "pre --norm=pre" "unbounded --norm=unbounded" "causal --prefix_lm=false" "raw --ema=0"; do set -- $k; add form $1 config/trm.py "${@:2}"; done
+# form: the other recursion, norm placements, the context mask, no averaging of weights; results/runs also has unbounded, --norm=unbounded, a setting that is gone:
+# commit 87752ac made it
+for k in "add --recursion=add" "pre --norm=pre" "causal --prefix_lm=false" "raw --ema=0"; do set -- $k; add form $1 config/trm.py "${@:2}"; done
 # width: of the recursive and of the plain decoder
 for c in 64 192; do add width c$c config/trm.py --n_embd=$c; add width plain4_c$c config/trm.py --kind=plain --n_layer=4 --n_embd=$c; done
 # vision: none, and Matryoshka prefixes of the encoder's tokens
@@ -51,9 +52,10 @@ for d in 16 32 64; do add vision dim$d config/trm.py --vision_dim=$d; done
 # encoder: random weights (one step of alignment), and aligned for 2000 steps with one of the losses or with both
 for e in random contrast cloze both; do add encoder encoder_$e config/trm.py --encoder=out/encoder_$e/encoder.pt; done
 # swaps: state tracking, every decoder with the training FLOPs of n=4 in 3000 steps; trained on up to three swaps, tested on up to six. The learning rate is that
-# of the shapes, 2e-3; group tuned has 1e-3, which suits most of them better, and rate what else there was to choose from, on val. own4 is loop4 with blocks of its own in every step
+# of the shapes, 2e-3; group tuned has 1e-3, which suits most of them better, and rate what else there was to choose from, on val. results/runs also has own4, loop4 with
+# blocks of its own in every step (2485 steps, --shared=false, a setting that is gone): commit 87752ac made it
 for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_steps=4" "n8 2061 --inner_steps=8" "loop2 4561 --recursion=loop --inner_steps=2" "loop4 3889 --recursion=loop --inner_steps=4" \
-         "loop8 3003 --recursion=loop --inner_steps=8" "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4" "plain8 859 --kind=plain --n_layer=8" "own4 2485 --recursion=loop --inner_steps=4 --shared=false"; do
+         "loop8 3003 --recursion=loop --inner_steps=8" "plain2 4993 --kind=plain --n_layer=2" "plain4 1917 --kind=plain --n_layer=4" "plain8 859 --kind=plain --n_layer=8"; do
     set -- $k
     for r in "swaps 2e-3" "tuned 1e-3" "rate 4e-3" "rate 5e-4"; do
         read -r group rate <<< "$r"
@@ -61,7 +63,7 @@ for k in "n1 4559 --inner_steps=1" "n2 3886 --inner_steps=2" "n4 3000 --inner_st
     done
 done
 # clock: plain decoders with the seconds of n=4, where equal FLOPs buy less of them: four blocks with 14 % more training steps (87 and 122 ms a step, side by side
-# on one machine), eight with 21 % (results/README.md has the milliseconds)
+# on one machine), eight with 21 % (results/seconds.md has the milliseconds)
 for rate in 2e-3 1e-3; do add clock swaps_plain4_clock$(suffix $rate) config/swaps.py --kind=plain --n_layer=4 --max_steps=2180 --eval_interval=150 --learning_rate=$rate; done
 add clock swaps_plain8_clock config/swaps.py --kind=plain --n_layer=8 --max_steps=1040 --eval_interval=150 --learning_rate=2e-3
 # and with 23 % more, a generous reading of those seconds
@@ -93,7 +95,7 @@ add published sortofclevr_n4 config/sortofclevr.py --inner_steps=4 --max_steps=4
 add published sortofclevr_loop4 config/sortofclevr.py --recursion=loop --inner_steps=4 --max_steps=6005
 add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
-# gpu: Edge-Glass' experiments at its own scale, bash config/experiments_gpu.sh; left out, as wide and five are, unless asked for
+# gpu: Edge-Glass' experiments at its own scale, bash lab/experiments_gpu.sh; left out, as wide and five are, unless asked for
 for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
 for t in 2 3; do add gpu pixmo_T$t config/trm_pixmo.py --outer_steps=$t --deep_supervision=true; done
 for l in 2 4 8; do add gpu pixmo_plain$l config/plain_pixmo.py --n_layer=$l; done
@@ -126,7 +128,7 @@ echo "${#TODO[@]} runs to do"
 if [ -n "${LIST:-}" ]; then for job in "${TODO[@]}"; do run_of $job; done; exit; fi
 need() { [[ " ${TODO[*]}" == *" $1"* ]]; }  # the beginning of a run's name
 for e in "random --max_steps=1" "contrast --max_steps=2000 --objective=contrast" "cloze --max_steps=2000 --objective=cloze" "both --max_steps=2000"; do
-    set -- $e; if need encoder_$1 && [ ! -e out/encoder_$1/encoder.pt ]; then python train.py config/align.py "${@:2}" --out_dir=out/encoder_$1; fi
+    set -- $e; if need encoder_$1 && [ ! -e out/encoder_$1/encoder.pt ]; then python -m align config/align.py "${@:2}" --out_dir=out/encoder_$1; fi
 done
 for d in "swaps 6 3" "swaps4 7 4" "swaps5 8 5"; do
     set -- $d; if need $1_ && [ ! -e data/$1 ]; then python data.py shapes --out=data/$1 --types=swaps --min_objects=4 --max_objects=4 --max_swaps=$2 --train_swaps=$3 --describe=0; fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How long Edge-Glass' experiment takes on this machine: an encoder with random weights of the true shapes (CLIP ViT-L/14 at 336 pixels, 64 latents,
 # 4096 dimensions), N noise photographs of 640 x 480, encoded once, then config/trm_pixmo.py. A timing: nothing is learnt.
-#     bash config/pixmo_timing.sh 14000 4375 gpt2     # pictures; steps: ten times through them, 32 at a time; tokenizer
+#     bash lab/pixmo_timing.sh 14000 4375 gpt2     # pictures; steps: ten times through them, 32 at a time; tokenizer
 set -euo pipefail
 cd "$(dirname "$0")/.."
 N=${1:-14000} STEPS=${2:-4375} TOKENIZER=${3:-gpt2} WORK=out/pixmo_timing
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from data import write_dataset
 from encoder import EDGE_GLASS_CONFIG, Encoder, save_encoder
+from plumbing.tables import write_dataset
 
 def row(i):
     rng, file = np.random.default_rng(i), io.BytesIO()

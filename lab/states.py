@@ -43,10 +43,17 @@ class StatesConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
         if self.batch_size < 1:
             raise ValueError(f'batch_size={self.batch_size}: expected at least 1')
+        if self.forget and self.fresh:
+            raise ValueError('--forget and --fresh: one at a time; untrained decoders answer nothing')
+        if self.inner_steps is not None and not self.forget:
+            raise ValueError('--inner_steps goes with --forget; the sizes are those of 64 passes')
 
 
 def watch_passes(decoder):
-    """Notes what goes into F and comes out, from now on. -> a list that gets (states in, states out) a pass"""
+    """Notes what goes into F and what comes out, from now on.
+
+    -> a list that gets a pair for every pass: states in, states out
+    """
     network = decoder.network
     passes = []
 

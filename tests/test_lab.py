@@ -11,9 +11,9 @@ from PIL import Image
 from test_model import decoder_of, sample
 from test_train import TINY
 
-from lab import attention, guess, states
+from lab import attention, bench, guess, states
 from lab.bench import BenchConfig, benchmark, show_memory, show_profile
-from lab.compare import compare, grouped, labels, paired
+from lab.compare import alike, compare, depth, grouped, labels, paired, spread
 from lab.compare import main as compare_main
 from model import RECURSIONS, ModelConfig, build_model
 from plumbing.console import run_script
@@ -74,6 +74,33 @@ def test_comparison(tmp_path, monkeypatch):
     assert [len(runs) for runs in grouped([tmp_path / 'x_*']).values()] == [2, 2]
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     assert compare([tmp_path / 'plain_0.json']).count('plain') == 2
+
+
+def test_spread(monkeypatch):
+    """Half an interval has Student's t of the tables; without scipy a line says how to get it, and one run
+    alone needs none."""
+    # two-sided, 95 %, by degrees of freedom from 1 on
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+    for degrees, t in enumerate(table, 1):
+        values = [0.] * degrees + [1.]
+        n = degrees + 1
+        mean, half = spread(values)
+        sd = (((1 - 1 / n) ** 2 + degrees / n ** 2) / degrees) ** .5
+        assert mean == 1 / n and half == pytest.approx(t * sd / n ** .5, abs=5e-4 * sd / n ** .5)
+    monkeypatch.setitem(sys.modules, 'scipy.stats', None)
+    assert spread([.5]) == (.5, None)
+    with pytest.raises(ValueError, match='pip install scipy'):
+        spread([.5, .6])
+
+
+def test_settings_of_other_times():
+    """Runs of settings that are gone keep their depth; a setting that one of two runs does not know does not
+    part them, one that both know does."""
+    settings = dict(kind='trm', n_layer=2, recursion='loop', inner_steps=4, outer_steps=1)
+    old = metrics(.5, **settings, norm='unbounded', shared=False)
+    assert depth(old) == 8
+    assert alike(old, metrics(.5, **settings, norm='unbounded'))
+    assert not alike(old, metrics(.5, **settings, norm='post'))
 
 
 @pytest.mark.parametrize('which', ['y', 'z'])
@@ -172,10 +199,41 @@ def test_benchmark_compiled(capsys, monkeypatch):
     assert text.count(' compiled |') * 4 == len(compiled) and text.count(' - |') == 2 * text.count(' compiled |')
 
 
+def test_encoder_benchmark(tiny_encoder, monkeypatch, capsys):
+    """The encoder of a file, and one of random weights, is timed."""
+    monkeypatch.setattr(bench, 'EDGE_GLASS_CONFIG', bench.load_encoder(tiny_encoder).config)
+    for encoder, about in ((tiny_encoder, 'fingerprint'), ('random', 'random weights')):
+        bench.main([f'--encoder={encoder}', '--pictures=2', '--device=cpu'])
+        text = capsys.readouterr().out
+        words = (about, 'decoding, all cores', 'encoding, float32', 'encoding, bfloat16', 'GB of memory')
+        assert all(word in text for word in words)
+
+
 def test_bad_bench_settings():
-    """A setting out of range is an error that names it."""
+    """A setting out of range, or two things to do at once, is an error that names it."""
     with pytest.raises(ValueError, match='repeats=0'):
         BenchConfig(repeats=0)
+    with pytest.raises(ValueError, match='--memory, --profile and --encoder: one at a time'):
+        BenchConfig(memory=True, profile=True)
+
+
+@pytest.mark.parametrize('recursion', RECURSIONS)
+def test_attention_is_the_decoders(recursion):
+    """What is noted of attention is what the decoder does: with it the output of every layer in every pass is
+    made again; the hooks are off afterwards."""
+    decoder = decoder_of(dict(recursion=recursion))
+    vision, question, answer = sample()
+    context = decoder.read_context(vision, question)
+    calls = []  # the attention, what goes in and what comes out
+    for block in decoder.blocks:
+        block.attention.register_forward_hook(lambda *call: calls.append(call))
+    seen = attention.attention_of(decoder, context, answer)
+    assert len(seen) == len(calls) >= decoder.config.n_layer * decoder.config.inner_steps
+    for att, (module, (h, rope, _, layer, _), out) in zip(seen, calls):
+        values = torch.cat([layer[1], module.queries_keys_values(h, rope)[2]], dim=2)  # (B, nh, S + T, hs)
+        again = module.out((att @ values).transpose(1, 2).flatten(2))                  # (B, T, C)
+        assert torch.allclose(again, out, atol=1e-5)
+    assert not any(block.attention._forward_pre_hooks for block in decoder.blocks)
 
 
 def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
@@ -206,7 +264,10 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('main, argv, message', [
-    (states.main, '--forget=x', 'forget=x: expected y or z'), (states.main, '--split=tset', 'split=tset'), (attention.main, '--split=tset', 'split=tset'),
+    (states.main, '--forget=x', 'forget=x: expected y or z'), (states.main, '--split=tset', 'split=tset'),
+    (states.main, '--inner_steps=2', '--inner_steps goes with --forget'),
+    (states.main, '--fresh=true --forget=y', '--forget and --fresh: one at a time'),
+    (attention.main, '--split=tset', 'split=tset'),
     (guess.main, '--split=tset', 'split=tset'), (guess.main, '--dataset=/nowhere', 'no such file; a dataset is a folder'), (compare_main, '', 'which runs'),
     (compare_main, '/nowhere', 'none/metrics.json: no such file|nowhere/metrics.json: no such file; lab.compare takes'), (states.main, '--out_dir=/nowhere', 'no such file; a run writes it')])
 def test_mistakes(main, argv, message, monkeypatch, capsys):
