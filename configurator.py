@@ -41,7 +41,8 @@ def configure(cls, argv, prog='train.py'):
     for flag in flags:
         if not flag.startswith('--') or '=' not in flag:
             raise ValueError(
-                f'{flag}: a flag is written --key=value, for example --{flag.lstrip("-").split("=")[0]}=VALUE '
+                f'{flag}: a flag is written --key=value, for example '
+                f'--{flag.lstrip("-").split("=")[0]}=VALUE '
                 f'(one word, no space; true or false for a switch)'
             )
     for file in files:

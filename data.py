@@ -176,7 +176,8 @@ class Tokenizer:
                 self.bpe = tiktoken.get_encoding('gpt2')
             except OSError as e:  # requests' errors are OSErrors
                 raise ValueError(f'tokenizer=gpt2: its files are not here and cannot be downloaded '
-                                 f'({type(e).__name__}); put them in the folder that TIKTOKEN_CACHE_DIR names, '
+                                 f'({type(e).__name__}); put them in the folder that TIKTOKEN_CACHE_DIR '
+                                 f'names, '
                                  f'or train one with --tokenizer=bpe') from None
         elif state['name'] == 'bpe':
             ranks = {bytes.fromhex(token): id for id, token in enumerate(state['tokens'])}

@@ -66,7 +66,8 @@ class EncoderConfig:
 
     def __post_init__(self):
         expect(self, stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'),
-               adapter=('none', 'linear', 'mlp'), projection=('none', 'linear', 'norm_linear'), fit=('squash', 'crop', 'pad'))
+               adapter=('none', 'linear', 'mlp'), projection=('none', 'linear', 'norm_linear'),
+               fit=('squash', 'crop', 'pad'))
         if self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:

@@ -5,8 +5,8 @@ Stage 1: the encoder learns from captions; from then on it is frozen.
     python -m align config/align_pixmo.py    # a resampler after a frozen CLIP, from the captions of a dataset
     torchrun --standalone --nproc_per_node=4 -m align config/align.py
 
-The same command goes on where a stopped or killed run stood. The folder gets encoder.pt, which train.py takes as
---encoder; `python -m align.judge --out_dir=out/align` reports on it again.
+The same command goes on where a stopped or killed run stood. The folder gets encoder.pt, which train.py takes
+as --encoder; `python -m align.judge --out_dir=out/align` reports on it again.
 """
 
 import copy
@@ -94,7 +94,8 @@ def align(s, sources, device, stop):
     checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
                       encoder_config=asdict(config), tokenizer=data.tokenizer.state,
                       dataset_fingerprint=data.rows_sum, trunk_fingerprint=fingerprint)
-    data.batch('train', run.step * s.grad_accum, s.batch_size, s.seed)  # too large a batch costs nobody the old run
+    # a batch that is too large shows now and costs nobody the old run
+    data.batch('train', run.step * s.grad_accum, s.batch_size, s.seed)
     log = Log(out_dir / 'log.jsonl', run.step, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop

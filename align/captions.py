@@ -38,7 +38,8 @@ class Captions:
         ]
         if bad:
             raise ValueError(
-                f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, which captions=dataset needs: {", ".join(bad[:3])}'
+                f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, which '
+                f'captions=dataset needs: {", ".join(bad[:3])}'
             )
         self.n_phrases, self.names, self.phrases = n_phrases, rows.pictures.names, []
         for caption in rows.caption:

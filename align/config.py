@@ -21,7 +21,7 @@ class AlignConfig:
     eval_interval: int = 300        # steps between validations, each followed by a checkpoint
     wandb: bool = False             # log to Weights & Biases too (pip install wandb)
     # pictures and captions
-    captions: str = 'drawn'         # drawn: pictures of shapes, as they are needed; dataset: those of the dataset
+    captions: str = 'drawn'         # drawn: shapes, as they are needed; dataset: those of the dataset
     max_objects: int = 6            # objects in a drawn picture, at most
     dataset: str = 'data/shapes'    # with captions=dataset: folder of parquet files
     cache_dir: str = 'data/cache'   # where what a frozen trunk makes of pictures is kept
@@ -71,13 +71,14 @@ class AlignConfig:
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         idle = [key for key in changed if key in ('image_px', 'encoder_width', 'encoder_layers')]
         if self.vocab_size < 259:
-            raise ValueError(f'vocab_size={self.vocab_size}: expected at least 259, the bytes and three marks')
+            raise ValueError(f'vocab_size={self.vocab_size}: expected at least 259, '
+                             'the bytes and three marks')
         if self.captions == 'drawn' and 'dataset' in changed:
-            raise ValueError(f'dataset={self.dataset} with captions=drawn: pictures are drawn as they are needed; '
-                             'give --captions=dataset')
+            raise ValueError(f'dataset={self.dataset} with captions=drawn: pictures are drawn '
+                             'as they are needed; give --captions=dataset')
         if self.trunk and idle:
-            raise ValueError(f'{", ".join(idle)}: of an encoder without a trunk; the trunk has sizes of its own '
-                             '(--encoder_px is the side of its pictures)')
+            raise ValueError(f'{", ".join(idle)}: of an encoder without a trunk; '
+                             'the trunk has sizes of its own (--encoder_px is the side of its pictures)')
         if self.trunk and self.captions == 'drawn':
             raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; '
                              'give --captions=dataset')

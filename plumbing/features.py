@@ -174,7 +174,8 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
     print(f'encoding {n} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
     if need > free:
         raise ValueError(
-            f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose another '
+            f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: choose '
+            f'another '
             f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step'
         )
     try:

@@ -57,13 +57,15 @@ def locked(file, wait=False):
             except BlockingIOError:
                 if not wait:
                     raise ValueError(
-                        f'{file.parent}: another process is writing there; wait for it, or choose another folder'
+                        f'{file.parent}: another process is writing there; wait for it, or choose another '
+                        f'folder'
                     ) from None
                 print(f'{file.parent}: another process is writing there, waiting for it', flush=True)
                 fcntl.flock(f, fcntl.LOCK_EX)
             except OSError as e:
                 print(
-                    f'{file}: no lock is to be had here ({e.strerror}); see to it that no other process writes to {file.parent}'
+                    f'{file}: no lock is to be had here ({e.strerror}); see to it that no other process '
+                    f'writes to {file.parent}'
                 )
         yield
 

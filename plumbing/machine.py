@@ -19,7 +19,8 @@ def pick_device(device):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(
-            f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda or cuda:N'
+            f'device={device}: not to be had here ({str(e).splitlines()[0][:120]}); expected auto, cpu, cuda '
+            f'or cuda:N'
         ) from None
     return device
 

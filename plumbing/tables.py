@@ -122,7 +122,8 @@ def check_splits(folder):
         path, file = open_split(folder, split)
         if not file.metadata.num_rows:
             raise ValueError(
-                f'{path}: has no rows; training, validation and test need some each: give more pictures, or files named train, val and test, to python data.py'
+                f'{path}: has no rows; training, validation and test need some each: give more pictures, or '
+                f'files named train, val and test, to python data.py'
             )
 
 

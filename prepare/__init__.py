@@ -142,20 +142,24 @@ def import_dataset(module, config):
         )
         write_whole(path, lambda f: f.writelines(json.dumps(r).encode() + b'\n' for r in rejects))
         print(
-            f"{n['rows']} rows read, {n['rows'] - len(rejects)} written, {n['missing']} without a picture, {n['bad']} bad"
+            f"{n['rows']} rows read, {n['rows'] - len(rejects)} written, {n['missing']} without a picture, "
+            f"{n['bad']} bad"
             + ''.join(f' | {count} {reason}' for reason, count in reasons.most_common(9))
         )
         if shared:
             print(
-                f"{n['shared']} rows have a picture that another split has too; splits are kept as they were published: {shared[0]}, for example"
+                f"{n['shared']} rows have a picture that another split has too; splits are kept as they were "
+                f"published: {shared[0]}, for example"
             )
         if lacking := [split for split in SPLITS if not written[split]]:
             print(
-                f'no rows for {" and ".join(lacking)}: to train takes some in each split; more pictures, or files named train, val and test, give them'
+                f'no rows for {" and ".join(lacking)}: to train takes some in each split; more pictures, or '
+                f'files named train, val and test, give them'
             )
         if not allowed:
             raise ValueError(
-                f"{config.source}: {n['bad']} of {n['rows']} rows cannot be used, more than --max_bad={config.max_bad} allows: "
+                f"{config.source}: {n['bad']} of {n['rows']} rows cannot be used, more than "
+                f"--max_bad={config.max_bad} allows: "
                 f"{'; '.join(first)}; all of them are in {path}"
             )
 
@@ -224,7 +228,8 @@ def published_first(files, source):
     lacking = [split for split in ('val', 'test') if split not in splits.values()]
     if lacking and 'train' in splits.values() and None not in splits.values():
         print(
-            f'{source}: no file is named after {" or ".join(lacking)}: rows for training are divided, by the content of their pictures'
+            f'{source}: no file is named after {" or ".join(lacking)}: rows for training are divided, by the '
+            f'content of their pictures'
         )
         splits = {
             path: (None if 'test' in lacking else 'train or val') if split == 'train' else split

@@ -39,7 +39,8 @@ def rows(config):
         }
         if column['image'] is None:
             raise ValueError(
-                f'{path}: no image column; it has {", ".join(file.schema_arrow.names)}; URLs of PixMo: python data.py pixmo'
+                f'{path}: no image column; it has {", ".join(file.schema_arrow.names)}; URLs of PixMo: '
+                f'python data.py pixmo'
             )
         for i, (_, row) in enumerate(stream(path, [name for name in column.values() if name])):
             row = {key: row.get(name) for key, name in column.items()}

@@ -53,7 +53,8 @@ def rows(config):
         file = open_parquet(path)
         if 'image_url' not in file.schema_arrow.names:
             raise ValueError(
-                f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: python data.py parquet'
+                f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: '
+                f'python data.py parquet'
             )
         for _, row in stream(path, ('image_url', 'image_sha256')):
             if row['image_url']:

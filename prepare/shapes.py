@@ -56,9 +56,7 @@ class Config:
     max_swaps: int = (
         4  # with types=swaps: the most pairs of objects that trade places before one is asked for, up to 8
     )
-    train_swaps: int | None = (
-        None  # the same in train and val, where more are held out for test; None: max_swaps
-    )
+    train_swaps: int | None = None  # the same in train and val; None: max_swaps
     describe: float = 0.1  # share of the pictures that also ask for their caption
     seed: int = 1337  # the same seed draws the same dataset, byte for byte
     show: bool = False  # draw a contact sheet, shapes.png, and nothing else
@@ -66,7 +64,8 @@ class Config:
     def __post_init__(self):
         if min(self.n_train, self.n_val, self.n_test) < 0 or not 0 <= self.describe <= 1:
             raise ValueError(
-                f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, describe={self.describe}: expected 0 or more, and a share of 0 to 1'
+                f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, '
+                f'describe={self.describe}: expected 0 or more, and a share of 0 to 1'
             )
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
             raise ValueError(
@@ -79,7 +78,8 @@ class Config:
             self.train_swaps = self.max_swaps
         if not 0 <= self.train_swaps <= self.max_swaps <= 8:
             raise ValueError(
-                f'train_swaps={self.train_swaps}, max_swaps={self.max_swaps}: expected 0 <= train_swaps <= max_swaps <= 8'
+                f'train_swaps={self.train_swaps}, max_swaps={self.max_swaps}: expected 0 <= train_swaps <= '
+                f'max_swaps <= 8'
             )
         for type in self.types.split(',') if self.types != 'swaps' else ():
             if type not in (*ASK, 'hops'):
@@ -88,7 +88,8 @@ class Config:
                 )
         if self.types == 'swaps' and not 3 <= self.min_objects <= self.max_objects <= len(COLORS):
             raise ValueError(
-                f'min_objects={self.min_objects}, max_objects={self.max_objects}: with types=swaps expected 3 <= min_objects <= max_objects <= {len(COLORS)}'
+                f'min_objects={self.min_objects}, max_objects={self.max_objects}: with types=swaps expected '
+                f'3 <= min_objects <= max_objects <= {len(COLORS)}'
             )
         if self.image_px < 32:
             raise ValueError(
@@ -293,7 +294,8 @@ def ask_swaps(scene, swaps, most=20):
             row[i], row[j], last = row[j], row[i], (i, j)
             pairs.append(f'{i + 1} {j + 1}')
         told[
-            f"{'swap ' if swaps else ''}{', '.join(pairs)}{': ' if swaps else ''}what color is number {place + 1}?"
+            f"{'swap ' if swaps else ''}{', '.join(pairs)}{': ' if swaps else ''}what color is number "
+            f"{place + 1}?"
         ] = row[place]['color']
     return list(told.items())
 

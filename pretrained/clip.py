@@ -30,8 +30,10 @@ TRUNK_NAMES = {  # CLIP's tensors, as Hugging Face | as OpenAI and open_clip cal
 TRUNK_UNUSED = r'post_layernorm\..*|embeddings\.position_ids|ln_post\..*|proj'
 
 OTHER_TOWER = (
-    r'(visual|text)_projection\.weight|text_model\..*|text\..*|transformer\..*|token_embedding\.weight|positional_embedding|'
-    r'ln_final\..*|text_projection|attn_mask|logit_scale|logit_bias|input_resolution|context_length|vocab_size'
+    r'(visual|text)_projection\.weight|text_model\..*|text\..*|transformer\..*|token_embedding\.weight|'
+    r'positional_embedding|'
+    r'ln_final\..*|text_projection|attn_mask|logit_scale|logit_bias|input_resolution|context_length|'
+    r'vocab_size'
 )
 
 EDGE_GLASS_UNUSED = r'attention_pool\..*'  # its embedding of the whole picture
@@ -71,7 +73,8 @@ def renamed(path, tensors):
     )
     if root is None:
         raise ValueError(
-            f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of Edge-Glass: its tensors are '
+            f'{path}: not an encoder of this project, not CLIP, and not an aligned checkpoint of Edge-Glass: '
+            f'its tensors are '
             f'{first_few(tensors) or "none"}'
         )
     names = {}
@@ -109,7 +112,8 @@ def config_of(path, weights, about):
     )
     if len(positions) != 2 or len(patches) != 4 or math.isqrt(positions[0] - 1) ** 2 != positions[0] - 1:
         raise ValueError(
-            f'{path}: positions of shape {positions}, patches of shape {patches}: expected those of a class token and a square of patches'
+            f'{path}: positions of shape {positions}, patches of shape {patches}: expected those of a class '
+            f'token and a square of patches'
         )
     width, n_layer = positions[1], about.get('n_layer') or count('trunk.blocks.')
     head_size = {1280: 80, 1408: 88, 1664: 104}.get(width, 64)  # of open_clip's H, g and bigG; 64 elsewhere
@@ -161,7 +165,8 @@ def config_of(path, weights, about):
             else ''
         )
         print(
-            f'{path}: {n_layer} layers of {config["n_head"]} heads{resampler}, activation {config["activation"]}: the file does not tell heads and '
+            f'{path}: {n_layer} layers of {config["n_head"]} heads{resampler}, activation '
+            f'{config["activation"]}: the file does not tell heads and '
             f'activation, these were assumed'
         )
     return config
@@ -189,7 +194,8 @@ def describe_hugging_face(path, config, pictures):
     eps, activation = vision.get('layer_norm_eps', 1e-5), vision.get('hidden_act', 'quick_gelu')
     if eps != 1e-5 or activation not in ('gelu', 'quick_gelu'):
         raise ValueError(
-            f'{path}: config.json says layer_norm_eps {eps}, hidden_act {activation}: expected 1e-5, and gelu or quick_gelu'
+            f'{path}: config.json says layer_norm_eps {eps}, hidden_act {activation}: expected 1e-5, and '
+            f'gelu or quick_gelu'
         )
     about = dict(
         activation=activation,
@@ -224,7 +230,8 @@ def read_tensors(path):
                 break
         else:
             raise ValueError(
-                f'{path}: a folder without weights: expected one of {", ".join(names)}, or {names[0]}.index.json'
+                f'{path}: a folder without weights: expected one of {", ".join(names)}, or '
+                f'{names[0]}.index.json'
             )
     tensors, about = {}, {}
     for file in files:

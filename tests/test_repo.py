@@ -10,12 +10,12 @@ from dataclasses import fields
 from functools import partial
 
 import pytest
+from conftest import ROOT
 
 import encoder
 import train
 from align.config import AlignConfig
 from configurator import configure
-from conftest import ROOT
 from eval import EvalConfig
 from prepare import ImportConfig
 from prepare.shapes import Config as ShapesConfig
