@@ -6,7 +6,7 @@
 out_dir = 'out/align_pixmo'
 captions = 'dataset'
 dataset = 'data/pixmo_cap'  # a row a picture, with its caption: 14,000 / 3,000 / 3,000 in Edge-Glass
-trunk = 'clip-vit-large-patch14-336'  # a folder from Hugging Face, OpenAI's ViT-L-14-336px.pt, or open_clip's file
+trunk = 'clip-vit-large-patch14-336'  # a folder from Hugging Face, OpenAI's .pt, or open_clip's file
 fit = 'squash'                        # CLIP's own crop would cut off what a caption names at the sides
 adapter = 'linear'
 n_latents = 64

@@ -41,13 +41,14 @@ def decode(encoder, data, digest):
         return str(e)
 
 
-def decode_all(encoder, pictures, wanted, n, batch_size):
+def decode_all(encoder, pictures, wanted, batch_size):
     """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for
-    the n pictures with wanted(index).
+    the pictures whose index is in `wanted`, a set or range.
     Raises: ValueError at the end, counting and naming those that cannot be decoded."""
-    if not n:
+    if not wanted:
         return
-    bad, ahead = [], []
+    bad = []
+    ahead = []
 
     def finished(batch):
         results = [(i, future.result()) for i, future in batch]
@@ -56,7 +57,7 @@ def decode_all(encoder, pictures, wanted, n, batch_size):
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
         for i, data in enumerate(pictures):
-            if wanted(i):
+            if i in wanted:
                 ahead.append((i, pool.submit(decode, encoder, data, pictures.digests[i])))
                 if len(ahead) == 2 * batch_size:
                     yield finished(ahead[:batch_size])
@@ -72,7 +73,7 @@ def decode_all(encoder, pictures, wanted, n, batch_size):
 
 def pixel_array(encoder, pictures):
     """All pictures decoded, in memory. Shapes: -> (n, 3, S, S) uint8."""
-    batches = decode_all(encoder, pictures, lambda i: True, len(pictures), 256)
+    batches = decode_all(encoder, pictures, range(len(pictures)), 256)
     return torch.stack([pixels for batch in batches for _, pixels in batch])
 
 
@@ -128,49 +129,37 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_b
     dim = dim or encoder.config.vision_dim
     dtype = fast_dtypes(device)[-1] if device.startswith('cuda') else torch.float32  # of the matrix products
     with torch.no_grad():
-        shape = encoder(
-            torch.zeros(1, 3, encoder.config.image_px, encoder.config.image_px, device=device)
-        ).shape[1:-1] + (dim,)
-    per_part, maker = (
-        max(1, part_bytes // (2 * math.prod(shape))),
-        f'{encoder.fingerprint()} {dim} {dtype}'.encode(),
-    )
+        S = encoder.config.image_px
+        shape = encoder(torch.zeros(1, 3, S, S, device=device)).shape[1:-1] + (dim,)  # (N, dim)
+    per_part = max(1, part_bytes // (2 * math.prod(shape)))
+    maker = f'{encoder.fingerprint()} {dim} {dtype}'.encode()
     starts = range(0, len(pictures), per_part)
-    files = [
-        Path(cache_dir)
-        / f'{hashlib.sha256(maker + b"".join(pictures.digests[i : i + per_part])).hexdigest()[:32]}.npy'
-        for i in starts
-    ]
+    files = []
+    for i in starts:
+        content = b''.join(pictures.digests[i:i + per_part])
+        files.append(Path(cache_dir) / f'{hashlib.sha256(maker + content).hexdigest()[:32]}.npy')
     sizes = [min(per_part, len(pictures) - i) for i in starts]
-    whole = lambda p: is_whole(files[p], (sizes[p], *shape))
-    if not all(map(whole, range(len(files)))):
-        with locked(
-            Path(cache_dir) / '.lock', wait=True
-        ):  # what another process writes meanwhile is found there afterwards
-            missing = [p for p in range(len(files)) if not whole(p)]
-            if missing:
-                encode_parts(
-                    encoder,
-                    pictures,
-                    {p: Part(files[p], (sizes[p], *shape)) for p in missing},
-                    per_part,
-                    cache_dir,
-                    device,
-                    dim,
-                    dtype,
-                )
+    shapes = [(size, *shape) for size in sizes]
+    if not all(map(is_whole, files, shapes)):
+        with locked(Path(cache_dir) / '.lock', wait=True):
+            # what another process wrote meanwhile is there now
+            parts = {p: Part(file, size) for p, (file, size) in enumerate(zip(files, shapes))
+                     if not is_whole(file, size)}
+            if parts:
+                encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dtype)
     return Features(files, per_part, len(pictures))
 
 
 def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dtype):
     """Encodes the pictures of some parts of a cache, {number of the part: Part}, and writes them. Raises: as
     `cached_features`."""
-    n, done, start = sum(map(len, parts.values())), 0, time.time()
-    for leftover in Path(cache_dir).glob(
-        '.*.npy.partial'
-    ):  # of a process that was killed: nobody else writes here now
+    n = sum(map(len, parts.values()))
+    done = 0
+    start = time.time()
+    for leftover in Path(cache_dir).glob('.*.npy.partial'):  # of a process that was killed
         leftover.unlink()
-    need, free = sum(2 * math.prod(part.shape) for part in parts.values()), shutil.disk_usage(cache_dir).free
+    need = sum(2 * math.prod(part.shape) for part in parts.values())
+    free = shutil.disk_usage(cache_dir).free
     print(f'encoding {n} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
     if need > free:
         raise ValueError(
@@ -179,7 +168,8 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
             f'--cache_dir, a smaller --vision_dim, or --cache=false to encode in every step'
         )
     try:
-        for batch in decode_all(encoder, pictures, lambda i: i // per_part in parts, n, encoder.at_once):
+        wanted = {i for i in range(len(pictures)) if i // per_part in parts}
+        for batch in decode_all(encoder, pictures, wanted, encoder.at_once):
             for i, pixels in batch:
                 if pixels is None:
                     parts[i // per_part].drop()
@@ -247,24 +237,43 @@ def is_whole(file, shape):
         return False
 
 
+class ImageTokens:
+    """The image tokens of a split: from the cache where the encoder is frozen, else anew from the pixels,
+    with gradient where the encoder is trained. Made by `vision_source`."""
+
+    def __init__(self, settings, encoder, pictures, device):
+        self.device = device
+        self.dim = settings['vision_dim']
+        self.trained = settings['train_encoder']
+        self.features = None
+        if self.trained or not settings['cache']:
+            self.pixels = PixelReader(encoder, pictures)
+            if settings['cache']:
+                self.pixels = pixel_array(encoder, pictures)
+        else:
+            make = partial(cached_features, encoder, pictures, settings['cache_dir'], device, self.dim)
+            self.features = in_turn(make)
+
+    def __call__(self, encoder, picture):
+        """Shapes: picture, indices (B,) -> (B, N, D)."""
+        if self.features is not None:
+            return self.features[picture.cpu()].to(self.device).float()  # halves travel
+        images = encoder.normalise(self.pixels[picture.cpu()].to(self.device))  # (B, 3, S, S)
+        if self.trained and torch.is_grad_enabled():
+            tokens = encoder(images)  # (B, N, D)
+        else:
+            tokens = encoder.encode_images(images)  # a few at a time
+        return tokens[..., : self.dim]
+
+
+def blind(encoder, picture):
+    """The image tokens of the blind control: none."""
+    return None
+
+
 def vision_source(settings, encoder, rows, device):
-    """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens (B,
-    N, D), which come from the cache where the encoder is frozen, else anew from the pixels, with gradient;
-    None without vision."""
+    """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens
+    (B, N, D), or None without vision. `settings`: those of a run, a dict."""
     if not settings['use_vision']:
-        return lambda encoder, picture: None
-    if settings['train_encoder'] or not settings['cache']:
-        pixels = (
-            pixel_array(encoder, rows.pictures) if settings['cache'] else PixelReader(encoder, rows.pictures)
-        )
-        trained = settings['train_encoder']
-        encode = lambda encoder, images: (
-            encoder(images) if trained and torch.is_grad_enabled() else encoder.encode_images(images)
-        )  # a few at a time
-        return lambda encoder, picture: encode(encoder, encoder.normalise(pixels[picture.cpu()].to(device)))[
-            ..., : settings['vision_dim']
-        ]
-    features = in_turn(
-        lambda: cached_features(encoder, rows.pictures, settings['cache_dir'], device, settings['vision_dim'])
-    )
-    return lambda encoder, picture: features[picture.cpu()].to(device).float()  # halves travel
+        return blind
+    return ImageTokens(settings, encoder, rows.pictures, device)

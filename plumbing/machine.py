@@ -40,15 +40,13 @@ def fast_dtypes(device):
 
 def seconds(function, device):
     """Wall clock of a call. On a GPU, waits for it."""
-    wait = lambda: None
-    if device.startswith('cuda'):
-        import torch
-
-        wait = lambda: torch.cuda.synchronize(device)
-    wait()
+    on_gpu = device.startswith('cuda')
+    if on_gpu:
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     function()
-    wait()
+    if on_gpu:
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -86,12 +84,17 @@ def pick_dtype(dtype, device):
     return fast_dtypes(device)[-1] if dtype == 'auto' else getattr(torch, dtype)
 
 
+def sine_and_one(x):
+    """Something to compile."""
+    return x.sin() + 1
+
+
 def compile_layers(model, device):
     """torch.compile, where a compiler works; else the reason is printed. One layer at a time: it is compiled
     once for all layers and all passes of a recursion. A size becomes dynamic when it first changes: with
     dynamic=True from the start torch 2.13 fails in bfloat16."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        torch.compile(sine_and_one)(torch.ones(8, device=device))
     except (RuntimeError, ImportError, OSError, torch._dynamo.exc.TorchDynamoException) as e:
         print(f'torch.compile does not work here, running without it: {str(e).strip().splitlines()[0][:160]}')
         return

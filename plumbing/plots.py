@@ -1,5 +1,6 @@
 """Curves of a run, drawn with matplotlib where it is installed."""
 
+from functools import partial
 from pathlib import Path
 
 from plumbing.files import write_whole
@@ -32,4 +33,4 @@ def draw_curves(out_dir):
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle(str(out_dir))
-    write_whole(Path(out_dir) / 'curves.png', lambda f: figure.savefig(f, format='png', dpi=110))
+    write_whole(Path(out_dir) / 'curves.png', partial(figure.savefig, format='png', dpi=110))

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 )
 
 
-def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
+def write_dataset(out, rows, schema=SCHEMA, finish=None):
     """Writes (split, row) pairs to the folder `out`, which appears whole or not at all; `finish` may add
     files to it.
 
@@ -85,7 +85,8 @@ def write_dataset(out, rows, schema=SCHEMA, finish=lambda folder: None):
             flush(split)
             files[split].close()
         print()
-        finish(partial)
+        if finish:
+            finish(partial)
         for path in partial.iterdir():
             with open(path, 'r+b') as f:
                 os.fsync(f.fileno())
@@ -188,28 +189,30 @@ def plain_rows(batch):
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        loose = lambda column: [
-            text and text.decode(errors='surrogateescape') for text in column.cast(pa.binary()).to_pylist()
-        ]
-        columns = [
-            loose(column) if pa.types.is_string(column.type) else column.to_pylist()
-            for column in batch.columns
-        ]
+        columns = []
+        for column in batch.columns:
+            if pa.types.is_string(column.type):
+                texts = column.cast(pa.binary()).to_pylist()
+                columns.append([text and text.decode(errors='surrogateescape') for text in texts])
+            else:
+                columns.append(column.to_pylist())
         return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
+
+
+def to_json(item):
+    return json.dumps(item).encode()
 
 
 class OnDisk(Sequence):
     """A long list in a temporary file: a million items take 8 MB of memory. `pack` makes bytes of an item,
     `unpack` the item of its bytes."""
 
-    def __init__(self, pack=lambda item: json.dumps(item).encode(), unpack=json.loads):
-        self.pack, self.unpack, self.file, self.ends, self.at_end = (
-            pack,
-            unpack,
-            tempfile.TemporaryFile(),
-            array('Q', [0]),
-            True,
-        )
+    def __init__(self, pack=to_json, unpack=json.loads):
+        self.pack = pack
+        self.unpack = unpack
+        self.file = tempfile.TemporaryFile()
+        self.ends = array('Q', [0])  # where each item ends
+        self.at_end = True
 
     def append(self, item):
         if not self.at_end:
@@ -268,16 +271,17 @@ class Pictures:
     call it in messages."""
 
     def __init__(self, path):
-        self.path, self.groups, self.places, self.rows, self.group = (
-            path,
-            array('i'),
-            array('i'),
-            array('i'),
-            (None, None),
-        )
+        self.path = path
+        self.groups = array('i')    # the row group of each picture
+        self.places = array('i')    # its row there
+        self.rows = array('i')      # its row in the file
+        self.group = (None, None)   # the row group that was read last
         self.sums = OnDisk(bytes, bytes)
         self.digests = View(self.__len__, self.sums.__getitem__)
-        self.names = View(self.__len__, lambda i: f'{self.path}, row {self.rows[i]}')
+        self.names = View(self.__len__, self.name_of)
+
+    def name_of(self, i):
+        return f'{self.path}, row {self.rows[i]}'
 
     def add(self, digest, group, place, row):
         self.sums.append(digest)

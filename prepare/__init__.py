@@ -133,6 +133,9 @@ def import_dataset(module, config):
                         written[place] += 1
                         yield place, row | dict(image=picture, **texts(row))
 
+    def write_rejects(file):
+        file.writelines(json.dumps(r).encode() + b'\n' for r in rejects)
+
     def finish(folder):
         allowed = n['bad'] <= config.max_bad * n['rows']
         path = (
@@ -140,7 +143,7 @@ def import_dataset(module, config):
             if allowed
             else Path(config.out).with_name(f'{Path(config.out).name}.rejects.jsonl')
         )
-        write_whole(path, lambda f: f.writelines(json.dumps(r).encode() + b'\n' for r in rejects))
+        write_whole(path, write_rejects)
         print(
             f"{n['rows']} rows read, {n['rows'] - len(rejects)} written, {n['missing']} without a picture, "
             f"{n['bad']} bad"
@@ -188,9 +191,13 @@ def picture_file(split_row, config):
     return picture, hashlib.sha256(picture).digest(), problem or caption_problem(caption)
 
 
+def plain(value):
+    """A value as text that can be printed, or None."""
+    return None if value is None else str(value).encode(errors='replace').decode()
+
+
 def texts(row):
     """Texts of a row as they are written: the answers as a list, its name and type as what can be printed."""
-    plain = lambda value: None if value is None else str(value).encode(errors='replace').decode()
     return dict(
         answer=[row['answer']] if isinstance(row.get('answer'), str) else row.get('answer'),
         sample_id=plain(row.get('sample_id')),
@@ -217,14 +224,17 @@ def split_of(split, digest, earlier=None):
     return 'val' if digest[0] < 26 else 'test' if digest[0] < 52 and split is None else 'train'
 
 
+def split_of_path(path, source):
+    """The split that a file's name tells, else the names of its folders below `source`, or None."""
+    names = path.relative_to(source).parts or [path.name]
+    return next(filter(None, map(split_of_name, reversed(names))), None)
+
+
 def published_first(files, source):
     """[(file, split or None)] in order: the split that a file's name tells, else the names of its folders
     below `source`; files that tell one come first, so that the pictures of the others keep out of theirs.
     Where all tell one, but none test, or none val, what is for training is divided, and this is said."""
-    told = lambda path: next(
-        filter(None, map(split_of_name, reversed(path.relative_to(source).parts or [path.name]))), None
-    )
-    splits = {path: told(path) for path in files}
+    splits = {path: split_of_path(path, source) for path in files}
     lacking = [split for split in ('val', 'test') if split not in splits.values()]
     if lacking and 'train' in splits.values() and None not in splits.values():
         print(
@@ -385,7 +395,11 @@ def read_json_lines(path):
                 yield ValueError(f'not JSON in UTF-8: line {i + 1}: {e}')
 
 
-def published(path, values, make, name=lambda i, value: i):
+def number(i, value):
+    return i
+
+
+def published(path, values, make, name=number):
     """Yields the rows that make(value) yields for every value of a file; a value of another form than the
     published one becomes a bad row, called after the file and `name` of its number and itself."""
     for i, value in enumerate(values):

@@ -43,7 +43,11 @@ def rows(config):
                 )
                 for item in pairs(file)
             )
-            yield from published(file, sorted_on_disk(keyed), row, lambda i, item: item[0])
+            yield from published(file, sorted_on_disk(keyed), row, question_id)
+
+
+def question_id(i, item):
+    return item[0]
 
 
 def pairs(file):

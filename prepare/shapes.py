@@ -133,7 +133,10 @@ def draw_scene(rng, config):
 def draw_picture(scene, rng, image_px):
     """Draws a scene with Pillow, drawn at twice the size and reduced, on a pale ground, colours a little
     off."""
-    jitter = lambda rgb, by: tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
+
+    def jitter(rgb, by):
+        return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
+
     picture = Image.new('RGB', (2 * image_px, 2 * image_px), jitter((236, 236, 236), 16))
     draw = ImageDraw.Draw(picture)
     for o in scene:
@@ -391,7 +394,11 @@ def end_with_parent():
     """Lets a worker end when the process that started it ends, and only then: killed, it would else leave the
     worker waiting for work forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
 
 

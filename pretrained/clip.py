@@ -93,23 +93,28 @@ def renamed(path, tensors):
     ]:  # three matrices become one
         parts = [name.replace('.q.', f'.{p}.') for p in 'qkv']
         if all(part in weights for part in parts):
-            weights[name.replace('.q.', '.qkv.')] = partial(
-                lambda *three: torch.cat([as_tensor(t) for t in three]),
-                *[weights.pop(part) for part in parts],
-            )
+            three = [weights.pop(part) for part in parts]
+            weights[name.replace('.q.', '.qkv.')] = partial(joined, three)
     return weights
+
+
+def joined(tensors):
+    return torch.cat([as_tensor(t) for t in tensors])
 
 
 def config_of(path, weights, about):
     """The config of an encoder (a dict), read off the shapes of its weights and, where these do not tell,
     from what is said beside them."""
-    shape = lambda key: tuple(as_tensor(weights[key]).shape) if key in weights else ()
-    count = lambda part: len({key.split('.')[2] for key in weights if key.startswith(part)})
-    positions, patches, latents = (
-        shape('trunk.positions'),
-        shape('trunk.patches.weight'),
-        shape('resampler.latents'),
-    )
+
+    def shape(key):
+        return tuple(as_tensor(weights[key]).shape) if key in weights else ()
+
+    def count(part):
+        return len({key.split('.')[2] for key in weights if key.startswith(part)})
+
+    positions = shape('trunk.positions')
+    patches = shape('trunk.patches.weight')
+    latents = shape('resampler.latents')
     if len(positions) != 2 or len(patches) != 4 or math.isqrt(positions[0] - 1) ** 2 != positions[0] - 1:
         raise ValueError(
             f'{path}: positions of shape {positions}, patches of shape {patches}: expected those of a class '
@@ -215,7 +220,10 @@ def read_tensors(path):
         for stem in ('model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')
     ]
     folder = path if path.is_dir() else path.parent if path.name in names else None
-    described = lambda name: read_json(folder / name) if folder and (folder / name).is_file() else {}
+
+    def described(name):
+        return read_json(folder / name) if folder and (folder / name).is_file() else {}
+
     files = [path]
     if path.is_dir():
         for name in names:

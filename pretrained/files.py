@@ -80,11 +80,16 @@ def read_torchscript(path):
     archive = zipfile.ZipFile(path)
     root = archive.namelist()[0].split('/')[0]
 
-    def tensor(storage, offset, size, stride, *_):
+    def read_tensor(storage, offset, size, stride):
         dtype, name = storage
-        return lambda: torch.frombuffer(
-            bytearray(archive.read(f'{root}/data/{name}')), dtype=dtype
-        ).as_strided(size, stride, offset)
+        data = bytearray(archive.read(f'{root}/data/{name}'))
+        return torch.frombuffer(data, dtype=dtype).as_strided(size, stride, offset)
+
+    def tensor(storage, offset, size, stride, *_):
+        return partial(read_tensor, storage, offset, size, stride)
+
+    def itself(value, *_):
+        return value
 
     class TensorReader(pickle.Unpickler):
         def find_class(self, module, name):
@@ -97,7 +102,7 @@ def read_torchscript(path):
             if module == 'torch' and name.endswith('Storage'):
                 return DTYPES[name]
             if module == 'torch.jit._pickle':  # wraps plain lists
-                return lambda value, *_: value
+                return itself
             raise pickle.UnpicklingError(f'it wants {module}.{name}')
 
         def persistent_load(self, storage):
