@@ -4,5 +4,5 @@
 out_dir = 'out/swaps'
 dataset = 'data/swaps'
 max_steps = 3000
-learning_rate = 1e-3  # 2e-3, right for the shapes, is too high for n=2 and n=8 here (results/README.md)
+learning_rate = 1e-3  # 2e-3, right for the shapes, is too high for n=2 and n=8 here (results/rates.md)
 norm = 'pre'                          # its numbers in results/ were made so
