@@ -1,6 +1,5 @@
 """
-Settings: defaults <- config files <- flags. And what all scripts share beside them: errors as messages, files
-that appear whole, locks.
+Settings: defaults <- config files <- flags.
 
     python train.py config/trm.py --inner_steps=8 --out_dir=out/deep
 
@@ -9,7 +8,7 @@ comment. A config file is Python (your own code: it is executed) whose top-level
 several are read from left to right. Flags override files, wherever they stand. A name that is not a setting,
 or a value that is not of its setting's type, is an error that says what was expected.
 
-    python configurator.py config/trm.py    # print what a config means
+    python train.py config/trm.py --help    # every setting, and what a config makes of it
 """
 
 import difflib
@@ -31,29 +30,30 @@ def configure(cls, argv, prog='train.py'):
     Raises: ValueError for an unknown name, a value of the wrong type or out of range, a flag that is not
         --key=value; FileNotFoundError for a missing config file; SystemExit after printing --help.
     """
-    if '-h' in argv or '--help' in argv:
-        print(help_text(cls, prog))
-        raise SystemExit(0)
+    asked_for_help = '-h' in argv or '--help' in argv
     kinds = {f.name: f.type for f in fields(cls)}
-    values, sources = {}, {}
     files = [arg for arg in argv if not arg.startswith('-')]
-    flags = [arg for arg in argv if arg.startswith('-')]
+    flags = [arg for arg in argv if arg.startswith('-') and arg not in ('-h', '--help')]
+    values = {}
+    sources = {}
     for flag in flags:
         if not flag.startswith('--') or '=' not in flag:
-            raise ValueError(
-                f'{flag}: a flag is written --key=value, for example '
-                f'--{flag.lstrip("-").split("=")[0]}=VALUE '
-                f'(one word, no space; true or false for a switch)'
-            )
+            name = flag.lstrip('-').split('=')[0]
+            raise ValueError(f'{flag}: a flag is written --key=value, for example --{name}=VALUE '
+                             f'(one word, no space; true or false for a switch)')
     for file in files:
         for key, value in read_config_file(file, kinds).items():
-            values[key], sources[key] = check_type(key, value, kinds[key], file), file
+            values[key] = check_type(key, value, kinds[key], file)
+            sources[key] = file
     for flag in flags:
         key, _, text = flag.removeprefix('--').partition('=')
         if key not in kinds:
             raise ValueError(f'--{key}: no such setting{nearest(key, kinds)}; --help lists them all')
-        values[key], sources[key] = parse(key, text, kinds[key]), 'flag'
-
+        values[key] = parse(key, text, kinds[key])
+        sources[key] = 'flag'
+    if asked_for_help:
+        print(help_text(cls, prog, values, sources))
+        raise SystemExit(0)
     return cls(**values), sources
 
 
@@ -141,14 +141,17 @@ def nearest(key, names):
     return f' (did you mean {close[0]}?)' if close else ''
 
 
-def help_text(cls, prog):
-    """Every setting with type, default and the comment beside it, under the comments that head its group in
-    the source."""
+def help_text(cls, prog, values, sources):
+    """Every setting with type, value and the comment beside it, under the comments that head its group in
+    the source. A value that the files or flags beside --help give says where it comes from."""
     lines = [f'usage: python {prog} [config/FILE.py ...] [--key=value ...]', '']
     for line in inspect.getsource(cls).splitlines()[2:]:
         if setting := re.match(r'    (\w+): ([^=#]+?) = (.+?)\s+# (.*)', line):
-            key, kind, default, comment = setting.groups()
-            lines.append(f'  --{key + "=" + default:36} {kind:12} {comment}')
+            key, kind, value, comment = setting.groups()
+            if key in values:
+                value = repr(values[key])
+                comment = f'[{sources[key]}] {comment}'
+            lines.append(f'  --{key + "=" + value:36} {kind:12} {comment}')
         elif heading := re.match(r'    # (.*)', line):
             lines += ['', heading[1]]
         elif re.match(r'    def ', line):

@@ -94,6 +94,15 @@ def test_files_are_python(tmp_path):
     assert given(write(tmp_path, 'import math\n_base = 2\nn_layer = int(math.sqrt(_base * 8))')).n_layer == 4
 
 
+def test_help_shows_what_a_config_means(tmp_path, capsys):
+    """--help beside files and flags shows the values that they give, and where each comes from."""
+    (tmp_path / 'c.py').write_text('n_layer = 3\n')
+    with pytest.raises(SystemExit):
+        configure(TrainConfig, [str(tmp_path / 'c.py'), '--help', '--n_head=8'])
+    text = capsys.readouterr().out
+    assert '--n_layer=3 ' in text and f'[{tmp_path / "c.py"}] ' in text and '--n_head=8 ' in text and '[flag] ' in text and '--n_embd=128 ' in text
+
+
 def test_help(capsys):
     """--help lists every setting of training with type, default and comment, and runs nothing."""
     with pytest.raises(SystemExit):

@@ -154,7 +154,7 @@ def test_commands_in_the_text(command):
         accepted(shlex.split(command))
 
 
-@pytest.mark.parametrize('names', sorted(set(re.findall(r'bash config/experiments\.sh ([\w-]+(?: [\w-]+)*)', PAGES))))
+@pytest.mark.parametrize('names', sorted(set(re.findall(r'bash lab/experiments\.sh ([\w-]+(?: [\w-]+)*)', PAGES))))
 def test_experiments_in_the_text(names):
     """The groups and runs that the text names are there; a name that is not is an error that lists those that are."""
     listed = partial(subprocess.run, cwd=ROOT, env=os.environ | dict(LIST='1', SEEDS='99'), capture_output=True, text=True)
