@@ -421,7 +421,7 @@ def test_talks(tmp_path):
 
 def test_pictures_in_odd_shapes():
     """Gigantic, animated, empty and cut off pictures, and headers that lie about the size, are refused with a reason whose kind stands before a colon."""
-    from encoder import open_picture
+    from plumbing.pictures import open_picture
     chunk = lambda kind, content: struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
     png = lambda w, h, pixels=b'': b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', w, h, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
     moving = picture(1, mode='P', form='GIF', save_all=True, append_images=[Image.new('P', (20, 12), 9)])
@@ -452,7 +452,7 @@ def mutated(rng, content):
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_fuzz_pictures():
     """Of thousands of mutated picture files each is decoded or refused with a reason, none ends in another error."""
-    from encoder import open_picture
+    from plumbing.pictures import open_picture
     rng = random.Random(0)
     seeds = [picture(i, form=form, mode=mode) for i, (form, mode) in enumerate(
         [('PNG', 'RGB'), ('PNG', 'P'), ('JPEG', 'RGB'), ('JPEG', 'L'), ('GIF', 'P'), ('WEBP', 'RGB'), ('BMP', 'RGB'), ('TIFF', 'RGB'), ('PPM', 'RGB'), ('PNG', 'RGBA'), ('DDS', 'RGB')])]
