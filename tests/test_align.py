@@ -392,7 +392,7 @@ def test_other_stage(tmp_path):
     """A folder of one stage is refused by the other, and eval.py says who reports on it."""
     import eval as evaluation
     import train
-    torch.save(dict(format=5, stage='align', settings={}, run=dict(step=1, best={})), tmp_path / 'ckpt.pt')
+    torch.save(dict(format=5, stage='align', settings=dict(out_dir='out/align'), run=dict(step=1, best={})), tmp_path / 'ckpt.pt')
     with pytest.raises(ValueError, match='stage=align there, answer here'):
         train.main([f'--out_dir={tmp_path}'])
     with pytest.raises(ValueError, match='has no decoder.*align.judge'):
