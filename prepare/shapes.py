@@ -50,12 +50,9 @@ class Config:
     image_px: int = 64  # side of the square picture, in pixels
     min_objects: int = 2  # objects in a picture, at least
     max_objects: int = 6  # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
-    # types of questions, separated by commas; or swaps alone
-    types: str = 'color,shape,exist,count,compare,relation,hops'
+    types: str = 'color,shape,exist,count,compare,relation,hops'  # of questions, by commas; or swaps alone
     max_hops: int = 2  # longest chain of relations asked for, up to 8
-    max_swaps: int = (
-        4  # with types=swaps: the most pairs of objects that trade places before one is asked for, up to 8
-    )
+    max_swaps: int = 4  # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
     describe: float = 0.1  # share of the pictures that also ask for their caption
     seed: int = 1337  # the same seed draws the same dataset, byte for byte

@@ -1,12 +1,13 @@
 """configurator.py: precedence, types and messages."""
 
+import importlib
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 
-from configurator import configure, echo
+from configurator import configure, echo, help_text
 from plumbing.console import clock, progress
 from train import TrainConfig
 
@@ -140,3 +141,13 @@ def test_progress(console, said, capsys, monkeypatch):
         now[0] += 9
         progress('reading', done, 10, 1000.)
     assert capsys.readouterr().out == ''.join(f'\rreading | {done}/10 | eta {clock(9 * (10 - done))} ' for done in said)
+
+
+@pytest.mark.parametrize('module, name', [
+    ('train', 'TrainConfig'), ('eval', 'EvalConfig'), ('align.config', 'AlignConfig'), ('align.judge', 'JudgeConfig'), ('lab.bench', 'BenchConfig'), ('lab.states', 'StatesConfig'),
+    ('lab.attention', 'AttentionConfig'), ('lab.guess', 'GuessConfig'), ('lab.compare', 'CompareConfig'), ('prepare', 'ImportConfig'), ('prepare.shapes', 'Config'), ('prepare.sortofclevr', 'Config')])
+def test_help_lists_every_setting(module, name):
+    """No setting is missing from --help, which reads a setting, its value and its comment off one line of the source."""
+    config = getattr(importlib.import_module(module), name)
+    text = help_text(config, 'x.py', {}, {})
+    assert [f.name for f in fields(config) if f'--{f.name}=' not in text] == []
