@@ -23,9 +23,9 @@ import torch
 from align.captions import AlignData
 from align.config import AlignConfig
 from align.judge import report, validate
-from align.model import AlignModel, encoder_config, open_trunk
+from align.model import build, chosen, open_trunk
 from configurator import configure, echo
-from encoder import Encoder, load_encoder, save_encoder
+from encoder import load_encoder, save_encoder
 from plumbing.console import clock, printable, run_script
 from plumbing.files import locked, write_whole
 from plumbing.machine import compile_layers, most_memory, on_device, pick_dtype
@@ -62,17 +62,14 @@ def align(s, sources, device, stop):
     trunk = open_trunk(s, device)
     fingerprint = trunk.fingerprint() if trunk else None
     unchanged(s, saved, 'trunk', fingerprint)
-    config = encoder_config(s, trunk)
-    model = AlignModel(Encoder(config), data.tokenizer.vocab_size, s.text_width, s.text_layers)
-    if trunk:
-        model.encoder.trunk = torch.nn.Identity()  # what it makes of the pictures is computed once
+    model = build(s, data.tokenizer.vocab_size, trunk)
     data.open_pictures(trunk, model.encoder, device)
 
     # ---- optimizers; the average of the weights is what is judged
     model = model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if s.ema or s.compile else model
     if s.compile:
-        compile_layers(model, device)
+        compile_layers(model, device)  # only what is trained, not what is judged
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers([(1.0, model)], s)
     dtype = pick_dtype(s.dtype, device)
@@ -80,6 +77,7 @@ def align(s, sources, device, stop):
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     counts = parameter_counts(model, trunk)
+    # what a guess costs, in nats: one caption of a batch, one word of all
     chance = chosen(s, dict(contrast=math.log(s.batch_size), cloze=math.log(data.tokenizer.vocab_size)))
     print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))
     print(f'up to {s.batch_size * s.grad_accum} examples per step | '
@@ -92,7 +90,7 @@ def align(s, sources, device, stop):
         run = put_back(saved, parts, run.started)
         print(f'going on at step {run.step}', flush=True)
     checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
-                      encoder_config=asdict(config), tokenizer=data.tokenizer.state,
+                      encoder_config=asdict(model.encoder.config), tokenizer=data.tokenizer.state,
                       dataset_fingerprint=data.rows_sum, trunk_fingerprint=fingerprint)
     # a batch that is too large shows now and costs nobody the old run
     data.batch('train', run.step * s.grad_accum, s.batch_size, s.seed)
@@ -111,11 +109,12 @@ def align(s, sources, device, stop):
             batch = data.batch('train', run.step * s.grad_accum + micro, s.batch_size, s.seed)
             names += batch.pop('names')
             n_rows += len(batch['caption'])
-            batch['counted'] = batch['left_out']
+            batch['counted'] = batch['left_out']  # the words that the cloze is a mean of
             batch = on_device(shard(batch), device)
             with autocast:
                 tokens = data.tokens(model.encoder, batch, 'train')                        # (B, N, D)
                 terms = model(tokens, batch['caption'], batch['left_out'])
+                # a process may have drawn fewer gaps than another
                 terms['cloze'] = terms['cloze'] * batch.get('weight', 1)
                 terms = chosen(s, terms)
             scaler.scale(sum(terms.values()) / s.grad_accum).backward()
@@ -173,11 +172,6 @@ def align(s, sources, device, stop):
 
 # ----------------------------------------------------------------------------
 # what the story leans on
-
-def chosen(s, losses):
-    """Those of the losses that are trained on."""
-    return {name: loss for name, loss in losses.items() if s.objective in (name, 'both')}
-
 
 def parameter_counts(model, trunk):
     total = sum(p.numel() for p in model.parameters())

@@ -1,8 +1,15 @@
-"""Captions for stage 1: of a dataset, or drawn while it trains; some words of them are left out."""
+"""
+Captions for stage 1, of a dataset or drawn while it trains, and the pictures that they are of.
+
+A batch is a dict: `picture`, indices (B,), or `pixels` (B, 3, S, S) where pictures are drawn; `caption`
+(B, P, L), P phrases of up to L tokens, padded with -100; `left_out` (B, P, L) bool, the words that the cloze
+asks for; `names`, strings for messages. It depends on (seed, split, step) and nothing else.
+"""
 
 import random
 import re
 from dataclasses import asdict
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -14,90 +21,105 @@ from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_picture, draw_scene, locate
 
+SENTENCE_END = r'(?<=[.!?])\s+'
+DRAWN_PICTURES = 1000  # a split of drawn pictures has no end; so many are judged
+
 
 def cloze(phrases, batch_size, rng):
-    """Shapes: phrases, batch_size * P lists of tokens -> caption (B, P, L), padded with -100, left_out (B, P,
-    L), every other word or so, no padding."""
-    caption = padded(phrases, -100).unflatten(0, (batch_size, -1))
-    drawn = torch.rand(caption.shape, generator=torch.Generator().manual_seed(rng.getrandbits(60))) < 0.5
+    """Pads phrases and leaves out every other word or so, never padding.
+
+    Shapes: phrases, batch_size * P lists of tokens -> a dict of caption (B, P, L), left_out (B, P, L) bool
+    """
+    caption = padded(phrases, -100).unflatten(0, (batch_size, -1))           # (B, P, L)
+    # a generator of its own: drawing does not touch the random numbers of the training
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    drawn = torch.rand(caption.shape, generator=generator) < .5              # (B, P, L)
     return dict(caption=caption, left_out=drawn & (caption >= 0))
 
 
+# ----------------------------------------------------------------------------
+# of a dataset
+
 class Captions:
-    """The captions of a split's pictures for the alignment, `n_phrases` sentences at a time, none longer than
-    `most_tokens`: longer ones are cut into several. A batch depends on (seed, step) and nothing else; an
-    epoch shows every picture once, but for those that fill no batch.
+    """The captions of a split's pictures, `n_phrases` sentences at a time, none longer than `most_tokens`:
+    longer ones are cut into several. An epoch shows every picture once, but for those that fill no batch.
+
     Raises: ValueError where pictures have no caption, naming them.
     """
 
     def __init__(self, rows, tokenizer, n_phrases=4, most_tokens=64):
-        bad = [
-            name
-            for name, caption in zip(rows.pictures.names, rows.caption)
-            if not (caption and caption.strip())
-        ]
+        self.n_phrases = n_phrases
+        self.names = rows.pictures.names
+        self.phrases = []  # of every picture, a list of arrays of tokens
+        bad = []
+        for name, caption in zip(rows.pictures.names, rows.caption):
+            if caption and caption.strip():
+                self.phrases.append(phrases_of(caption, tokenizer, most_tokens))
+            else:
+                bad.append(name)
         if bad:
-            raise ValueError(
-                f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, which '
-                f'captions=dataset needs: {", ".join(bad[:3])}'
-            )
-        self.n_phrases, self.names, self.phrases = n_phrases, rows.pictures.names, []
-        for caption in rows.caption:
-            tokens = [tokenizer.encode(sentence) for sentence in re.split(r'(?<=[.!?])\s+', caption.strip())]
-            self.phrases.append(
-                [
-                    np.array(t[i : i + most_tokens], np.int32)
-                    for t in tokens
-                    for i in range(0, len(t), most_tokens)
-                ]
-            )
+            raise ValueError(f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, '
+                             f'which captions=dataset needs: {", ".join(bad[:3])}')
 
     def batch(self, step, batch_size, seed):
-        """Shapes: -> picture (B,) to index pictures or features with; caption (B, P, L) and left_out (B, P,
-        L), see `cloze`.
+        """Shapes: -> a batch with `picture` (B,), see the top of the page.
         Raises: ValueError where there are fewer pictures than a batch has."""
-        if batch_size > len(self.phrases):
-            raise ValueError(
-                f'batch_size={batch_size}: more than the {len(self.phrases)} pictures of the split'
-            )
-        epoch, k = divmod(step, len(self.phrases) // batch_size)
-        picture = np.random.default_rng([seed, epoch]).permutation(len(self.phrases))[
-            k * batch_size : (k + 1) * batch_size
-        ]
-        rng, phrases = random.Random(f'captions/{seed}/{step}'), []
+        n = len(self.phrases)
+        if batch_size > n:
+            raise ValueError(f'batch_size={batch_size}: more than the {n} pictures of the split')
+        epoch, k = divmod(step, n // batch_size)
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        picture = order[k * batch_size:(k + 1) * batch_size]                 # (B,)
+        rng = random.Random(f'captions/{seed}/{step}')
+        phrases = []
         for i in picture:
-            chosen = rng.sample(self.phrases[i], min(self.n_phrases, len(self.phrases[i])))
-            phrases += [list(map(int, p)) for p in (chosen * self.n_phrases)[: self.n_phrases]]
-        return dict(
-            picture=torch.from_numpy(picture),
-            names=[self.names[i] for i in picture[:8]],
-            **cloze(phrases, batch_size, rng),
-        )
+            own = self.phrases[i]
+            sentences = rng.sample(own, min(self.n_phrases, len(own)))
+            # where a caption is short its sentences come again: all pictures have the same P
+            for tokens in islice(cycle(sentences), self.n_phrases):
+                phrases.append(tokens.tolist())
+        names = [self.names[i] for i in picture[:8]]
+        return dict(picture=torch.from_numpy(picture), names=names, **cloze(phrases, batch_size, rng))
 
+
+def phrases_of(caption, tokenizer, most_tokens):
+    """The sentences of a caption, a list of arrays of tokens; int32, as all of a split stay in memory."""
+    phrases = []
+    for sentence in re.split(SENTENCE_END, caption.strip()):
+        tokens = tokenizer.encode(sentence)
+        for start in range(0, len(tokens), most_tokens):
+            phrases.append(np.array(tokens[start:start + most_tokens], np.int32))
+    return phrases
+
+
+# ----------------------------------------------------------------------------
+# drawn
 
 class DrawnCaptions:
-    """Pictures with captions for the alignment, drawn when they are asked for: no picture comes twice."""
+    """Pictures of shapes with captions, drawn when they are asked for: no picture comes twice."""
 
     def __init__(self, config, tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
 
     def scenes(self, split, step, batch_size, seed):
-        """Shapes: -> scenes, a list of B, pixels (B, 3, S, S) uint8, and the random.Random that drew them; a
-        pure function of its arguments."""
+        """-> scenes, a list of B; their pixels; and the random.Random that drew them.
+
+        Shapes: pixels (B, 3, S, S) uint8
+        """
         rng = random.Random(f'align/{seed}/{split}/{step}')
         scenes = [draw_scene(rng, self.config) for _ in range(batch_size)]
         pictures = [np.array(draw_picture(scene, rng, self.config.image_px)) for scene in scenes]
-        return scenes, torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), rng
+        pixels = torch.from_numpy(np.stack(pictures))                        # (B, S, S, 3)
+        return scenes, pixels.permute(0, 3, 1, 2), rng
 
     def batch(self, split, step, batch_size, seed):
-        """Shapes: -> pixels (B, 3, S, S) uint8; caption (B, P, L), P phrases of up to L tokens, padded with
-        -100; left_out (B, P, L) bool, every other word or so."""
+        """Shapes: -> a batch with `pixels` (B, 3, S, S) uint8, see the top of the page."""
         scenes, pixels, rng = self.scenes(split, step, batch_size, seed)
-        phrases = [
-            self.tokenizer.encode(phrase)
-            for scene in scenes
-            for phrase in locate(scene, rng, self.config.image_px)
-        ]
+        phrases = []
+        for scene in scenes:
+            for phrase in locate(scene, rng, self.config.image_px):
+                phrases.append(self.tokenizer.encode(phrase))
         return dict(pixels=pixels, names=[f'step {step}'], **cloze(phrases, batch_size, rng))
 
 
@@ -108,36 +130,40 @@ def caption_sample(config, n=3000):
         yield from locate(draw_scene(rng, config), rng, config.image_px)
 
 
+# ----------------------------------------------------------------------------
+# either
+
 class AlignData:
-    """The captions of every split as tokens, and its pictures: drawn as they are needed, or those of a
-    dataset."""
+    """What a run learns from: the captions of its splits as tokens, and its pictures.
+
+    `rows_sum`: of a dataset, {split: sha256 of its rows}, by which a run that goes on knows it again.
+    """
 
     def __init__(self, s, saved, splits=('train', 'val')):
         self.settings = s
         self.rows_sum = None
-        self.images = {}  # split -> its image tokens, for a dataset
-        self.captions = {}  # split -> Captions, for a dataset
-        self.drawn = None
+        self.drawn = None   # DrawnCaptions, or None where there is a dataset; of that, by split:
+        self.rows = {}
+        self.captions = {}  # Captions
+        self.images = {}    # image tokens, see plumbing.features
         if s.captions == 'drawn':
             shapes = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, seed=s.seed)
             texts = caption_sample(shapes)
-            self.rows = {}
         elif s.captions == 'dataset':
-            if splits:  # who only evaluates needs no more than what is evaluated
+            if splits:  # who only judges needs no more than what is judged
                 check_splits(s.dataset)
-            self.rows = {split: read_rows(s.dataset, split) for split in splits}
-            texts = (caption for caption in self.rows['train'].captions) if not saved else ()
-            if splits:
+                self.rows = {split: read_rows(s.dataset, split) for split in splits}
                 self.rows_sum = {split: rows.sum.hexdigest() for split, rows in self.rows.items()}
+                texts = self.rows['train'].captions
         else:
             raise ValueError(f'captions={s.captions}: expected drawn or dataset')
+        # words are learnt once: the weights of a saved run belong to the tokens that it has
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, s.vocab_size))
         if s.captions == 'drawn':
             self.drawn = DrawnCaptions(shapes, self.tokenizer)
 
     def open_pictures(self, trunk, encoder, device):
-        """Makes the splits of the dataset ready: what a frozen trunk makes of their pictures is computed
-        once."""
+        """Makes the splits of the dataset ready. `trunk`: the frozen one, or None where `encoder` learns."""
         self.trunk = trunk
         self.encoder = encoder
         self.device = device
@@ -145,29 +171,33 @@ class AlignData:
             self.open(split)
 
     def open(self, split):
+        """What a frozen trunk makes of the pictures of a split is computed here, once, and cached."""
         if split not in self.rows:
             self.rows[split] = rows_to_judge(self.settings.dataset, split)
-        self.captions[split] = Captions(self.rows[split], self.tokenizer)
-        how = asdict(self.settings) | dict(use_vision=True, vision_dim=None, train_encoder=self.trunk is None)
-        self.images[split] = vision_source(how, self.trunk or self.encoder, self.rows[split], self.device)
+        rows = self.rows[split]
+        self.captions[split] = Captions(rows, self.tokenizer)
+        settings = asdict(self.settings)
+        settings |= dict(use_vision=True, vision_dim=None, train_encoder=self.trunk is None)
+        self.images[split] = vision_source(settings, self.trunk or self.encoder, rows, self.device)
 
     def n_pictures(self, split):
         if self.drawn:
-            return 1000
+            return DRAWN_PICTURES
         if split not in self.captions:
             self.open(split)
         return len(self.rows[split].pictures)
 
     def batch(self, split, step, batch_size, seed):
+        """See the top of the page."""
         if self.drawn:
             return self.drawn.batch(split, step, batch_size, seed)
         return self.captions[split].batch(step, batch_size, seed)
 
     def tokens(self, encoder, batch, split):
-        """What the encoder makes of the pictures of a batch. -> (B, N, D)"""
+        """What the encoder makes of the pictures of a batch. Shapes: -> (B, N, D)"""
         if self.drawn:
             return encoder(encoder.normalise(batch['pixels']))
         if self.trunk is None:
             return self.images[split](encoder, batch['picture'])
-        patches = self.images[split](self.trunk, batch['picture'])  # (B, P, W)
+        patches = self.images[split](self.trunk, batch['picture'])           # (B, patches, W)
         return encoder.resample(patches)
