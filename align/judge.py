@@ -5,7 +5,7 @@ What an aligned encoder is worth: retrieval, and what a probe reads from its tok
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -196,22 +196,14 @@ class JudgeConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
 
 
-def settings_of(checkpoint, dataset):
-    """The AlignConfig of a run, on another dataset where one is named."""
-    known = {f.name for f in fields(AlignConfig)}  # runs of before have settings of stage 2 too
-    settings = {key: value for key, value in checkpoint['settings'].items() if key in known}
-    settings['dataset'] = dataset or settings['dataset']
-    settings['wandb'] = False
-    return AlignConfig(**settings)
-
-
 def main(argv=None):
     asked, _ = configure(JudgeConfig, sys.argv[1:] if argv is None else argv, '-m align.judge')
     device = pick_device(asked.device)
     checkpoint = read_checkpoint(asked.out_dir)
     if checkpoint['stage'] != 'align':
         raise ValueError(f'{asked.out_dir}: a run that answers questions; python eval.py judges it')
-    s = settings_of(checkpoint, asked.dataset)
+    run = checkpoint['settings']
+    s = AlignConfig(**run | dict(dataset=asked.dataset or run['dataset'], wandb=False))
     data = AlignData(s, checkpoint, splits=())
     trunk = open_trunk(s, device)
     model = build(s, data.tokenizer.vocab_size, trunk)

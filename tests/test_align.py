@@ -378,7 +378,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize('argv, message', MISTAKES)
 def test_mistakes(argv, message, tiny_shapes, tiny_encoder, tmp_path, monkeypatch, capsys):
-    """A mistake ends the program with one line that says what was wrong and what to do."""
+    """A mistake ends the program with one line that says what was wrong and what to do; --debug adds the trace."""
     words = [word.format(data=tiny_shapes, encoder=tiny_encoder) for word in argv.split()]
     words = [str(ROOT / word) if word.startswith('config/') else word for word in words]
     monkeypatch.setattr(sys, 'argv', ['align', *words, f'--out_dir={tmp_path}/out'])
@@ -386,6 +386,9 @@ def test_mistakes(argv, message, tiny_shapes, tiny_encoder, tmp_path, monkeypatc
         run_script(align_main.main)
     text = capsys.readouterr().err
     assert end.value.code == 1 and text.startswith('error: ') and text.count('\n') == 1 and re.search(message, text), text
+    sys.argv.append('--debug')
+    with pytest.raises((ValueError, OSError)):
+        run_script(align_main.main)
 
 
 def test_other_stage(tmp_path):
