@@ -21,6 +21,8 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
+HELP = ('-h', '--help')
+
 
 def configure(cls, argv, prog='train.py'):
     """Builds `cls`, a dataclass, from its defaults, config files and flags.
@@ -30,12 +32,12 @@ def configure(cls, argv, prog='train.py'):
     Raises: ValueError for an unknown name, a value of the wrong type or out of range, a flag that is not
         --key=value; FileNotFoundError for a missing config file; SystemExit after printing --help.
     """
-    asked_for_help = '-h' in argv or '--help' in argv
     kinds = {f.name: f.type for f in fields(cls)}
     files = [arg for arg in argv if not arg.startswith('-')]
-    flags = [arg for arg in argv if arg.startswith('-') and arg not in ('-h', '--help')]
+    flags = [arg for arg in argv if arg.startswith('-') and arg not in HELP]
     values = {}
     sources = {}
+    # first of all, as `--key value` would be taken for a flag and a file
     for flag in flags:
         if not flag.startswith('--') or '=' not in flag:
             name = flag.lstrip('-').split('=')[0]
@@ -51,7 +53,8 @@ def configure(cls, argv, prog='train.py'):
             raise ValueError(f'--{key}: no such setting{nearest(key, kinds)}; --help lists them all')
         values[key] = parse(key, text, kinds[key])
         sources[key] = 'flag'
-    if asked_for_help:
+    # before the settings are made: help is wanted most where they do not go together
+    if any(arg in HELP for arg in argv):
         print(help_text(cls, prog, values, sources))
         raise SystemExit(0)
     return cls(**values), sources
@@ -64,30 +67,38 @@ def read_config_file(file, settings):
     if not path.is_file():
         hint = f' (flags are written --key=value: did you mean --{file}?)' if '=' in file else ''
         raise FileNotFoundError(f'{file}: no such config file{hint}; the ready ones are in config/')
-    namespace = {}
     try:
         code = compile(path.read_bytes(), file, 'exec')
-    except (SyntaxError, ValueError) as e:  # ValueError: null bytes
-        line = f', line {e.lineno}' if getattr(e, 'lineno', None) else ''
-        raise ValueError(f'{file}{line}: not Python: {getattr(e, "msg", e)}') from None
+    except SyntaxError as e:
+        line = f', line {e.lineno}' if e.lineno else ''
+        raise ValueError(f'{file}{line}: not Python: {e.msg}') from None
+    except ValueError as e:  # null bytes
+        raise ValueError(f'{file}: not Python: {e}') from None
+    namespace = {}
     try:
         exec(code, namespace)
     except Exception as e:
+        # the error may come from far below: the last line of the file itself is where to look
         line = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file][-1]
-        python = '; Python writes True, False and None' * (
-            str(e).split("'")[1:2] in (['true'], ['false'], ['none'], ['null'])
-        )
-        raise ValueError(f'{file}, line {line}: {type(e).__name__}: {e}{python}') from None
-    namespace = {
-        k: v for k, v in namespace.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)
-    }
-    for key in namespace:
+        raise ValueError(f'{file}, line {line}: {type(e).__name__}: {e}{python_hint(e)}') from None
+    values = {}
+    for key, value in namespace.items():
+        # helpers and imports are the file's own business
+        if key.startswith('_') or isinstance(value, types.ModuleType):
+            continue
         if key not in settings:
-            raise ValueError(
-                f'{file}: {key}: no such setting{nearest(key, settings)}; '
-                f'--help lists them all, and a helper name may start with _'
-            )
-    return namespace
+            raise ValueError(f'{file}: {key}: no such setting{nearest(key, settings)}; '
+                             f'--help lists them all, and a helper name may start with _')
+        values[key] = value
+    return values
+
+
+def python_hint(error):
+    """For who writes true where Python writes True: name 'true' is not defined."""
+    quoted = str(error).split("'")
+    if len(quoted) > 1 and quoted[1] in ('true', 'false', 'none', 'null'):
+        return '; Python writes True, False and None'
+    return ''
 
 
 def check_type(key, value, kind, file):
@@ -96,7 +107,9 @@ def check_type(key, value, kind, file):
     allowed = typing.get_args(kind) or (kind,)
     if float in allowed and type(value) is int:
         value = float(value)
-    if type(value) not in allowed or (type(value) is float and not math.isfinite(value)):
+    infinite = type(value) is float and not math.isfinite(value)
+    # not isinstance: to Python, True is an int
+    if type(value) not in allowed or infinite:
         raise ValueError(f'{file}: {key} = {value!r}: expected {spell(kind)}, got {type(value).__name__}')
     return value
 
@@ -110,33 +123,43 @@ def parse(key, text, kind):
         if bool in allowed:
             return {'true': True, 'false': False}[text.lower()]
         if int in allowed:
-            number = (
-                float(text) if re.search('[eE]', text) else int(text)
-            )  # 1e5 is a whole number, 32.5 is not
-            if number == int(number):
-                return int(number)
-        elif float in allowed:
-            if math.isfinite(float(text)):
-                return float(text)
-        else:
+            return whole_number(text)
+        if float in allowed:
+            return finite_number(text)
+        if str in allowed:
             return text
     except (ValueError, KeyError, OverflowError):
         pass
     raise ValueError(f'--{key}={text}: expected {spell(kind)}')
 
 
+def whole_number(text):
+    """1e5 is a whole number, 32.5 is not. Raises: ValueError, OverflowError."""
+    if not re.search('[eE]', text):
+        return int(text)
+    number = float(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def finite_number(text):
+    """Raises: ValueError."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
 def spell(kind):
-    words = {
-        bool: 'true or false',
-        int: 'a whole number',
-        float: 'a finite number',
-        str: 'text',
-        type(None): 'None',
-    }
+    """What a value of this type is called in a message."""
+    words = {bool: 'true or false', int: 'a whole number', float: 'a finite number', str: 'text',
+             type(None): 'None'}
     return ' or '.join(words[k] for k in typing.get_args(kind) or (kind,))
 
 
 def nearest(key, names):
+    """A hint at the name that was meant, if one is close."""
     close = difflib.get_close_matches(key, names, n=1)
     return f' (did you mean {close[0]}?)' if close else ''
 
@@ -145,6 +168,7 @@ def help_text(cls, prog, values, sources):
     """Every setting with type, value and the comment beside it, under the comments that head its group in
     the source. A value that the files or flags beside --help give says where it comes from."""
     lines = [f'usage: python {prog} [config/FILE.py ...] [--key=value ...]', '']
+    # the source has the comments, which a class does not keep; its first two lines are its head
     for line in inspect.getsource(cls).splitlines()[2:]:
         if setting := re.match(r'    (\w+): ([^=#]+?) = (.+?)\s+# (.*)', line):
             key, kind, value, comment = setting.groups()
@@ -162,8 +186,12 @@ def help_text(cls, prog, values, sources):
 
 def echo(settings, sources):
     """The settings that differ from their defaults, a line each, with where they come from."""
-    changed = [f for f in fields(settings) if getattr(settings, f.name) != f.default]
-    return '\n'.join(f'{f.name} = {getattr(settings, f.name)!r} ({sources[f.name]})' for f in changed)
+    lines = []
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if value != f.default:
+            lines.append(f'{f.name} = {value!r} ({sources[f.name]})')
+    return '\n'.join(lines)
 
 
 def expect(config, **choices):

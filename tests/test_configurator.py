@@ -23,6 +23,15 @@ class Settings:
     compile: bool | None = None # compile, or decide by device
 
 
+@dataclass
+class Picky:
+    out_dir: str | None = None  # the run, needed
+    top_k: int | None = 3       # draw from the k likeliest
+
+    def __post_init__(self):
+        raise ValueError('out_dir: needed')
+
+
 def given(*argv):
     return configure(Settings, list(argv))[0]
 
@@ -102,6 +111,17 @@ def test_help_shows_what_a_config_means(tmp_path, capsys):
         configure(TrainConfig, [str(tmp_path / 'c.py'), '--help', '--n_head=8'])
     text = capsys.readouterr().out
     assert '--n_layer=3 ' in text and f'[{tmp_path / "c.py"}] ' in text and '--n_head=8 ' in text and '[flag] ' in text and '--n_embd=128 ' in text
+
+
+def test_help_where_settings_are_refused(tmp_path, capsys):
+    """--help shows the last value given, and works where a setting is missing or settings contradict each other."""
+    path = write(tmp_path, 'top_k = 4')
+    for argv, shown in ([], '--top_k=3 '), ([path], f'[{path}] draw'), ([path, '--top_k=None'], '--top_k=None '):
+        with pytest.raises(SystemExit):
+            configure(Picky, [*argv, '-h'], 'eval.py')
+        text = capsys.readouterr().out
+        assert shown in text and '--out_dir=None ' in text and 'python eval.py' in text
+        assert ('[' in text.split('--top_k')[1]) == bool(argv)
 
 
 def test_help(capsys):
