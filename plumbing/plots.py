@@ -17,20 +17,34 @@ def draw_curves(out_dir):
         print('curves.png not drawn: pip install matplotlib, then run eval.py on this folder')
         return
     events = read_log(out_dir)
-    steps, evals = [[e for e in events if e['event'] == kind] for kind in ('step', 'eval')]
+    trained = [event for event in events if event['event'] == 'step']
+    judged = [event for event in events if event['event'] == 'eval']
+    # a Figure of its own, without pyplot: that asks for a screen, and keeps every figure
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
-    left.plot([e['step'] for e in steps], [e['loss'] for e in steps], label='training', linewidth=1)
-    left.plot([e['step'] for e in evals], [e['loss'] for e in evals], 'o-', label='validation', markersize=3)
+
+    draw(left, trained, 'loss', '-', label='training', linewidth=1)
+    draw(left, judged, 'loss', 'o-', label='validation', markersize=3)
     left.set(xlabel='step', ylabel='loss, nats per token', yscale='log')
     left.legend()
-    metric = evals[0]['metric'] if evals else 'em'
-    right.plot([e['step'] for e in evals], [e[metric] for e in evals], 'o-', markersize=3, color='tab:green')
-    right.set(xlabel='step', ylabel=f'validation {metric}', ylim=(0, 1))
+    # a loss may stay within one power of ten, and its axis would then have no number
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter('{x:g}')
     left.yaxis.set_minor_formatter('')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+
+    # the two stages have different scores; a validation says which is its own
+    metric = judged[0]['metric'] if judged else 'em'
+    draw(right, judged, metric, 'o-', markersize=3, color='tab:green')
+    right.set(xlabel='step', ylabel=f'validation {metric}', ylim=(0, 1))
+
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
     figure.suptitle(str(out_dir))
     write_whole(Path(out_dir) / 'curves.png', partial(figure.savefig, format='png', dpi=110))
+
+
+def draw(axes, events, key, style, **more):
+    """A line through what log events say of `key`, over their steps."""
+    steps = [event['step'] for event in events]
+    values = [event[key] for event in events]
+    axes.plot(steps, values, style, **more)
