@@ -12,29 +12,43 @@ import torch
 from plumbing.machine import pick_device
 
 
+def work_together():
+    """Whether this process has joined others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def rank_and_world():
     """-> the number of this process, and how many there are; (0, 1) where it works alone."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+    if work_together():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def in_turn(make):
     """Calls make() in the first process, then in the first of every other machine, then in all others, and
     returns what it returns there: what the first one leaves on disk, the others find."""
     rank, world = rank_and_world()
-    turn = 0 if rank == 0 else 1 if int(os.environ.get('LOCAL_RANK', 0)) == 0 else 2
-    for now in range(3 if world > 1 else 1):
+    if world == 1:
+        return make()
+    if rank == 0:
+        turn = 0
+    elif int(os.environ.get('LOCAL_RANK', 0)) == 0:
+        turn = 1
+    else:
+        turn = 2
+    for now in range(3):
         if now == turn:
             made = make()
-        if world > 1:
-            torch.distributed.barrier()
+        # everybody waits here until the turn is over
+        torch.distributed.barrier()
     return made
 
 
 def from_all(item):
     """-> the items of all processes, a list; items are plain Python values."""
-    items = [item] * rank_and_world()[1]
-    if len(items) > 1:
+    _, world = rank_and_world()
+    items = [item] * world
+    if world > 1:
         torch.distributed.all_gather_object(items, item)
     return items
 
@@ -43,25 +57,32 @@ def from_all(item):
 def processes(settings):
     """Joins the processes that torchrun started, where it did -> the device of this one. Only the first one
     prints to the console.
-    Raises: ValueError where the device is not there."""
-    several, device = int(os.environ.get('WORLD_SIZE', 1)) > 1, settings.device
+
+    Raises: ValueError where the device is not there.
+    """
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    device = settings.device
     if several and device in ('auto', 'cuda') and torch.cuda.is_available():
+        # a GPU for each
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
     if settings.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+        # cuBLAS asks for it
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if not several:
         yield device
         return
+    backend = 'gloo'
     if device.startswith('cuda'):
         torch.cuda.set_device(device)
+        backend = 'nccl'
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all
     # the same
-    torch.distributed.init_process_group(
-        'nccl' if device.startswith('cuda') else 'gloo', timeout=timedelta(days=1)
-    )
-    with redirect_stdout(open(os.devnull, 'w')) if rank_and_world()[0] else nullcontext():
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+    rank, _ = rank_and_world()
+    console = nullcontext() if rank == 0 else redirect_stdout(open(os.devnull, 'w'))
+    with console:
         yield device
     # gloo's threads have then let go of every tensor; one that they hold while Python ends aborts the
     # process, now and then
@@ -70,8 +91,9 @@ def processes(settings):
 
 
 def end_with(parent):
-    """Ends this process soon after its parent: a torchrun that was killed would else leave it behind, in the
+    """Ends this process soon after its parent: a torchrun that was killed would else leave it running, in the
     middle of the run and holding its lock."""
+    # who loses its parent gets another one
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -80,30 +102,42 @@ def end_with(parent):
 def shard(batch):
     """Of a batch, the rows of this process: every so-many-th one. A loss that is a mean over the rows'
     `counted` targets gets a `weight`, with which the mean over the processes is the mean over the whole
-    batch; a process for which no row is left takes the first one, with weight 0."""
-    (rank, world), counted = rank_and_world(), batch.pop('counted')
-    if world > 1:
-        weight, rows = (
-            world * counted[rank::world].sum() / counted.sum(),
-            slice(rank, None, world) if rank < len(counted) else slice(1),
-        )
-        batch = {
-            key: value[rows] if torch.is_tensor(value) else value for key, value in batch.items()
-        } | dict(weight=weight)
-    return batch
+    batch; a process for which no row is left takes the first one, with weight 0.
+
+    Shapes: counted (B,), how many targets a row has; B rows -> about B / world
+    """
+    rank, world = rank_and_world()
+    counted = batch.pop('counted')
+    if world == 1:
+        return batch
+    if rank < len(counted):
+        rows = slice(rank, None, world)
+    else:
+        rows = slice(1)
+    share = {}
+    for key, value in batch.items():
+        share[key] = value[rows] if torch.is_tensor(value) else value
+    # without a row of its own this is the sum of nothing, 0
+    share['weight'] = world * counted[rank::world].sum() / counted.sum()
+    return share
 
 
 def all_reduce(parameters, losses, stop):
     """Makes every gradient the mean over the processes -> the mean losses, a dict of floats, and whether any
     process was asked to stop: the same in all."""
-    world, values = rank_and_world()[1], torch.stack([*losses.values()]).float()
+    _, world = rank_and_world()
+    values = torch.stack([*losses.values()]).float()  # (number of losses,)
     if world > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads] + [values, values.new_tensor([float(stop)])])
+        asked = values.new_tensor([float(stop)])
+        # one message with everything in it: each costs a wait
+        flat = torch.cat([g.flatten() for g in grads] + [values, asked])  # (all numbers,)
         torch.distributed.all_reduce(flat)
-        *means, values, stop = (flat / world).split([g.numel() for g in grads] + [len(values), 1])
+        sizes = [g.numel() for g in grads] + [len(values), 1]
+        *means, values, stop = (flat / world).split(sizes)
         for g, mean in zip(grads, means):
             g.copy_(mean.view_as(g))
+    # one asked process makes a mean that is not 0
     return dict(zip(losses, values.tolist())), bool(stop)
 
 
@@ -112,21 +146,25 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        _, world = rank_and_world()
+        parts = [torch.empty_like(x) for _ in range(world)]
         torch.distributed.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        return torch.cat(parts)  # (world * B, D)
 
     @staticmethod
     def backward(ctx, grad):
+        rank, world = rank_and_world()
         grad = grad.contiguous()
         torch.distributed.all_reduce(grad)
-        return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+        return grad.chunk(world)[rank]  # (B, D)
 
 
 def gathered(x):
     """The rows of all processes that train together, as many in each; x itself where it is one process, or no
-    training. Shapes: (B, D) -> (world * B, D)"""
-    together = (
-        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()
-    )
-    return Gather.apply(x) if together else x
+    training.
+
+    Shapes: (B, D) -> (world * B, D)
+    """
+    if work_together() and torch.is_grad_enabled():
+        return Gather.apply(x)
+    return x
