@@ -16,28 +16,36 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# what reading a bad archive raises, beside ValueError
+DAMAGED = (RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError, OSError,
+           zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+
 
 def write_whole(path, write):
     """Calls write(file) on a temporary file and puts it in place: `path` is the old or the new file, never a
-    part of one. Of several processes that work together only the first one writes. Raises: OSError naming the
-    path, where the disk is full, say."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and int(os.environ.get('RANK', 0)):
+    part of one. Of several processes that work together only the first one writes.
+
+    Raises: OSError naming the path, where the disk is full, say.
+    """
+    # torchrun sets both
+    together = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    if together and int(os.environ.get('RANK', 0)) > 0:
         return
     path = Path(path)
     partial = path.with_name(f'.{path.name}.partial')
     try:
         with open(partial, 'wb') as f:
             write(f)
+            # on the disk before it gets its name: a machine that goes down leaves the old file or the new one
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:
-        full = (
-            e if isinstance(e, OSError) else e.__context__
-        )  # torch.save, which cannot end its file then, hides it behind a RuntimeError
-        if not isinstance(full, OSError):
+        # torch.save cannot end its file on a full disk, and hides that error under a RuntimeError of its own
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
             raise
-        raise OSError(full.errno, full.strerror or str(full), str(path)) from None
+        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -45,62 +53,75 @@ def write_whole(path, write):
 @contextmanager
 def locked(file, wait=False):
     """Keeps other processes that ask for the same lock file out, until the block or the process ends, however
-    it ends. On Windows, and on a disk that knows no locks, it does not. Raises: ValueError where another
-    process is in it, unless `wait`, which waits for that one to finish.
+    it ends. On Windows, and on a disk that knows no locks, it does not.
+
+    Raises: ValueError where another process is in it, unless `wait`, which waits for that one to finish.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
+    # the system takes the lock back when the file is closed, so a process that is killed leaves none
     with open(file, 'w') as f:
-        if fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise ValueError(
-                        f'{file.parent}: another process is writing there; wait for it, or choose another '
-                        f'folder'
-                    ) from None
-                print(f'{file.parent}: another process is writing there, waiting for it', flush=True)
-                fcntl.flock(f, fcntl.LOCK_EX)
-            except OSError as e:
-                print(
-                    f'{file}: no lock is to be had here ({e.strerror}); see to it that no other process '
-                    f'writes to {file.parent}'
-                )
+        if fcntl is not None:
+            take_lock(f, file, wait)
         yield
 
 
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    OSError,
-    zipfile.BadZipFile,
-    zlib.error,
-    pickle.UnpicklingError,
-)  # what reading a bad archive raises, beside ValueError
+def take_lock(f, file, wait):
+    """Raises: as `locked`."""
+    folder = file.parent
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise ValueError(f'{folder}: another process is writing there; wait for it, or choose another '
+                             f'folder') from None
+        print(f'{folder}: another process is writing there, waiting for it', flush=True)
+        fcntl.flock(f, fcntl.LOCK_EX)
+    except OSError as e:
+        print(f'{file}: no lock is to be had here ({e.strerror}); see to it that no other process '
+              f'writes to {folder}')
 
 
 def safe_load(path):
     """torch.load of tensors and plain types only: nothing in the file is run. The settings that Edge-Glass
     pickled into its checkpoints, classes of its module `config`, become empty objects. Files up to 1 GB are
-    held against their checksums, larger ones are memory-mapped. Raises: ValueError for everything else."""
+    held against their checksums, larger ones are memory-mapped.
+
+    Raises: ValueError for everything else.
+    """
     try:
-        zipped, large = zipfile.is_zipfile(path), os.path.getsize(path) >= 2**30
+        zipped = zipfile.is_zipfile(path)
+        large = os.path.getsize(path) >= 2**30
         if zipped and not large:
-            with zipfile.ZipFile(path) as archive:
-                if part := archive.testzip():
-                    raise ValueError(f'damaged: {part} has another checksum than when it was written')
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        inert = [
-            (type('Settings', (), {}), name) for name in foreign if re.fullmatch(r'config\.\w+Config', name)
-        ]
-        with torch.serialization.safe_globals(inert):
+            check_sums(path)
+        with torch.serialization.safe_globals(empty_settings(path) if zipped else []):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped and large)
     except (ValueError, *DAMAGED) as e:
-        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        telling = next((line.strip() for line in lines if 'GLOBAL' in line), lines[0])
-        raise ValueError(f'{path}: not a file that can be read safely ({telling[:200]})') from None
+        raise ValueError(f'{path}: not a file that can be read safely ({telling_line(e)[:200]})') from None
+
+
+def check_sums(path):
+    """Raises: ValueError where a part of an archive is not what was written; torch itself does not look."""
+    with zipfile.ZipFile(path) as archive:
+        part = archive.testzip()
+    if part is not None:
+        raise ValueError(f'damaged: {part} has another checksum than when it was written')
+
+
+def empty_settings(path):
+    """For each of Edge-Glass's settings classes in a file: (an empty class to read it as, its name)."""
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    names = [name for name in foreign if re.fullmatch(r'config\.\w+Config', name)]
+    return [(type('Settings', (), {}), name) for name in names]
+
+
+def telling_line(error):
+    """The line of an error's message that says most: torch names a class that it refuses (GLOBAL) further
+    down, after general advice."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    for line in lines:
+        if 'GLOBAL' in line:
+            return line.strip()
+    return lines[0]
