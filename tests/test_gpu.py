@@ -44,7 +44,7 @@ def test_trains_on_the_gpu(dtype, more, flags, tmp_path):
 
 
 def test_deterministic_and_killed(flags, tmp_path):
-    """With deterministic=true a run that is killed behind its first checkpoint ends with the bits of one that is left alone."""
+    """With deterministic=true a run that is killed after its first checkpoint ends with the bits of one that is left alone."""
     command = lambda name: [sys.executable, str(ROOT / 'train.py'), *flags, '--deterministic=true', f'--out_dir={tmp_path / name}']
     subprocess.run(command('whole'), check=True)
     killed, start = subprocess.Popen(command('killed')), time.time()
@@ -66,11 +66,13 @@ def test_same_numbers_as_the_cpu(settings):
     decoder, batch = bench.bench_decoder(b, **settings)
     results = []
     for device in ('cpu', 'cuda'):
-        there, on = decoder.to(device), [t.to(device) for t in batch]
-        there.zero_grad()
-        logits, loss = there(*on)
+        decoder.to(device)
+        decoder.zero_grad()
+        vision, question, answer, targets = (t.to(device) for t in batch)
+        logits, loss = decoder(vision, question, answer, targets)
         loss.backward()
-        results.append((logits.detach().cpu(), loss.item(), there.embed.weight.grad.cpu().clone(), there.generate(*on[:2], 6).cpu()))
+        written = decoder.generate(vision, question, 6)
+        results.append((logits.detach().cpu(), loss.item(), decoder.embed.weight.grad.cpu().clone(), written.cpu()))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
