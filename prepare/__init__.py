@@ -2,14 +2,14 @@
 Importing published datasets. A module of this folder reads one family of formats: its rows(config) yields
 (split, row), and what is here checks the rows and writes them.
 
-    split   train, val or test; 'train or val', or None for any of the three: then the content of the picture
-    decides. Published splits come first row     image (bytes, or a path), question, answer (a string or a
-    list), caption, sample_id, type, as in data.py;
-            or sample_id and bad (why the row cannot be used), or sample_id and missing (why there is no
-            picture), which is not counted as bad
+    split   train, val or test: as it was published; 'train or val', or None for any of the three: the content
+            of the picture decides. Published splits come first
+    row     image (bytes, or a path), question, answer (a string or a list), caption, sample_id, type, as in
+            data.py; or sample_id and bad (why the row cannot be used); or sample_id and missing (why there is
+            no picture), which is not counted as bad
 
 A module that draws its pictures has a Config of its own in place of ImportConfig; its rows have their split
-and are not checked.
+and are not checked. A new format is a new module: nothing else names them.
 """
 
 import hashlib
@@ -47,25 +47,24 @@ def formats():
 
 @dataclass
 class ImportConfig:
-    source: str = ''  # folder or file of the published dataset
-    images: str = ''  # folder of its pictures, where they lie apart
-    out: str = ''  # folder to write the dataset to
-    max_bad: float = 0.01  # stop where more than this share of the rows cannot be used; 0: where any cannot
+    source: str = ''              # folder or file of the published dataset
+    images: str = ''              # folder of its pictures, where they lie apart
+    out: str = ''                 # folder to write the dataset to
+    max_bad: float = 0.01         # stop where more than this share of the rows is bad; 0: where any is
     # fetching pictures by URL
-    workers: int = 32  # connections at a time
-    timeout_s: float = 20.0  # for a picture, in seconds
-    retries: int = 3  # after a lost connection, a time-out, status 429 or 5xx
-    backoff_s: float = 1.0  # pause before the first of them, doubled for each
-    most_bytes: int = 2**25  # a larger file is refused
-    allow_private: bool = False  # fetch from addresses of the own network too
-    retry_failed: bool = False  # ask again for what failed in an earlier run
+    workers: int = 32             # connections at a time
+    timeout_s: float = 20.0       # for a picture, in seconds
+    retries: int = 3              # after a lost connection, a time-out, status 429 or 5xx
+    backoff_s: float = 1.0        # pause before the first of them, doubled for each
+    most_bytes: int = 2**25       # a larger file is refused
+    allow_private: bool = False   # fetch from addresses of the own network too
+    retry_failed: bool = False    # ask again for what failed in an earlier run
 
     def __post_init__(self):
         for key in ('source', 'out'):
             if not getattr(self, key):
-                raise ValueError(
-                    f'--{key} is needed: --source=FOLDER of the published files, --out=FOLDER to write'
-                )
+                raise ValueError(f'--{key} is needed: --source=FOLDER of the published files, '
+                                 f'--out=FOLDER to write')
         for key in ('workers', 'timeout_s', 'most_bytes'):
             if getattr(self, key) <= 0:
                 raise ValueError(f'{key}={getattr(self, key)}: expected more than 0')
@@ -76,6 +75,10 @@ class ImportConfig:
             raise ValueError(f'max_bad={self.max_bad}: expected a share, 0 to 1')
 
 
+# ----------------------------------------------------------------------------
+# checking and writing the rows
+
+
 def import_dataset(module, config):
     """Writes a published dataset as a dataset folder; what cannot be used is listed in its rejects.jsonl,
     with reasons.
@@ -83,112 +86,130 @@ def import_dataset(module, config):
     Raises: ValueError where more than `config.max_bad` of the rows are bad; their list is then beside
         `config.out`.
     """
-    rejects, known, n, reasons, written, first, shared = (
-        OnDisk(),
-        KnownPictures(),
-        Counter(),
-        Counter(),
-        Counter(),
-        [],
-        [],
-    )
+    job = Import(module, config)
+    schema = SCHEMA.set(2, pa.field('answer', pa.list_(pa.string())))  # an answer is a list of references
+    write_dataset(config.out, job.good_rows(), schema, job.finish)
 
-    def reject(row, kind, reason):
-        n[kind] += 1
-        reasons[re.sub(r"(?s) '.*'|(: | \().*", '', reason)] += 1  # its kind, without the details
-        rejects.append(dict(sample_id=row.get('sample_id'), reason=reason, missing=kind == 'missing'))
-        if kind == 'bad' and len(first) < 3:
-            first.append(f'{row.get("sample_id")}: {reason}')
 
-    def good_rows():
+class Import:
+    """One import, and what it has met so far."""
+
+    def __init__(self, module, config):
+        self.module = module
+        self.config = config
+        self.known = KnownPictures()  # of a picture: (why it cannot be decoded or None, its split or None)
+        self.counts = Counter()       # rows that were read, are missing, bad or shared
+        self.written = Counter()      # rows by split
+        self.rejects = OnDisk()
+        self.reasons = Counter()      # how often each kind of reason was met
+        self.first_bad = []           # up to three, for the message
+        self.first_shared = None      # a row whose picture another split has
+
+    def good_rows(self):
+        """Yields (split, row) for every row that can be used; reads and decodes pictures on all cores."""
         with ThreadPoolExecutor() as pool:
-            rows = iter(module.rows(config))
+            rows = iter(self.module.rows(self.config))
             while chunk := list(islice(rows, 256)):
-                files = list(pool.map(partial(picture_file, config=config), chunk))
-                new = {
-                    digest: picture
-                    for picture, digest, problem in files
-                    if not problem and known.get(digest) is None
-                }
-                for digest, problem in zip(new, pool.map(decoding_problem, new.values())):
-                    known[digest] = problem, None
-                for (split, row), (picture, digest, problem) in zip(chunk, files):
-                    n['rows'] += 1
-                    undecodable, earlier = known.get(digest) or (None, None)
-                    place = split_of(split, digest, earlier) if digest else None
-                    if row.get('missing'):
-                        reject(row, 'missing', row['missing'])
-                    elif problem or undecodable:
-                        reject(row, 'bad', problem or undecodable)
-                    elif place is None:
-                        reject(row, 'bad', 'its picture is in the test split too')
-                    else:
-                        if earlier is None:
-                            known[digest] = None, place
-                        elif earlier != place:
-                            n['shared'] += 1
-                            shared.extend(
-                                [f'{row.get("sample_id")} of {place} is in {earlier}'] * (not shared)
-                            )
-                        written[place] += 1
-                        yield place, row | dict(image=picture, **texts(row))
+                files = list(pool.map(partial(picture_file, config=self.config), chunk))
+                self.decode_new(files, pool)
+                for (split, row), file in zip(chunk, files):
+                    place = self.place_of(split, row, *file)
+                    if place:
+                        yield place, row | dict(image=file[0], **texts(row))
 
-    def write_rejects(file):
-        file.writelines(json.dumps(r).encode() + b'\n' for r in rejects)
+    def decode_new(self, files, pool):
+        """Decodes each picture once, however many questions it has."""
+        new = {}
+        for picture, digest, problem in files:
+            if not problem and self.known.get(digest) is None:
+                new[digest] = picture
+        for digest, problem in zip(new, pool.map(decoding_problem, new.values())):
+            self.known[digest] = problem, None
 
-    def finish(folder):
-        allowed = n['bad'] <= config.max_bad * n['rows']
-        path = (
-            folder / 'rejects.jsonl'
-            if allowed
-            else Path(config.out).with_name(f'{Path(config.out).name}.rejects.jsonl')
-        )
-        write_whole(path, write_rejects)
-        print(
-            f"{n['rows']} rows read, {n['rows'] - len(rejects)} written, {n['missing']} without a picture, "
-            f"{n['bad']} bad"
-            + ''.join(f' | {count} {reason}' for reason, count in reasons.most_common(9))
-        )
-        if shared:
-            print(
-                f"{n['shared']} rows have a picture that another split has too; splits are kept as they were "
-                f"published: {shared[0]}, for example"
-            )
-        if lacking := [split for split in SPLITS if not written[split]]:
-            print(
-                f'no rows for {" and ".join(lacking)}: to train takes some in each split; more pictures, or '
-                f'files named train, val and test, give them'
-            )
+    def place_of(self, split, row, picture, digest, problem):
+        """The split that a row is written to, or None where it is rejected."""
+        self.counts['rows'] += 1
+        undecodable, earlier = self.known.get(digest) or (None, None)
+        if row.get('missing'):
+            return self.reject(row, 'missing', row['missing'])
+        if problem or undecodable:
+            return self.reject(row, 'bad', problem or undecodable)
+        place = split_of(split, digest, earlier)
+        if place is None:
+            return self.reject(row, 'bad', 'its picture is in the test split too')
+        if earlier is None:
+            self.known[digest] = None, place
+        elif earlier != place:
+            self.counts['shared'] += 1
+            self.first_shared = self.first_shared or f'{row.get("sample_id")} of {place} is in {earlier}'
+        self.written[place] += 1
+        return place
+
+    def reject(self, row, kind, reason):
+        self.counts[kind] += 1
+        self.reasons[re.sub(r"(?s) '.*'|(: | \().*", '', reason)] += 1  # its kind, without the details
+        self.rejects.append(dict(sample_id=row.get('sample_id'), reason=reason, missing=kind == 'missing'))
+        if kind == 'bad' and len(self.first_bad) < 3:
+            self.first_bad.append(f'{row.get("sample_id")}: {reason}')
+
+    def finish(self, folder):
+        """Adds rejects.jsonl to the folder and says what became of the rows. Raises: ValueError."""
+        n_rows = self.counts['rows']
+        n_bad = self.counts['bad']
+        allowed = n_bad <= self.config.max_bad * n_rows
+        out = Path(self.config.out)
+        path = folder / 'rejects.jsonl'
+        if not allowed:  # the folder will not be there
+            path = out.with_name(f'{out.name}.rejects.jsonl')
+        write_whole(path, self.write_rejects)
+        print(f"{n_rows} rows read, {n_rows - len(self.rejects)} written, {self.counts['missing']} without a "
+              f"picture, {n_bad} bad", end='')
+        print(''.join(f' | {count} {reason}' for reason, count in self.reasons.most_common(9)))
+        if self.first_shared:
+            print(f"{self.counts['shared']} rows have a picture that another split has too; splits are kept "
+                  f"as they were published: {self.first_shared}, for example")
+        lacking = [split for split in SPLITS if not self.written[split]]
+        if lacking:
+            print(f'no rows for {" and ".join(lacking)}: to train takes some in each split; more pictures, '
+                  f'or files named train, val and test, give them')
         if not allowed:
-            raise ValueError(
-                f"{config.source}: {n['bad']} of {n['rows']} rows cannot be used, more than "
-                f"--max_bad={config.max_bad} allows: "
-                f"{'; '.join(first)}; all of them are in {path}"
-            )
+            raise ValueError(f'{self.config.source}: {n_bad} of {n_rows} rows cannot be used, more than '
+                             f'--max_bad={self.config.max_bad} allows: {"; ".join(self.first_bad)}; all of '
+                             f'them are in {path}')
 
-    write_dataset(config.out, good_rows(), SCHEMA.set(2, pa.field('answer', pa.list_(pa.string()))), finish)
+    def write_rejects(self, file):
+        for entry in self.rejects:
+            file.write(json.dumps(entry).encode() + b'\n')
 
 
 def picture_file(split_row, config):
     """-> a row's picture file as bytes, their sha256, and what is wrong with the row before the picture is
     decoded, or None."""
-    row = split_row[1]
-    picture, caption = row.get('image'), row.get('caption')
+    _, row = split_row
     if row.get('missing') or row.get('bad'):
         return None, b'', row.get('bad')
+    picture = row.get('image')
     if isinstance(picture, (str, Path)):
-        inside = any(
-            Path(normpath(picture)).is_relative_to(normpath(folder))
-            for folder in (config.images, config.source)
-            if folder
-        )
-        picture = read_file(picture) if inside else f'the image path leaves the folder: {picture}'
+        picture = read_inside(picture, [config.images, config.source])
+    if isinstance(picture, str):  # why there is none
+        return None, b'', picture
     if not isinstance(picture, bytes) or not picture:
-        return None, b'', picture if isinstance(picture, str) else 'the image is empty'
+        return None, b'', 'the image is empty'
+    caption = row.get('caption')
+    has_caption = isinstance(caption, str) and caption.strip()
     problem = None
-    if row.get('question') is not None or not (isinstance(caption, str) and caption.strip()):
+    if row.get('question') is not None or not has_caption:
         problem = text_problem(row.get('question'), texts(row)['answer'])
     return picture, hashlib.sha256(picture).digest(), problem or caption_problem(caption)
+
+
+def read_inside(path, folders):
+    """The bytes of a file in one of the folders (or one of the files), or a string: why there are none. A
+    published file cannot name a path that leads elsewhere."""
+    for folder in folders:
+        if folder and Path(normpath(path)).is_relative_to(normpath(folder)):
+            return read_file(path)
+    return f'the image path leaves the folder: {path}'
 
 
 def plain(value):
@@ -198,11 +219,10 @@ def plain(value):
 
 def texts(row):
     """Texts of a row as they are written: the answers as a list, its name and type as what can be printed."""
-    return dict(
-        answer=[row['answer']] if isinstance(row.get('answer'), str) else row.get('answer'),
-        sample_id=plain(row.get('sample_id')),
-        type=plain(row.get('type')),
-    )
+    answer = row.get('answer')
+    if isinstance(answer, str):
+        answer = [answer]
+    return dict(answer=answer, sample_id=plain(row.get('sample_id')), type=plain(row.get('type')))
 
 
 def decoding_problem(picture):
@@ -213,15 +233,37 @@ def decoding_problem(picture):
         return str(e)
 
 
+# ----------------------------------------------------------------------------
+# splits
+
+SPLIT_NAMES = dict(
+    train=('train', 'training'), val=('val', 'valid', 'validation', 'dev'), test=('test', 'testing'))
+
+
 def split_of(split, digest, earlier=None):
     """Where a row goes. A published split is kept. Else the sha256 of the picture decides, the same for all
     its questions, whatever else there is, but that a picture which was in another split `earlier` stays
     there; None where that is a published test split and the row is for training."""
     if split in SPLITS:
         return split
+    if earlier == 'test' and split is not None:
+        return None
     if earlier:
-        return earlier if split is None or earlier != 'test' else None
-    return 'val' if digest[0] < 26 else 'test' if digest[0] < 52 and split is None else 'train'
+        return earlier
+    if digest[0] < 26:  # a tenth of 256
+        return 'val'
+    if digest[0] < 52 and split is None:
+        return 'test'
+    return 'train'
+
+
+def split_of_name(name):
+    """The split that a file's name tells, or None."""
+    words = set(re.split(r'[^a-z]+', name.lower()))
+    for split, names in SPLIT_NAMES.items():
+        if words & set(names):
+            return split
+    return None
 
 
 def split_of_path(path, source):
@@ -237,32 +279,18 @@ def published_first(files, source):
     splits = {path: split_of_path(path, source) for path in files}
     lacking = [split for split in ('val', 'test') if split not in splits.values()]
     if lacking and 'train' in splits.values() and None not in splits.values():
-        print(
-            f'{source}: no file is named after {" or ".join(lacking)}: rows for training are divided, by the '
-            f'content of their pictures'
-        )
-        splits = {
-            path: (None if 'test' in lacking else 'train or val') if split == 'train' else split
-            for path, split in splits.items()
-        }
+        print(f'{source}: no file is named after {" or ".join(lacking)}: rows for training are divided, by '
+              f'the content of their pictures')
+        divided = None if 'test' in lacking else 'train or val'
+        splits = {path: divided if split == 'train' else split for path, split in splits.items()}
     return sorted(splits.items(), key=lambda both: (both[1] not in SPLITS, both[0]))
 
 
-def split_of_name(name):
-    """The split that a file's name tells, or None."""
-    words = re.split(r'[^a-z]+', name.lower())
-    return next(
-        (
-            split
-            for split, names in dict(
-                train=('train', 'training'),
-                val=('val', 'valid', 'validation', 'dev'),
-                test=('test', 'testing'),
-            ).items()
-            if set(names) & set(words)
-        ),
-        None,
-    )
+# ----------------------------------------------------------------------------
+# reading published files
+
+DEEPEST = 100    # lists and objects in one another, in a JSON file
+PIECE = 2**16    # bytes of a JSON file that are read at once
 
 
 def turns(question, answer, messages=None):
@@ -270,100 +298,81 @@ def turns(question, answer, messages=None):
     a question with [USER] and [ASSISTANT] tags, whose last turn the answer answers."""
     if not messages and isinstance(question, str) and re.search(r'\[(USER|ASSISTANT)\]', question):
         parts = [part.strip() for part in re.split(r'\[(?:USER|ASSISTANT)\]', question)]
-        messages = [part for i, part in enumerate(parts) if part or 0 < i < len(parts) - 1] + [answer]
+        inner = range(1, len(parts) - 1)  # nothing before the first tag or after the last one is no turn
+        messages = [part for i, part in enumerate(parts) if part or i in inner] + [answer]
     if not isinstance(messages, list) or not messages:
         yield question, answer
-    else:
-        yield from zip_longest(
-            messages[::2], messages[1::2]
-        )  # a question without an answer becomes a bad row
+    else:  # a question without an answer gets None, which makes it a bad row
+        yield from zip_longest(messages[::2], messages[1::2])
 
 
 def read_json(path, key=None):
     """Yields the items of the list, or the (key, value) pairs of the object, in a JSON file or in a key of
-    it, reading a piece of the file at a time.
-    Raises: FileNotFoundError; ValueError where the file is not JSON, or not of this form."""
+    it. Only a piece of the file is in memory.
+
+    The file is read twice: one that is torn is refused before its first row. Needs the package ijson, which
+    makes a ? of half a character.
+    Raises: FileNotFoundError; ValueError where the file is not JSON, or not of this form.
+    """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f'{path}: no such file; --source is the folder of the published files, see prepare/'
-        )
-    with open(path, encoding='utf-8') as f:
-        pieces = Pieces(f)
+        raise FileNotFoundError(f'{path}: no such file; --source is the folder of the published files, see '
+                                f'prepare/')
+    try:
+        import ijson
+    except ImportError:
+        raise ValueError(f'{path}: to read it, pip install ijson') from None
+    options = dict(use_float=True, buf_size=PIECE)
+    with open(path, 'rb') as f:
         try:
-            if key is None:
-                yield from pieces.items()
-            elif pieces.peek() != '{' or not (yield from pieces.items_of(key)):
-                raise ValueError(f'there is no list {key!r}')
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f'{path}: not JSON of the published form: {e}') from None
-
-
-class Pieces:
-    """JSON values one after the other from a file of which only a piece is in memory."""
-
-    def __init__(self, file):
-        self.file, self.text, self.i, self.decoder = file, '', 0, json.JSONDecoder()
-
-    def more(self):
-        new = self.file.read(max(2**20, len(self.text)))
-        self.text, self.i = self.text[self.i :] + new, 0
-        return new
-
-    def peek(self):
-        """The next sign behind white space, '' at the end."""
-        while True:
-            self.i = re.compile(r'[ \t\n\r]*').match(self.text, self.i).end()
-            if self.i < len(self.text) or not self.more():
-                return self.text[self.i : self.i + 1]
-
-    def take(self, signs):
-        if (sign := self.peek()) not in signs or not sign:
-            raise ValueError(f'{sign or "the end"} where one of {signs} was expected')
-        self.i += 1
-        return sign
-
-    def value(self):
-        self.peek()
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.i)
-            except ValueError:
-                if not self.more():
-                    raise
+            form = outer_form(ijson.basic_parse(f, **options), key)
+            f.seek(0)
+            if form == 'start_array':
+                yield from ijson.items(f, 'item' if key is None else f'{key}.item', **options)
+            elif form == 'start_map':
+                yield from ijson.kvitems(f, key or '', **options)
             else:
-                if self.text[end : end + 1].strip('.eE'):
-                    self.i = end
-                    return value
-                if not self.more():  # else a number may go on
-                    self.i = len(self.text)
-                    return value
+                raise ValueError('there is no list or object' + (f' {key!r}' if key else ''))
+        except (ijson.JSONError, ValueError) as e:
+            reason = e.args[0]
+            if isinstance(reason, bytes):  # ijson quotes the file
+                reason = reason.decode(errors='replace')
+            reason = str(reason).splitlines()[0]
+            raise ValueError(f'{path}: not JSON of the published form: {reason}') from None
 
-    def items(self):
-        """Yields the items of the list, or the pairs of the object, that comes next."""
-        sign = self.take('[{')
-        close = ']' if sign == '[' else '}'
-        while self.peek() != close:
-            value = self.value()
-            if sign == '{':
-                self.take(':')
-                value = value, self.value()
-            yield value
-            if self.peek() != close:
-                self.take(',')
-        self.take(close)
 
-    def items_of(self, wanted):
-        """The same of one key of the object that comes next -> whether it is there."""
-        self.take('{')
-        while self.peek() != '}':
-            key = self.value()
-            self.take(':')
-            if key == wanted:
-                yield from self.items()
-                return True
-            self.value()
-            if self.peek() != '}':
-                self.take(',')
+def outer_form(events, key):
+    """The event that opens the value of a JSON file, or of a key of its object, or None; goes through all
+    events. Raises: ValueError where lists lie too deep in one another: ijson then takes memory without
+    end."""
+    form = None
+    depth = 0
+    is_wanted = key is None  # whether the next event opens the value
+    for event, value in events:
+        if is_wanted:
+            form = event
+        is_wanted = event == 'map_key' and depth == 1 and value == key
+        if event in ('start_array', 'start_map'):
+            depth += 1
+        elif event in ('end_array', 'end_map'):
+            depth -= 1
+        if depth > DEEPEST:
+            raise ValueError(f'more than {DEEPEST} lists and objects in one another')
+    return form
+
+
+def read_json_lines(path):
+    """Yields the value of every line, or a ValueError that says why there is none. Raises:
+    FileNotFoundError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path}: no such file; --source is the folder of the published files, see '
+                                f'prepare/')
+    with open(path, 'rb') as f:
+        for i, line in enumerate(f):
+            try:
+                if line.strip():
+                    yield json.loads(line.decode('utf-8-sig'))
+            except (ValueError, RecursionError) as e:
+                yield ValueError(f'not JSON in UTF-8: line {i + 1}: {e}')
 
 
 def sorted_on_disk(keyed):
@@ -372,27 +381,10 @@ def sorted_on_disk(keyed):
     table = sqlite3.connect('', isolation_level=None)
     table.execute('CREATE TABLE pairs (a, b, value)')
     table.execute('BEGIN')
-    table.executemany(
-        'INSERT INTO pairs VALUES (?, ?, ?)', ((a, b, json.dumps(value)) for (a, b), value in keyed)
-    )
+    lines = ((a, b, json.dumps(value)) for (a, b), value in keyed)
+    table.executemany('INSERT INTO pairs VALUES (?, ?, ?)', lines)
     for (value,) in table.execute('SELECT value FROM pairs ORDER BY a, b, rowid'):
         yield json.loads(value)
-
-
-def read_json_lines(path):
-    """Yields the value of every line, or a ValueError that says why there is none. Raises:
-    FileNotFoundError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f'{path}: no such file; --source is the folder of the published files, see prepare/'
-        )
-    with open(path, 'rb') as f:
-        for i, line in enumerate(f):
-            try:
-                if line.strip():
-                    yield json.loads(line.decode('utf-8-sig'))
-            except (ValueError, RecursionError) as e:
-                yield ValueError(f'not JSON in UTF-8: line {i + 1}: {e}')
 
 
 def number(i, value):
@@ -408,13 +400,6 @@ def published(path, values, make, name=number):
                 raise value
             made = list(make(value))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            made = [
-                (
-                    None,
-                    dict(
-                        bad=f'not of the published form: {type(e).__name__} {e}',
-                        sample_id=f'{Path(path).name}-{name(i, value)}',
-                    ),
-                )
-            ]
+            reason = f'not of the published form: {type(e).__name__} {e}'
+            made = [(None, dict(bad=reason, sample_id=f'{Path(path).name}-{name(i, value)}'))]
         yield from made

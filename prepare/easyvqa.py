@@ -15,15 +15,12 @@ def rows(config):
 
         def row(numbered):
             i, (question, answer, image_id) = numbered
-            yield (
-                split,
-                dict(
-                    image=f'{config.source}/{part}/images/{image_id}.png',
-                    question=question,
-                    answer=answer,
-                    sample_id=f'{part}-{image_id}-{i}',
-                    type='yes/no' if answer in ('yes', 'no') else 'open',
-                ),
+            yield split, dict(
+                image=f'{config.source}/{part}/images/{image_id}.png',
+                question=question,
+                answer=answer,
+                sample_id=f'{part}-{image_id}-{i}',
+                type='yes/no' if answer in ('yes', 'no') else 'open',
             )
 
         yield from published(path, enumerate(read_json(path)), row)

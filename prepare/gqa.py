@@ -14,47 +14,47 @@ from prepare import published, read_json, sorted_on_disk
 def rows(config):
     """Yields (split, row), the questions of a picture one after the other; a row's type is GQA's structural
     type."""
+    images = config.images or f'{config.source}/images'
     for part, split in (('train', 'train'), ('val', 'val'), ('testdev', 'test')):
-        files = [Path(config.source) / f'{part}_balanced_questions.json']
-        if not files[0].is_file() and (everything := Path(config.source) / f'{part}_all_questions').is_dir():
-            files = sorted(everything.glob('*.json'))
 
         def row(item):
             id, q = item
-            yield (
-                split,
-                dict(
-                    image=f"{config.images or config.source + '/images'}/{q['imageId']}.jpg",
-                    question=q['question'],
-                    answer=q.get('answer'),
-                    sample_id=id,
-                    type=q.get('types', {}).get('structural'),
-                ),
+            yield split, dict(
+                image=f"{images}/{q['imageId']}.jpg",
+                question=q['question'],
+                answer=q.get('answer'),
+                sample_id=id,
+                type=q.get('types', {}).get('structural'),
             )
 
-        for file in files:
-            keyed = (
-                (
-                    [
-                        json.dumps(item[1].get('imageId') if isinstance(item[1], dict) else None),
-                        json.dumps(item[0]),
-                    ],
-                    item,
-                )
-                for item in pairs(file)
-            )
-            yield from published(file, sorted_on_disk(keyed), row, question_id)
+        for file in question_files(Path(config.source), part):
+            by_picture = sorted_on_disk((picture_and_id(item), item) for item in pairs(file))
+            yield from published(file, by_picture, row, question_id)
 
 
-def question_id(i, item):
-    return item[0]
+def question_files(source, part):
+    balanced = source / f'{part}_balanced_questions.json'
+    everything = source / f'{part}_all_questions'
+    if not balanced.is_file() and everything.is_dir():
+        return sorted(everything.glob('*.json'))
+    return [balanced]
 
 
 def pairs(file):
     """Yields (question id, question). Raises: ValueError."""
     for item in read_json(file):
         if not isinstance(item, tuple):
-            raise ValueError(
-                f'{file}: not of the published form: a list, where GQA has an object by question id'
-            )
+            raise ValueError(f'{file}: not of the published form: a list, where GQA has an object by '
+                             f'question id')
         yield item
+
+
+def picture_and_id(item):
+    """What a question is sorted by; as JSON, since in a file of one's own it may be of any type."""
+    id, q = item
+    picture = q.get('imageId') if isinstance(q, dict) else None
+    return json.dumps(picture), json.dumps(id)
+
+
+def question_id(i, item):
+    return item[0]

@@ -14,18 +14,16 @@ def rows(config):
     """Yields (split, row) for every picture of every example; the answer is true or false."""
     for part, split in (('train', 'train'), ('dev', 'val'), ('test', 'test')):
         folder = Path(config.source) / part
+        path = folder / f'{part}.json'  # JSON lines, whatever its name says
 
         def six(example):
             for k in range(6):
                 name = f"{part}-{example['identifier']}-{k}"
-                yield (
-                    split,
-                    dict(
-                        image=folder / 'images' / example['directory'] / f'{name}.png',
-                        question=example['sentence'],
-                        answer=str(example['label']).lower(),
-                        sample_id=name,
-                    ),
+                yield split, dict(
+                    image=folder / 'images' / example['directory'] / f'{name}.png',
+                    question=example['sentence'],
+                    answer=str(example['label']).lower(),
+                    sample_id=name,
                 )
 
-        yield from published(folder / f'{part}.json', read_json_lines(folder / f'{part}.json'), six)
+        yield from published(path, read_json_lines(path), six)

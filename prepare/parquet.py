@@ -32,40 +32,49 @@ def rows(config):
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
     for path, split in published_first(files, source):
-        file = open_parquet(path)
-        column = {
-            key: next((name for name in names if name in file.schema_arrow.names), None)
-            for key, names in NAMES.items()
-        }
-        if column['image'] is None:
-            raise ValueError(
-                f'{path}: no image column; it has {", ".join(file.schema_arrow.names)}; URLs of PixMo: '
-                f'python data.py pixmo'
-            )
-        for i, (_, row) in enumerate(stream(path, [name for name in column.values() if name])):
-            row = {key: row.get(name) for key, name in column.items()}
-            name = named(row['sample_id'], f'{path.stem}-{i}')
-            if isinstance(row['image'], list):
-                if len(row['image']) > 1:
-                    yield split, dict(bad=f'{len(row["image"])} pictures in one row', sample_id=name)
-                    continue
-                row['image'] = row['image'][0] if row['image'] else None
-            if row['image'] is None and row['status'] not in (None, 'success'):
-                yield split, dict(missing=f'not fetched by img2dataset: {row["status"]}', sample_id=name)
-                continue
-            picture = read_image(row['image'], path.parent)
-            if isinstance(picture, str):
-                yield split, dict(bad=picture, sample_id=name)
-                continue
-            for k, (question, answer) in enumerate(turns(row['question'], row['answer'], row['messages'])):
-                yield (
-                    split,
-                    dict(
-                        image=picture,
-                        question=question,
-                        answer=answer,
-                        caption=row['caption'],
-                        type=row['type'],
-                        sample_id=name + f'-{k}' * (k > 0),
-                    ),
-                )
+        column = columns_of(path)
+        wanted = [name for name in column.values() if name]
+        for i, (_, values) in enumerate(stream(path, wanted)):
+            row = {key: values.get(name) for key, name in column.items()}
+            row['sample_id'] = named(row['sample_id'], f'{path.stem}-{i}')
+            for made in rows_of(row, path.parent):
+                yield split, made
+
+
+def columns_of(path):
+    """-> {key: what its column is called in this file, or None}. Raises: ValueError without pictures."""
+    names_there = open_parquet(path).schema_arrow.names
+    column = {}
+    for key, names in NAMES.items():
+        column[key] = next((name for name in names if name in names_there), None)
+    if column['image'] is None:
+        raise ValueError(f'{path}: no image column; it has {", ".join(names_there)}; URLs of PixMo: '
+                         f'python data.py pixmo')
+    return column
+
+
+def rows_of(row, folder):
+    """Yields the rows that a row of the file makes: one for every turn, or one that says what is wrong."""
+    name = row['sample_id']
+    image = row['image']
+    if isinstance(image, list):
+        if len(image) > 1:
+            yield dict(bad=f'{len(image)} pictures in one row', sample_id=name)
+            return
+        image = image[0] if image else None
+    if image is None and row['status'] not in (None, 'success'):
+        yield dict(missing=f'not fetched by img2dataset: {row["status"]}', sample_id=name)
+        return
+    picture = read_image(image, folder)
+    if isinstance(picture, str):
+        yield dict(bad=picture, sample_id=name)
+        return
+    for k, (question, answer) in enumerate(turns(row['question'], row['answer'], row['messages'])):
+        yield dict(
+            image=picture,
+            question=question,
+            answer=answer,
+            caption=row['caption'],
+            type=row['type'],
+            sample_id=f'{name}-{k}' if k else name,
+        )

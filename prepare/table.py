@@ -16,53 +16,56 @@ from prepare import published_first, read_json_lines
 
 def rows(config):
     """Yields (split, row) for every line."""
-    source = Path(config.source)
-    files = (
-        [source]
-        if source.is_file()
-        else sorted(f for f in source.iterdir() if f.suffix in ('.csv', '.jsonl'))
-        if source.is_dir()
-        else []
-    )
+    for file, split in files_of(Path(config.source)):
+        lines = read_csv(file) if file.suffix == '.csv' else read_json_lines(file)
+        for i, line in enumerate(lines):
+            yield split, row_of(line, f'{file.name}-{i}', config.images or file.parent)
+
+
+def files_of(source):
+    """-> [(file, split or None)]. Raises: FileNotFoundError."""
+    if source.is_file():
+        return [(source, None)]
+    files = []
+    if source.is_dir():
+        files = sorted(f for f in source.iterdir() if f.suffix in ('.csv', '.jsonl'))
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .csv or .jsonl files')
-    for file, split in published_first(files, source) if source.is_dir() else [(source, None)]:
-        for i, line in enumerate(read_csv(file) if file.suffix == '.csv' else read_json_lines(file)):
-            if not isinstance(line, dict) or not isinstance(line.get('image'), str):
-                yield (
-                    split,
-                    dict(
-                        bad=str(line) if isinstance(line, ValueError) else 'no image path',
-                        sample_id=f'{file.name}-{i}',
-                    ),
-                )
-                continue
-            known = {key: line.get(key) or None for key in ('question', 'answer', 'caption')} | dict(
-                type=None if line.get('type') == '' else line.get('type')
-            )
-            name = named(line.get('sample_id'), f'{file.name}-{i}')
-            picture = read_image(line['image'], config.images or file.parent)
-            yield (
-                split,
-                dict(bad=picture, sample_id=name)
-                if isinstance(picture, str)
-                else known | dict(image=picture, sample_id=name),
-            )
+    return published_first(files, source)
+
+
+def row_of(line, place, folder):
+    """The row of a line, which is called after its place in the file unless it has a name."""
+    if isinstance(line, ValueError):
+        return dict(bad=str(line), sample_id=place)
+    if not isinstance(line, dict) or not isinstance(line.get('image'), str):
+        return dict(bad='no image path', sample_id=place)
+    name = named(line.get('sample_id'), place)
+    picture = read_image(line['image'], folder)
+    if isinstance(picture, str):
+        return dict(bad=picture, sample_id=name)
+    type = line.get('type')
+    return dict(
+        image=picture,
+        question=line.get('question') or None,  # an empty field of a CSV file is none
+        answer=line.get('answer') or None,
+        caption=line.get('caption') or None,
+        type=None if type == '' else type,      # 0 is one
+        sample_id=name,
+    )
 
 
 def read_csv(path):
     """Yields every line as a dict; a ValueError for one with more fields than the header. Raises:
     ValueError."""
-    with path.open(
-        newline='', encoding='utf-8-sig', errors='surrogateescape'
-    ) as f:  # a line in another encoding is a bad row
+    # surrogateescape: a line in another encoding than UTF-8 is a bad row, not the end of the file
+    with path.open(newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
         lines = csv.DictReader(f)
         try:
             for line in lines:
-                yield (
-                    ValueError(f'more fields than the header has: line {lines.line_num}')
-                    if None in line
-                    else line
-                )
+                if None in line:
+                    yield ValueError(f'more fields than the header has: line {lines.line_num}')
+                else:
+                    yield line
         except csv.Error as e:
             raise ValueError(f'{path}, line {lines.line_num}: not CSV: {e}') from None

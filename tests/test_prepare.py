@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -384,24 +385,46 @@ def test_memory(tmp_path):
 
 
 def test_json_in_pieces(tmp_path, monkeypatch):
-    """A JSON file gives the same values read a few signs at a time as read whole, of a list, an object, or a key of one; a file that ends early is refused."""
+    """A JSON file gives the same values, of the same types, read a few signs at a time as read whole, of a list, an object, or a key of one; a file that ends early
+    is refused, and one of another form, or of lists in lists in lists."""
     value = {'info': {'n': [1, 2.5e3, None], 'text': 'a "b" \\ \n [{'}, 'year': 12345, 'questions': [{'id': 123456, 'a': [True, 'ä日🙂']}, 17, 'x', [], {}, -1.5]}
-    monkeypatch.setattr(prepare.Pieces, 'more', lambda self: (new := self.file.read(3), setattr(self, 'text', self.text[self.i:] + new), setattr(self, 'i', 0))[0])
+    monkeypatch.setattr(prepare, 'PIECE', 3)
     for indent in (None, 2):
         for ascii in (True, False):
             path = tmp_path / 'a.json'
             path.write_text(json.dumps(value, indent=indent, ensure_ascii=ascii), encoding='utf-8')
             assert list(prepare.read_json(path, 'questions')) == value['questions'] and list(prepare.read_json(path)) == list(value.items())
+            assert repr(list(prepare.read_json(path, 'info'))) == repr(list(value['info'].items()))  # 1 is no 1.0
             path.write_text(json.dumps(value['questions'], indent=indent, ensure_ascii=ascii), encoding='utf-8')
             assert list(prepare.read_json(path)) == value['questions']
             for end in (1, 9, 30):
                 put(tmp_path / 'b.json', path.read_bytes()[:-end])
                 with pytest.raises(ValueError, match='b.json: not JSON of the published form'):
                     list(prepare.read_json(tmp_path / 'b.json'))
-    for content, key in (({'a': 1}, 'questions'), ([1], 'questions'), ('x', None), ({'questions': 3}, 'questions')):
-        put(tmp_path / 'b.json', json.dumps(content))
+    for content, key in (({'a': 1}, 'questions'), ([1], 'questions'), ('x', None), ({'questions': 3}, 'questions'), ('', None), (b'["caf\xe9"]', None), (b'[1, 2] 3', None),
+                         (b'[' * 10 ** 5 + b']' * 10 ** 5, None), (b'{"questions": [1], "a": {"questions": 2}, "b"', 'questions'), ({'a': {'questions': [1]}}, 'questions')):
+        put(tmp_path / 'b.json', content if isinstance(content, bytes) else json.dumps(content))
         with pytest.raises(ValueError, match='b.json: not JSON of the published form'):
             list(prepare.read_json(tmp_path / 'b.json', key))
+
+
+def test_json_in_little_memory(tmp_path):
+    """A JSON file of three times the length takes no more memory; its values are never all there."""
+    peaks = []
+    for n in (10000, 30000):
+        path = put(tmp_path / f'{n}.json', dict(info={'skipped': [['x' * 9] * 9] * (n // 9)}, questions=[dict(id=i, text='q' * 99) for i in range(n)]))
+        tracemalloc.start()
+        assert sum(q['id'] for q in prepare.read_json(path, 'questions')) == n * (n - 1) // 2
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0] < 2 ** 20 < path.stat().st_size / 2, peaks
+
+
+def test_json_without_ijson(tmp_path, monkeypatch):
+    """Without the optional package the message says what to install."""
+    monkeypatch.setitem(sys.modules, 'ijson', None)
+    with pytest.raises(ValueError, match='a.json: to read it, pip install ijson'):
+        list(prepare.read_json(put(tmp_path / 'a.json', [1])))
 
 
 def test_vqav2_without_partner(tmp_path):
