@@ -9,7 +9,6 @@ import sqlite3
 import tempfile
 import time
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,16 +20,17 @@ from plumbing.files import locked
 
 SPLITS = ('train', 'val', 'test')
 
-SCHEMA = pa.schema(
-    [
-        ('image', pa.binary()),
-        ('question', pa.string()),
-        ('answer', pa.string()),
-        ('caption', pa.string()),
-        ('sample_id', pa.string()),
-        ('type', pa.string()),
-    ]
-)
+SCHEMA = pa.schema([
+    ('image', pa.binary()),
+    ('question', pa.string()),
+    ('answer', pa.string()),
+    ('caption', pa.string()),
+    ('sample_id', pa.string()),
+    ('type', pa.string()),
+])
+
+# ----------------------------------------------------------------------------
+# writing a dataset
 
 
 def write_dataset(out, rows, schema=SCHEMA, finish=None):
@@ -41,16 +41,7 @@ def write_dataset(out, rows, schema=SCHEMA, finish=None):
     """
     out = Path(out)
     partial = out.with_name(f'.{out.name}.partial')
-    start, n, batch, size, last, files = (
-        time.time(),
-        Counter(),
-        {split: [] for split in SPLITS},
-        Counter(),
-        {},
-        {},
-    )
-    # a row group is quickly read; a picture that is asked several times is stored once in it
-    options = dict(use_dictionary=True, dictionary_pagesize_limit=2**26)
+    start = time.time()
     with ExitStack() as stack:
         stack.enter_context(locked(out.with_name(f'.{out.name}.lock'), wait=True))
         if out.exists():
@@ -58,39 +49,62 @@ def write_dataset(out, rows, schema=SCHEMA, finish=None):
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
         stack.callback(shutil.rmtree, partial, ignore_errors=True)  # it is in place by then, or of no use
-        for split in SPLITS:
-            files[split] = stack.enter_context(
-                pq.ParquetWriter(partial / f'{split}.parquet', schema, **options)
-            )
-
-        def flush(split):
-            files[split].write_table(pa.Table.from_pylist(batch[split], schema))
-            batch[split], size[split] = [], 0
-            print(
-                f'\r{out} | '
-                + ' | '.join(f'{split} {n[split]}' for split in SPLITS)
-                + f' questions | {time.time() - start:.0f} s',
-                end='',
-                flush=True,
-            )
-
+        files = {split: SplitFile(partial / f'{split}.parquet', schema) for split in SPLITS}
+        for file in files.values():
+            stack.enter_context(file.writer)
         for split, row in rows:
-            n[split] += 1
-            batch[split].append(row)
-            size[split] += len(row['image']) * (row['image'] != last.get(split))
-            last[split] = row['image']
-            if len(batch[split]) == 2000 or size[split] > 2**22:
-                flush(split)
-        for split in SPLITS:
-            flush(split)
-            files[split].close()
+            files[split].add(row)
+            if files[split].is_full():
+                files[split].flush()
+                show_progress(out, files, start)
+        for file in files.values():
+            file.flush()
+            file.writer.close()
+        show_progress(out, files, start)
         print()
         if finish:
             finish(partial)
-        for path in partial.iterdir():
+        for path in partial.iterdir():  # on the disk before the folder has its name
             with open(path, 'r+b') as f:
                 os.fsync(f.fileno())
         os.replace(partial, out)
+
+
+def show_progress(out, files, start):
+    counts = ' | '.join(f'{split} {file.n_rows}' for split, file in files.items())
+    print(f'\r{out} | {counts} questions | {time.time() - start:.0f} s', end='', flush=True)
+
+
+class SplitFile:
+    """The file of a split while it is written. Rows are gathered to row groups of at most 2,000 rows and some
+    4 MB of pictures, which are quickly read; a picture that is asked several times is stored once in one."""
+
+    def __init__(self, path, schema):
+        self.schema = schema
+        self.writer = pq.ParquetWriter(path, schema, use_dictionary=True, dictionary_pagesize_limit=2**26)
+        self.n_rows = 0
+        self.rows = []        # of the next row group
+        self.picture_bytes = 0
+        self.last_picture = None
+
+    def add(self, row):
+        self.n_rows += 1
+        self.rows.append(row)
+        if row['image'] != self.last_picture:  # questions of a picture stand together
+            self.picture_bytes += len(row['image'])
+        self.last_picture = row['image']
+
+    def is_full(self):
+        return len(self.rows) == 2000 or self.picture_bytes > 2**22
+
+    def flush(self):
+        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        self.rows = []
+        self.picture_bytes = 0
+
+
+# ----------------------------------------------------------------------------
+# opening a split, and what can be wrong with its rows
 
 
 def named(value, otherwise):
@@ -103,16 +117,14 @@ def open_split(folder, split):
     lacks a column."""
     path = Path(folder) / f'{split}.parquet'
     if not path.is_file():
-        raise FileNotFoundError(
-            f'{path}: no such file; a dataset is a folder with train.parquet, val.parquet and test.parquet '
-            f'(python data.py --help says how to draw or import one)'
-        )
+        raise FileNotFoundError(f'{path}: no such file; a dataset is a folder with train.parquet, '
+                                f'val.parquet and test.parquet (python data.py --help says how to draw or '
+                                f'import one)')
     file = open_parquet(path)
     for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
         if not set(needed) & set(file.schema_arrow.names):
-            raise ValueError(
-                f'{path}: has no column {" or ".join(needed)}; it has {", ".join(file.schema_arrow.names)}'
-            )
+            raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has '
+                             f'{", ".join(file.schema_arrow.names)}')
     return path, file
 
 
@@ -122,36 +134,51 @@ def check_splits(folder):
     for split in SPLITS:
         path, file = open_split(folder, split)
         if not file.metadata.num_rows:
-            raise ValueError(
-                f'{path}: has no rows; training, validation and test need some each: give more pictures, or '
-                f'files named train, val and test, to python data.py'
-            )
+            raise ValueError(f'{path}: has no rows; training, validation and test need some each: give more '
+                             f'pictures, or files named train, val and test, to python data.py')
 
 
 def text_problem(question, references):
     """What is wrong with the texts of a row, or None."""
-    if not isinstance(question, str) or not question.strip():
-        return f'the question is {"empty" if isinstance(question, str) else "no text"}'
-    if (
-        not isinstance(references, list)
-        or not references
-        or not all(isinstance(a, str) and a.strip() for a in references)
-    ):
+    if not isinstance(question, str):
+        return 'the question is no text'
+    if not question.strip():
+        return 'the question is empty'
+    is_list = isinstance(references, list) and references
+    if not is_list or not all(isinstance(answer, str) and answer.strip() for answer in references):
         return 'the answer is empty or no text'
     if not is_unicode(question, *references):
         return 'the question or answer is not in UTF-8'
+    return None
 
 
 def caption_problem(caption):
     """What is wrong with the caption of a row, which may have none, or None."""
-    if caption is not None and not (isinstance(caption, str) and is_unicode(caption)):
-        return f'the caption is {"not in UTF-8" if isinstance(caption, str) else "no text"}'
+    if caption is None:
+        return None
+    if not isinstance(caption, str):
+        return 'the caption is no text'
+    return None if is_unicode(caption) else 'the caption is not in UTF-8'
 
 
 def is_unicode(*texts):
     """Whether texts can be written: half a character (a lone surrogate) comes of a file in another encoding
     than UTF-8, or of a bad escape."""
     return not any(re.search('[\ud800-\udfff]', text) for text in texts)
+
+
+def report_bad(path, bad, n, remedy):
+    """Raises: ValueError that counts the bad rows, names the first ones and says what to do; nothing where
+    there are none."""
+    if bad:
+        first = '; '.join(f'row {i}: {reason}' for i, reason in bad[:3])
+        if len(bad) > 3:
+            first += '; ...'
+        raise ValueError(f'{path}: {len(bad)} of {n} rows cannot be used: {first}: {remedy}')
+
+
+# ----------------------------------------------------------------------------
+# reading rows
 
 
 def open_parquet(path):
@@ -168,16 +195,17 @@ def stream(path, columns, at_once=100):
     file = open_parquet(path)
     columns = [key for key in columns if key in file.schema_arrow.names]
     for group in range(file.num_row_groups):
-        k, batches = 0, file.iter_batches(at_once, [group], columns)
+        k = 0
+        batches = file.iter_batches(at_once, [group], columns)
         while True:
             try:
                 rows = plain_rows(next(batches))
             except StopIteration:
                 break
             except (pa.ArrowException, OSError, ValueError) as e:
-                raise ValueError(
-                    f'{path}: damaged in row group {group}, behind row {k} of it: {str(e).splitlines()[0]}'
-                ) from None
+                reason = str(e).splitlines()[0]
+                raise ValueError(f'{path}: damaged in row group {group}, behind row {k} of it: '
+                                 f'{reason}') from None
             for row in rows:
                 yield (group, k), row
                 k += 1
@@ -197,6 +225,37 @@ def plain_rows(batch):
             else:
                 columns.append(column.to_pylist())
         return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
+
+
+def read_image(image, folder):
+    """The bytes of a picture file from what the image column holds, or a string that says what is wrong with
+    it."""
+    if isinstance(image, dict):
+        image = image.get('bytes') or image.get('path')
+    if isinstance(image, str):
+        if not is_unicode(image) or '\0' in image:
+            return f'the image path {image!r} is none'
+        path = (Path(folder) / image).resolve()
+        if not path.is_relative_to(Path(folder).resolve()):
+            return f'the image path {image!r} leaves the folder'
+        image = read_file(path)
+    if image and not isinstance(image, (bytes, str)):
+        return f'the image is a {type(image).__name__}, expected bytes or a path'
+    return image or 'the image is empty'
+
+
+def read_file(path):
+    """The bytes of a file, or a string that says why there are none."""
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return f'there is no image file: {path}'
+    except (OSError, ValueError) as e:  # a folder, no permission, a name that no file can have
+        return f'the image file cannot be read: {path} ({type(e).__name__})'
+
+
+# ----------------------------------------------------------------------------
+# long lists that take little memory
 
 
 def to_json(item):
@@ -252,7 +311,8 @@ class View(Sequence):
     """A list whose items are made when they are asked for: `get(i)`, for i under `length()`."""
 
     def __init__(self, length, get):
-        self.length, self.get = length, get
+        self.length = length
+        self.get = get
 
     def __len__(self):
         return self.length()
@@ -275,7 +335,8 @@ class Pictures:
         self.groups = array('i')    # the row group of each picture
         self.places = array('i')    # its row there
         self.rows = array('i')      # its row in the file
-        self.group = (None, None)   # the row group that was read last
+        self.group = None           # the row group that was read last
+        self.images = None          # its column of pictures
         self.sums = OnDisk(bytes, bytes)
         self.digests = View(self.__len__, self.sums.__getitem__)
         self.names = View(self.__len__, self.name_of)
@@ -301,46 +362,7 @@ class Pictures:
                 place = next(places, None)
 
     def __getitem__(self, i):
-        if self.group[0] != self.groups[i]:
-            self.group = (
-                self.groups[i],
-                open_parquet(self.path).read_row_group(self.groups[i], ['image'])['image'],
-            )
-        return read_image(self.group[1][self.places[i]].as_py(), self.path.parent)
-
-
-def read_image(image, folder):
-    """The bytes of a picture file from what the image column holds, or a string that says what is wrong with
-    it."""
-    if isinstance(image, dict):
-        image = image.get('bytes') or image.get('path')
-    if isinstance(image, str):
-        if not is_unicode(image) or '\0' in image:
-            return f'the image path {image!r} is none'
-        path = (Path(folder) / image).resolve()
-        if not path.is_relative_to(Path(folder).resolve()):
-            return f'the image path {image!r} leaves the folder'
-        image = read_file(path)
-    if image and not isinstance(image, (bytes, str)):
-        return f'the image is a {type(image).__name__}, expected bytes or a path'
-    return image or 'the image is empty'
-
-
-def read_file(path):
-    """The bytes of a file, or a string that says why there are none."""
-    try:
-        return Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return f'there is no image file: {path}'
-    except (OSError, ValueError) as e:  # a folder, no permission, a name that no file can have
-        return f'the image file cannot be read: {path} ({type(e).__name__})'
-
-
-def report_bad(path, bad, n, remedy):
-    """Raises: ValueError that counts the bad rows, names the first ones and says what to do; nothing where
-    there are none."""
-    if bad:
-        first = '; '.join(f'row {i}: {reason}' for i, reason in bad[:3])
-        raise ValueError(
-            f'{path}: {len(bad)} of {n} rows cannot be used: {first}{"; ..." * (len(bad) > 3)}: {remedy}'
-        )
+        if self.group != self.groups[i]:
+            self.images = open_parquet(self.path).read_row_group(self.groups[i], ['image'])['image']
+            self.group = self.groups[i]
+        return read_image(self.images[self.places[i]].as_py(), self.path.parent)

@@ -1,10 +1,10 @@
 """
 Shapes: pictures of coloured shapes with questions and captions, drawn from a seed; nothing is read or
-    downloaded.
+downloaded.
 
 In reading order: scenes, pictures and captions; questions, whose answers are balanced so that a blind model
-gains little; the data set, drawn on all cores; captions for the alignment, drawn while it trains. `python
-data.py shapes --show=true` draws a contact sheet to look at.
+gains little; the data set, drawn on all cores. `python data.py shapes --show=true` draws a contact sheet to
+look at. A new type of question is a function and an entry in ASK.
 """
 
 import io
@@ -44,54 +44,51 @@ SIDES = ('left of', 'right of', 'above', 'below')
 @dataclass
 class Config:
     out: str = 'data/shapes'  # folder to write the dataset to
-    n_train: int = 24000  # pictures in train.parquet; about eight questions each
-    n_val: int = 1000  # pictures in val.parquet
-    n_test: int = 1000  # pictures in test.parquet
-    image_px: int = 64  # side of the square picture, in pixels
-    min_objects: int = 2  # objects in a picture, at least
-    max_objects: int = 6  # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
+    n_train: int = 24000      # pictures in train.parquet; about eight questions each
+    n_val: int = 1000         # pictures in val.parquet
+    n_test: int = 1000        # pictures in test.parquet
+    image_px: int = 64        # side of the square picture, in pixels
+    min_objects: int = 2      # objects in a picture, at least
+    max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
     types: str = 'color,shape,exist,count,compare,relation,hops'  # of questions, by commas; or swaps alone
-    max_hops: int = 2  # longest chain of relations asked for, up to 8
-    max_swaps: int = 4  # with types=swaps: the most pairs of objects that trade places, up to 8
+    max_hops: int = 2         # longest chain of relations asked for, up to 8
+    max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
-    describe: float = 0.1  # share of the pictures that also ask for their caption
-    seed: int = 1337  # the same seed draws the same dataset, byte for byte
-    show: bool = False  # draw a contact sheet, shapes.png, and nothing else
+    describe: float = 0.1     # share of the pictures that also ask for their caption
+    seed: int = 1337          # the same seed draws the same dataset, byte for byte
+    show: bool = False        # draw a contact sheet, shapes.png, and nothing else
 
     def __post_init__(self):
+        objects = f'min_objects={self.min_objects}, max_objects={self.max_objects}'
         if min(self.n_train, self.n_val, self.n_test) < 0 or not 0 <= self.describe <= 1:
-            raise ValueError(
-                f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, '
-                f'describe={self.describe}: expected 0 or more, and a share of 0 to 1'
-            )
+            raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, '
+                             f'describe={self.describe}: expected 0 or more, and a share of 0 to 1')
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
-            raise ValueError(
-                f'min_objects={self.min_objects}, max_objects={self.max_objects}: expected '
-                f'1 <= min_objects <= max_objects <= {len(COLORS) * len(SHAPES)}'
-            )
+            raise ValueError(f'{objects}: expected 1 <= min_objects <= max_objects <= '
+                             f'{len(COLORS) * len(SHAPES)}')
         if not 1 <= self.max_hops <= 8:
             raise ValueError(f'max_hops={self.max_hops}: expected 1 to 8')
         if self.train_swaps is None:
             self.train_swaps = self.max_swaps
         if not 0 <= self.train_swaps <= self.max_swaps <= 8:
-            raise ValueError(
-                f'train_swaps={self.train_swaps}, max_swaps={self.max_swaps}: expected 0 <= train_swaps <= '
-                f'max_swaps <= 8'
-            )
-        for type in self.types.split(',') if self.types != 'swaps' else ():
-            if type not in (*ASK, 'hops'):
-                raise ValueError(
-                    f'types={self.types}: {type!r} is none of {", ".join(ASK)}, hops; or swaps alone'
-                )
-        if self.types == 'swaps' and not 3 <= self.min_objects <= self.max_objects <= len(COLORS):
-            raise ValueError(
-                f'min_objects={self.min_objects}, max_objects={self.max_objects}: with types=swaps expected '
-                f'3 <= min_objects <= max_objects <= {len(COLORS)}'
-            )
+            raise ValueError(f'train_swaps={self.train_swaps}, max_swaps={self.max_swaps}: expected '
+                             f'0 <= train_swaps <= max_swaps <= 8')
+        if self.types == 'swaps':  # every object needs a colour and a column of its own
+            if not 3 <= self.min_objects <= self.max_objects <= len(COLORS):
+                raise ValueError(f'{objects}: with types=swaps expected 3 <= min_objects <= max_objects <= '
+                                 f'{len(COLORS)}')
+        else:
+            for type in self.types.split(','):
+                if type not in (*ASK, 'hops'):
+                    raise ValueError(f'types={self.types}: {type!r} is none of {", ".join(ASK)}, hops; or '
+                                     f'swaps alone')
         if self.image_px < 32:
-            raise ValueError(
-                f'image_px={self.image_px}: expected at least 32, the objects are up to 15 pixels wide'
-            )
+            raise ValueError(f'image_px={self.image_px}: expected at least 32, the objects are up to 15 '
+                             f'pixels wide')
+
+
+# ----------------------------------------------------------------------------
+# scenes, pictures and captions
 
 
 def draw_scene(rng, config):
@@ -102,52 +99,63 @@ def draw_scene(rng, config):
     Raises: ValueError when `max_objects` do not fit into `image_px`.
     """
     n = rng.randint(config.min_objects, config.max_objects)
-    pairs = (
-        rng.sample([(c, s) for c in COLORS for s in SHAPES], n)
-        if config.types != 'swaps'
-        else [(c, rng.choice(SHAPES)) for c in rng.sample(tuple(COLORS), n)]
-    )
+    if config.types == 'swaps':
+        pairs = [(color, rng.choice(SHAPES)) for color in rng.sample(tuple(COLORS), n)]
+    else:
+        pairs = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], n)
     for _ in range(100):  # a crowded draw starts over
         scene = []
         for k, (color, shape) in enumerate(pairs):
-            size = rng.choice(tuple(SIZES))
-            r = SIZES[size]
-            for _ in range(50):
-                x, y = (rng.uniform(r + 1, config.image_px - r - 1) for _ in 'xy')
-                if config.types == 'swaps':  # in the middle half of its column
-                    x = 8.5 + (config.image_px - 17) * (k + rng.uniform(0.25, 0.75)) / n
-                if all(math.hypot(x - o['x'], y - o['y']) > r + o['r'] + 2 for o in scene):
-                    scene.append(dict(color=color, shape=shape, size=size, x=x, y=y, r=r))
-                    break
+            place = free_place(scene, rng, config, k, n)
+            if place:
+                scene.append(dict(color=color, shape=shape, **place))
         if len(scene) == n:
             return scene
-    raise ValueError(
-        f'max_objects={config.max_objects} objects do not fit into image_px={config.image_px}: '
-        f'lower max_objects or raise image_px'
-    )
+    raise ValueError(f'max_objects={config.max_objects} objects do not fit into image_px={config.image_px}: '
+                     f'lower max_objects or raise image_px')
+
+
+def free_place(scene, rng, config, k, n):
+    """The size and place of object k of n, where no other object is, or None where none was found."""
+    size = rng.choice(tuple(SIZES))
+    r = SIZES[size]
+    for _ in range(50):
+        x = rng.uniform(r + 1, config.image_px - r - 1)
+        y = rng.uniform(r + 1, config.image_px - r - 1)
+        if config.types == 'swaps':  # in the middle half of its column
+            x = 8.5 + (config.image_px - 17) * (k + rng.uniform(0.25, 0.75)) / n
+        if all(math.hypot(x - o['x'], y - o['y']) > r + o['r'] + 2 for o in scene):
+            return dict(size=size, x=x, y=y, r=r)
+    return None
 
 
 def draw_picture(scene, rng, image_px):
-    """Draws a scene with Pillow, drawn at twice the size and reduced, on a pale ground, colours a little
-    off."""
-
-    def jitter(rgb, by):
-        return tuple(min(255, max(0, v + rng.randint(-by, by))) for v in rgb)
-
-    picture = Image.new('RGB', (2 * image_px, 2 * image_px), jitter((236, 236, 236), 16))
+    """Draws a scene with Pillow, at twice the size and reduced, on a pale ground, colours a little off."""
+    ground = off((236, 236, 236), 16, rng)
+    picture = Image.new('RGB', (2 * image_px, 2 * image_px), ground)
     draw = ImageDraw.Draw(picture)
     for o in scene:
-        x, y, r, fill = 2 * o['x'], 2 * o['y'], 2 * o['r'], jitter(COLORS[o['color']], 10)
+        x = 2 * o['x']
+        y = 2 * o['y']
+        r = 2 * o['r']
+        fill = off(COLORS[o['color']], 10, rng)
         if o['shape'] == 'circle':
             draw.ellipse((x - r, y - r, x + r, y + r), fill)
         elif o['shape'] == 'square':
             draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
         elif o['shape'] == 'triangle':
             draw.polygon((x, y - r, x - r, y + 0.8 * r, x + r, y + 0.8 * r), fill)
-        else:
+        elif o['shape'] == 'cross':
             draw.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill)
             draw.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill)
+        else:
+            raise ValueError(f"shape {o['shape']!r} cannot be drawn")
     return picture.reduce(2)
+
+
+def off(rgb, by, rng):
+    """A colour, each part a little off."""
+    return tuple(min(255, max(0, part + rng.randint(-by, by))) for part in rgb)
 
 
 def name(o):
@@ -157,7 +165,9 @@ def name(o):
 def describe(scene):
     """The caption that the `describe` questions ask for: every object, from left to right."""
     parts = [f"a {o['size']} {name(o)}" for o in sorted(scene, key=lambda o: o['x'])]
-    return ' and '.join([', '.join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
+    if len(parts) == 1:
+        return parts[0]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def locate(scene, rng, image_px, n=4):
@@ -168,21 +178,31 @@ def locate(scene, rng, image_px, n=4):
     """
     objects = rng.sample(scene, len(scene))
     for o in (objects * n)[:n]:
-        column, row = (int(o[axis] * 16 / image_px) for axis in 'xy')
+        column = int(o['x'] * 16 / image_px)
+        row = int(o['y'] * 16 / image_px)
         yield f"{o['size']} {name(o)} at {'abcdefghijklmnop'[column]}{row + 1}"
 
 
 # ----------------------------------------------------------------------------
-# shapes: questions. Every type lists all the questions that a scene allows, as (question, answer) pairs.
+# questions: every type lists all the questions that a scene allows, as (question, answer) pairs.
 
 
 def side_of(a, b):
     """The side of object a on which object b lies, or None where that is doubtful (within 10 degrees of a
     diagonal)."""
-    dx, dy = b['x'] - a['x'], b['y'] - a['y']
+    dx = b['x'] - a['x']
+    dy = b['y'] - a['y']
     if abs(math.degrees(math.atan2(abs(dy), abs(dx))) - 45) < 10:
         return None
-    return SIDES[dx > 0] if abs(dx) > abs(dy) else SIDES[2 + (dy > 0)]
+    return sideways(a, b) if abs(dx) > abs(dy) else upright(a, b)
+
+
+def sideways(a, b):
+    return 'right of' if b['x'] > a['x'] else 'left of'
+
+
+def upright(a, b):
+    return 'below' if b['y'] > a['y'] else 'above'
 
 
 def only_neighbours(scene):
@@ -190,15 +210,21 @@ def only_neighbours(scene):
     could be meant."""
     edges = []
     for a in scene:
-        found = {side: [] for side in SIDES}
+        found = {side: [] for side in SIDES}  # of each side: (index, whether it is certain)
         for j, b in enumerate(scene):
-            if b is not a:
-                side = side_of(a, b)
-                for s in [side] if side else [SIDES[b['x'] > a['x']], SIDES[2 + (b['y'] > a['y'])]]:
-                    found[s].append((j, side))
-        edges.append(
-            {side: objects[0][0] for side, objects in found.items() if len(objects) == 1 and objects[0][1]}
-        )
+            if b is a:
+                continue
+            side = side_of(a, b)
+            if side:
+                found[side].append((j, True))
+            else:  # near a diagonal: it may be meant on either side
+                found[sideways(a, b)].append((j, False))
+                found[upright(a, b)].append((j, False))
+        only = {}
+        for side, objects in found.items():
+            if len(objects) == 1 and objects[0][1]:
+                only[side] = objects[0][0]
+        edges.append(only)
     return edges
 
 
@@ -228,12 +254,13 @@ def ask_exist(scene):
 def group_counts(scene):
     """How many objects of each shape, colour and size there are, under the words a question uses: {key:
     {words: count}}."""
-    return {
-        'shape': {s + 's': sum(o['shape'] == s for o in scene) for s in SHAPES if s != 'cross'}
-        | {'crosses': sum(o['shape'] == 'cross' for o in scene)},
-        'color': {c + ' objects': sum(o['color'] == c for o in scene) for c in COLORS},
-        'size': {z + ' objects': sum(o['size'] == z for o in scene) for z in SIZES},
+    words = {
+        'shape': {shape: 'crosses' if shape == 'cross' else f'{shape}s' for shape in SHAPES},
+        'color': {color: f'{color} objects' for color in COLORS},
+        'size': {size: f'{size} objects' for size in SIZES},
     }
+    return {key: {text: sum(o[key] == value for o in scene) for value, text in texts.items()}
+            for key, texts in words.items()}
 
 
 def ask_count(scene):
@@ -270,34 +297,36 @@ def ask_hops(scene, hops):
     edges = only_neighbours(scene)
     paths = [([i], f'the {name(o)}') for i, o in enumerate(scene)]
     for _ in range(hops):
-        paths = [
-            (visited + [j], f'the object {side} {words}')
-            for visited, words in paths
-            for side, j in edges[visited[-1]].items()
-            if j not in visited
-        ]
-    return [
-        (f'what {key} is {words}?', scene[visited[-1]][key])
-        for visited, words in paths
-        for key in ('color', 'shape')
-    ]
+        longer = []
+        for visited, words in paths:
+            for side, j in edges[visited[-1]].items():
+                if j not in visited:
+                    longer.append((visited + [j], f'the object {side} {words}'))
+        paths = longer
+    return [(f'what {key} is {words}?', scene[visited[-1]][key])
+            for visited, words in paths for key in ('color', 'shape')]
 
 
 def ask_swaps(scene, swaps, most=20):
     """The objects, counted from the left, trade places in pairs, never the same two at once again. Which is
     then at a place? `most` of all such stories."""
-    rng, told = random.Random(f'{describe(scene)}, {swaps} swaps'), {}
+    rng = random.Random(f'{describe(scene)}, {swaps} swaps')
+    stories = {}  # question -> answer
     for _ in range(most):
-        row, pairs, last, place = sorted(scene, key=lambda o: o['x']), [], (), rng.randrange(len(scene))
+        row = sorted(scene, key=lambda o: o['x'])
+        place = rng.randrange(len(row))
+        pairs = []
+        last = ()
         for _ in range(swaps):
             i, j = rng.choice([p for p in permutations(range(len(row)), 2) if {*p} != {*last}])
-            row[i], row[j], last = row[j], row[i], (i, j)
+            row[i], row[j] = row[j], row[i]
+            last = i, j
             pairs.append(f'{i + 1} {j + 1}')
-        told[
-            f"{'swap ' if swaps else ''}{', '.join(pairs)}{': ' if swaps else ''}what color is number "
-            f"{place + 1}?"
-        ] = row[place]['color']
-    return list(told.items())
+        question = f'what color is number {place + 1}?'
+        if swaps:
+            question = f"swap {', '.join(pairs)}: {question}"
+        stories[question] = row[place]['color']
+    return list(stories.items())
 
 
 ASK = {
@@ -311,23 +340,30 @@ ASK = {
 
 
 def plural(n, word):
-    return f"{n} {word}{'s' * (n != 1)}"
+    return f'{n} {word}' if n == 1 else f'{n} {word}s'
+
+
+def questions_of(config, split):
+    """{type: function that lists the questions of a scene} for the types that a split asks for."""
+    wanted = config.types.split(',')
+    ask = {type: questions for type, questions in ASK.items() if type in wanted}
+    if 'hops' in wanted:
+        for hops in range(1, config.max_hops + 1):
+            ask[plural(hops, 'hop')] = partial(ask_hops, hops=hops)
+    if 'swaps' in wanted:
+        most = config.max_swaps if split == 'test' else config.train_swaps
+        for swaps in range(most + 1):
+            ask[plural(swaps, 'swap')] = partial(ask_swaps, swaps=swaps)
+    return ask
 
 
 def shapes_rows(config, split, start, n):
     """The rows of pictures `start` to `start + n` of a split: one question of every type that the scene
-    allows, and the caption of some. Balance: of a type's questions, one is asked whose answer was given least
-    so far, so a blind guess gains little. Fewer scenes have long chains, so those that do are asked for two
-    of them; two stories of swaps are told of each length.
-    """
-    wanted = config.types.split(',')
-    ask = {type: questions for type, questions in ASK.items() if type in wanted}
-    if 'hops' in wanted:
-        ask |= {plural(h, 'hop'): partial(ask_hops, hops=h) for h in range(1, config.max_hops + 1)}
-    if 'swaps' in wanted:
-        most = config.max_swaps if split == 'test' else config.train_swaps
-        ask |= {plural(k, 'swap'): partial(ask_swaps, swaps=k) for k in range(most + 1)}
-    given, rows = {type: Counter() for type in ask}, []
+    allows, and the caption of some. Fewer scenes have long chains, so those that do are asked for two of
+    them; two stories of swaps are told of each length."""
+    ask = questions_of(config, split)
+    given = {type: Counter() for type in ask}  # how often each answer was given
+    rows = []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
         scene = draw_scene(rng, config)
@@ -336,26 +372,24 @@ def shapes_rows(config, split, start, n):
         picture = dict(image=buffer.getvalue(), caption=describe(scene))
         for type, questions in ask.items():
             candidates = questions(scene)
-            for k in range(2 if re.match('[2-9] hops|. swap', type) else 1):
-                if candidates:
-                    least = min(given[type][answer] for _, answer in candidates)
-                    question, answer = rng.choice([qa for qa in candidates if given[type][qa[1]] == least])
-                    candidates.remove((question, answer))
-                    given[type][answer] += 1
-                    rows.append(
-                        picture
-                        | dict(
-                            question=question,
-                            answer=answer,
-                            type=type,
-                            sample_id=f'{split}-{i}-{type}-{k}'.replace(' ', ''),
-                        )
-                    )
+            n_asked = 2 if re.match('[2-9] hops|. swap', type) else 1
+            for k in range(min(n_asked, len(candidates))):
+                question, answer = balanced_choice(candidates, given[type], rng)
+                candidates.remove((question, answer))
+                sample_id = f'{split}-{i}-{type}-{k}'.replace(' ', '')
+                rows.append(picture | dict(question=question, answer=answer, type=type, sample_id=sample_id))
         if rng.random() < config.describe:
-            rows.append(
-                picture | dict(question=None, answer=None, type='describe', sample_id=f'{split}-{i}-describe')
-            )
+            sample_id = f'{split}-{i}-describe'
+            rows.append(picture | dict(question=None, answer=None, type='describe', sample_id=sample_id))
     return rows
+
+
+def balanced_choice(candidates, given, rng):
+    """One of the questions whose answer was given least so far, so that a blind guess gains little."""
+    least = min(given[answer] for _, answer in candidates)
+    question, answer = rng.choice([both for both in candidates if given[both[1]] == least])
+    given[answer] += 1
+    return question, answer
 
 
 # ----------------------------------------------------------------------------
@@ -366,19 +400,18 @@ def rows(config, shard=2000):
     """Yields (split, row) for train, val and test, drawn shard by shard on all cores. No scene is in two
     splits: a scene is drawn from its split's name and its number, with places to fractions of a pixel."""
     sizes = dict(train=config.n_train, val=config.n_val, test=config.n_test)
-    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn'), initializer=end_with_parent)
+    spawn = multiprocessing.get_context('spawn')
+    pool = ProcessPoolExecutor(mp_context=spawn, initializer=end_with_parent)
     try:
-        shards = {
-            split: pool.map(
-                shapes_rows,
-                repeat(config),
-                repeat(split),
-                range(0, n, shard),
-                [min(shard, n - start) for start in range(0, n, shard)],
-            )
-            for split, n in sizes.items()
-        }
-        yield from ((split, row) for split, drawn in shards.items() for some in drawn for row in some)
+        drawn = {}  # all splits at once, so that no core waits between them
+        for split, n in sizes.items():
+            starts = range(0, n, shard)
+            lengths = [min(shard, n - start) for start in starts]
+            drawn[split] = pool.map(shapes_rows, repeat(config), repeat(split), starts, lengths)
+        for split, shards in drawn.items():
+            for shard_rows in shards:
+                for row in shard_rows:
+                    yield split, row
     finally:
         pool.shutdown(cancel_futures=True)
 
