@@ -68,8 +68,7 @@ def read_rows(folder, split):
     """Reads a split: every row with a question or a caption, each different picture once.
 
     Shapes: -> Rows, lists as long as the split has rows, but `pictures`, which `picture` points into.
-    Raises: FileNotFoundError without the file; ValueError naming file, row and reason where a row cannot be
-        used.
+    Raises: FileNotFoundError; ValueError naming file, row and reason where a row cannot be used.
     """
     path, file = open_split(folder, split)
     n_rows = file.metadata.num_rows
@@ -113,8 +112,7 @@ def read_rows(folder, split):
 
 
 class Rows:
-    """A split, see `read_rows`. Its texts lie in a temporary file and its pictures in the dataset: a long one
-    takes little memory.
+    """A split. Its texts are in a temporary file, its pictures in the dataset: it takes little memory.
 
     rows.question[i], .references[i], .type[i], .sample_id[i]: of row i; .picture[i]: the number of its
     picture; .pictures[k], .caption[k]: of picture k; .sum: a sha256 of everything, in order.
@@ -162,11 +160,9 @@ WORDS = r'\s?[^\W\d_]+|\s?\d{1,3}|\s?[^\w\s]+|_+|\s+'
 
 
 class Tokenizer:
-    """A byte-level BPE run by tiktoken, with <pad>, <bos> and <eos> after its own tokens; text never encodes
-    to those.
-
-    `state` is of plain types and lives in the checkpoint: {'name': 'gpt2'} or {'name': 'bpe', 'tokens': hex
-    strings}.
+    """A byte-level BPE run by tiktoken. <pad>, <bos> and <eos> come after its own tokens; no text encodes to
+    them. `state` is of plain types and lives in the checkpoint: {'name': 'gpt2'} or {'name': 'bpe', 'tokens':
+    hex strings}.
     """
 
     def __init__(self, state):
@@ -177,8 +173,7 @@ class Tokenizer:
             except OSError as e:  # requests' errors are OSErrors
                 raise ValueError(f'tokenizer=gpt2: its files are not here and cannot be downloaded '
                                  f'({type(e).__name__}); put them in the folder that TIKTOKEN_CACHE_DIR '
-                                 f'names, '
-                                 f'or train one with --tokenizer=bpe') from None
+                                 f'names, or train one with --tokenizer=bpe') from None
         elif state['name'] == 'bpe':
             ranks = {bytes.fromhex(token): id for id, token in enumerate(state['tokens'])}
             self.bpe = tiktoken.Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
@@ -277,14 +272,18 @@ def unpack(data):
     return tokens[:n], tokens[n:]
 
 
+def power_of_two(n):
+    """The next one that is not smaller: 5 -> 8."""
+    return 1 << (n - 1).bit_length()
+
+
 def bucket_of(length):
-    """The power of two, 2 at least, that answers of this length are padded to at most: 5 -> 8."""
-    return max(2, 1 << (length - 1).bit_length())
+    """Answers of like length go together, those of 5 to 8 tokens, say, in bucket 8."""
+    return max(2, power_of_two(length))
 
 
 class Questions:
-    """A split as tokens, and its batches: the batch of a step depends on (seed, split, step) and nothing
-    else.
+    """A split as tokens, and its batches: that of a step depends on (seed, split, step) and nothing else.
 
     Rows are sorted into buckets by the length of their answer (2, 4, 8, ... tokens), so that a caption does
     not pad a hundred one-word answers. An epoch shuffles every bucket, cuts it into batches, smaller ones
@@ -353,8 +352,7 @@ class Questions:
         return self.batches[k]
 
     def rows_in_order(self, batch_size, most=None):
-        """Yields all rows once, for evaluation, bucket by bucket; with `most` only so many, always the same
-        ones."""
+        """Yields all rows once, for evaluation, bucket by bucket; with `most` so many, always the same."""
         n = len(self.rows)
         kept = np.ones(n, bool)
         if most:
@@ -377,7 +375,7 @@ class Questions:
         A = max(map(len, answers))
         if self.few_shapes:
             Q = -(-Q // 8) * 8
-            A = 1 << (A - 1).bit_length()
+            A = power_of_two(A)
         inputs = [[self.tokenizer.bos_id] + answer[:-1] for answer in answers]
         return dict(question=padded(questions, self.tokenizer.pad_id, Q),                  # (B, Q)
                     answer=padded(inputs, self.tokenizer.pad_id, A),                       # (B, A)
@@ -386,8 +384,7 @@ class Questions:
 
 
 def fitting(batch_size, length):
-    """Rows of a batch whose answers have so many tokens: fewer where these are more than 8, for equal
-    memory."""
+    """How many rows make a batch: fewer where answers have more than 8 tokens, for about equal memory."""
     return max(1, batch_size * 8 // max(8, length))
 
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
@@ -36,57 +37,64 @@ KEPT = "%/:=&?~#+!$,;'@()*[]|"
 def rows(config):
     """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
     source = Path(config.source)
-    files = (
-        [source]
-        if source.is_file()
-        else sorted(
-            source.rglob('*.parquet'),
-            key=lambda path: (not path.name.startswith(('validation', 'test')), path),
-        )
-    )
+    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'), key=published_order)
     if not files:
         raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
     if not config.images:
         raise ValueError('--images is needed: the folder that keeps the pictures that are fetched')
-    urls = {}
+    folder = Path(config.images)
+    fate = fetch(urls_of(files), folder, config)
     for path in files:
-        file = open_parquet(path)
-        if 'image_url' not in file.schema_arrow.names:
-            raise ValueError(
-                f'{path}: no column image_url; it has {", ".join(file.schema_arrow.names)}; pictures inside: '
-                f'python data.py parquet'
-            )
-        for _, row in stream(path, ('image_url', 'image_sha256')):
-            if row['image_url']:
-                urls[row['image_url']] = urls.get(row['image_url']) or row.get(
-                    'image_sha256'
-                )  # not every set gives it
-    fate = fetch(urls, Path(config.images), config)
-    for path in files:
+        split = split_of_name(path.name) if tells_split(path) else None
         for i, (_, row) in enumerate(stream(path, COLUMNS)):
-            name, split = (
-                f'{path.stem}-{i}',
-                split_of_name(path.name) if path.name.startswith(('validation', 'test')) else None,
-            )
+            name = f'{path.stem}-{i}'
             reason = fate.get(row['image_url'], 'no URL')
             if reason:
                 yield split, dict(missing=reason, sample_id=name)
                 continue
-            base = dict(image=Path(config.images) / file_name(row['image_url']), caption=row.get('caption'))
-            if row.get('count') is not None:
-                question = f"How many {row['label']} are there?" if row.get('label') else None
-                yield (
-                    split,
-                    base | dict(question=question, answer=str(row['count']), sample_id=name, type='count'),
-                )
-            else:
-                for k, (question, answer) in enumerate(
-                    turns(row.get('question'), row.get('answer'), row.get('messages'))
-                ):
-                    yield (
-                        split,
-                        base | dict(question=question, answer=answer, sample_id=name + f'-{k}' * (k > 0)),
-                    )
+            picture = dict(image=folder / file_name(row['image_url']), caption=row.get('caption'))
+            for question in questions_of(row, name):
+                yield split, picture | question
+
+
+def tells_split(path):
+    return path.name.startswith(('validation', 'test'))
+
+
+def published_order(path):
+    """Published splits come first, so that pictures of theirs keep out of training."""
+    return not tells_split(path), path
+
+
+def urls_of(files):
+    """-> {url: sha256 of the picture, or None}. Raises: ValueError."""
+    urls = {}
+    for path in files:
+        names = open_parquet(path).schema_arrow.names
+        if 'image_url' not in names:
+            raise ValueError(f'{path}: no column image_url; it has {", ".join(names)}; pictures inside: '
+                             f'python data.py parquet')
+        for _, row in stream(path, ('image_url', 'image_sha256')):
+            url = row['image_url']
+            if url:
+                urls[url] = urls.get(url) or row.get('image_sha256')  # not every set gives it
+    return urls
+
+
+def questions_of(row, name):
+    """Yields the questions about the picture of a row: how many there are of something, or the turns of a
+    talk, or none, where it has only a caption."""
+    if row.get('count') is not None:
+        question = f"How many {row['label']} are there?" if row.get('label') else None
+        yield dict(question=question, answer=str(row['count']), sample_id=name, type='count')
+        return
+    talk = turns(row.get('question'), row.get('answer'), row.get('messages'))
+    for k, (question, answer) in enumerate(talk):
+        yield dict(question=question, answer=answer, sample_id=f'{name}-{k}' if k else name)
+
+
+# ----------------------------------------------------------------------------
+# fetching
 
 
 def file_name(url):
@@ -97,72 +105,84 @@ def fetch(urls, folder, config):
     """Fetches pictures into a folder, `config.workers` at a time. urls: {url: sha256 of the file, or None} ->
     {url: why there is none, or ''}."""
     folder.mkdir(parents=True, exist_ok=True)
-    fate, manifest = {}, folder / 'manifest.jsonl'
-    for line in manifest.read_text().splitlines() if manifest.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the end of a killed run
-            continue
-        fate[entry['url']] = entry['reason'] or wrong_sum(entry.get('sha256'), urls.get(entry['url']))
-    left = [
-        url
-        for url in urls
-        if url not in fate
-        or fate[url]
-        and config.retry_failed
-        or not fate[url]
-        and not (folder / file_name(url)).is_file()
-    ]
-    start, done = time.time(), 0
-
-    def one(url):
-        entry = dict(url=url, file=file_name(url), sha256=None, reason='')
-        try:
-            data = get(url, config)
-            entry['sha256'] = hashlib.sha256(data).hexdigest()
-            if wrong := wrong_sum(entry['sha256'], urls[url]):
-                return entry | dict(reason=wrong)
-            open_picture(data)
-        except (Failed, ValueError) as e:
-            return entry | dict(reason=str(e))
-        partial = folder / f'.{file_name(url)}.partial'
-        partial.write_bytes(data)
-        partial.replace(folder / file_name(url))
-        return entry
-
+    manifest = folder / 'manifest.jsonl'
+    fate = read_manifest(manifest, urls)
+    left = []
+    for url in urls:
+        is_known = url in fate
+        is_lost = is_known and not fate[url] and not (folder / file_name(url)).is_file()
+        if not is_known or is_lost or (fate[url] and config.retry_failed):
+            left.append(url)
+    start = time.time()
+    n_done = 0
     with ThreadPoolExecutor(config.workers) as pool, open(manifest, 'a') as out:
-        if manifest.stat().st_size and manifest.read_bytes()[-1:] != b'\n':
+        if manifest.stat().st_size and manifest.read_bytes()[-1:] != b'\n':  # a run was killed in a line
             out.write('\n')
+        one = partial(fetch_one, folder=folder, config=config)
+        ahead = iter(left)
+        under_way = set()
         try:
-            under_way, ahead = set(), iter(left)
-            while under_way := under_way | {
-                pool.submit(one, url) for url in islice(ahead, 4 * config.workers - len(under_way))
-            }:
+            while True:
+                for url in islice(ahead, 4 * config.workers - len(under_way)):
+                    under_way.add(pool.submit(one, url, urls[url]))
+                if not under_way:
+                    break
                 finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in finished:
                     entry = future.result()
                     fate[entry['url']] = entry['reason']
                     out.write(json.dumps(entry) + '\n')
                 out.flush()
-                done += len(finished)
-                progress('fetching', done, len(left), start)
+                n_done += len(finished)
+                progress('fetching', n_done, len(left), start)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     fate = {url: fate[url] for url in urls}
     failed = Counter(reason.split(':')[0] for reason in fate.values() if reason)
-    print(
-        f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
-        + (', '.join(f'{n} {reason}' for reason, n in failed.most_common()) or 'none')
-    )
+    reasons = ', '.join(f'{n} {reason}' for reason, n in failed.most_common())
+    print(f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
+          f'{reasons or "none"}')
     return fate
+
+
+def read_manifest(manifest, urls):
+    """What earlier runs found: {url: why there is no picture, or ''}."""
+    fate = {}
+    lines = manifest.read_text().splitlines() if manifest.is_file() else []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the end of a killed run
+            continue
+        fate[entry['url']] = entry['reason'] or wrong_sum(entry.get('sha256'), urls.get(entry['url']))
+    return fate
+
+
+def fetch_one(url, expected, folder, config):
+    """Fetches a picture into the folder. -> its line of the manifest, with the reason why there is none"""
+    entry = dict(url=url, file=file_name(url), sha256=None, reason='')
+    try:
+        data = get(url, config)
+        entry['sha256'] = hashlib.sha256(data).hexdigest()
+        entry['reason'] = wrong_sum(entry['sha256'], expected)
+        if entry['reason']:
+            return entry
+        open_picture(data)
+    except (Failed, ValueError) as e:
+        entry['reason'] = str(e)
+        return entry
+    partial_file = folder / f'.{file_name(url)}.partial'
+    partial_file.write_bytes(data)
+    partial_file.replace(folder / file_name(url))
+    return entry
 
 
 def wrong_sum(sha256, expected):
     """Why a file with this sha256 is not the one that the data set means, or ''."""
-    return (
-        'another picture than it was (sha256)' if sha256 and expected and sha256 != expected.lower() else ''
-    )
+    if sha256 and expected and sha256 != expected.lower():
+        return 'another picture than it was (sha256)'
+    return ''
 
 
 class Failed(Exception):
@@ -195,16 +215,15 @@ def get_once(url, config):
     except (ValueError, http.client.InvalidURL):
         raise Failed('not a URL') from None
     except (OSError, http.client.HTTPException) as e:
-        reason = (
-            'cut off'
-            if isinstance(e, http.client.IncompleteRead)
-            else 'no connection'
-            if isinstance(e, OSError)
-            else 'not HTTP'
-        )
-        raise Failed(
-            'timed out' if isinstance(e, TimeoutError) or time.time() > deadline else reason, again=0
-        ) from None
+        if isinstance(e, TimeoutError) or time.time() > deadline:
+            reason = 'timed out'
+        elif isinstance(e, http.client.IncompleteRead):
+            reason = 'cut off'
+        elif isinstance(e, OSError):
+            reason = 'no connection'
+        else:
+            reason = 'not HTTP'
+        raise Failed(reason, again=0) from None
 
 
 def body(url, config, deadline, most_redirects=5):
@@ -220,31 +239,39 @@ def body(url, config, deadline, most_redirects=5):
         try:
             if parts.scheme == 'https':
                 connection.sock.do_handshake()
-            target = quote((parts.path or '/') + f'?{parts.query}' * bool(parts.query), safe=KEPT)
-            connection.request('GET', target, headers={'User-Agent': 'nano-trm-vlm', 'Accept': 'image/*'})
+            target = parts.path or '/'
+            if parts.query:
+                target += f'?{parts.query}'
+            headers = {'User-Agent': 'nano-trm-vlm', 'Accept': 'image/*'}
+            connection.request('GET', quote(target, safe=KEPT), headers=headers)
             response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                url = urljoin(url, quote((response.getheader('Location') or '').encode('latin-1'), safe=KEPT))
-                continue
-            if response.status == 429 or response.status >= 500:
-                after = response.getheader('Retry-After') or ''
-                raise Failed(f'status {response.status}', again=float(after) if after.isdecimal() else 0)
-            if response.status != 200:
-                raise Failed(f'status {response.status}')
-            data = bytearray()
-            while block := response.read1(2**16):
-                data += block
-                if len(data) > config.most_bytes:
-                    raise Failed(f'more than {config.most_bytes} bytes')
-            if time.time() > deadline:
-                raise TimeoutError
-            if response.length:  # bytes that were promised and did not come
-                raise http.client.IncompleteRead(b'')
-            return bytes(data)
+            if response.status not in (301, 302, 303, 307, 308):
+                return picture_bytes(response, config, deadline)
+            place = (response.getheader('Location') or '').encode('latin-1')
+            url = urljoin(url, quote(place, safe=KEPT))
         finally:
             watch.cancel()
             connection.close()
     raise Failed(f'more than {most_redirects} redirects')
+
+
+def picture_bytes(response, config, deadline):
+    """The body of an answer that is no redirect. Raises: Failed, TimeoutError, IncompleteRead."""
+    if response.status == 429 or response.status >= 500:  # it may be better later
+        after = response.getheader('Retry-After') or ''
+        raise Failed(f'status {response.status}', again=float(after) if after.isdecimal() else 0)
+    if response.status != 200:
+        raise Failed(f'status {response.status}')
+    data = bytearray()
+    while block := response.read1(2**16):
+        data += block
+        if len(data) > config.most_bytes:
+            raise Failed(f'more than {config.most_bytes} bytes')
+    if time.time() > deadline:  # the timer hung up: this may be a part
+        raise TimeoutError
+    if response.length:  # bytes that were promised and did not come
+        raise http.client.IncompleteRead(b'')
+    return bytes(data)
 
 
 def hang_up(sock):
@@ -261,7 +288,8 @@ def connect(parts, port, config, deadline):
         raise ValueError('no host')
     address = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4]
     ip = ipaddress.ip_address(address[0].split('%')[0])
-    if not config.allow_private and not (getattr(ip, 'ipv4_mapped', None) or ip).is_global:
+    ip = getattr(ip, 'ipv4_mapped', None) or ip  # ::ffff:127.0.0.1 is 127.0.0.1
+    if not config.allow_private and not ip.is_global:
         raise Failed('a private address')
     left = deadline - time.time()
     if left <= 0:
@@ -270,7 +298,6 @@ def connect(parts, port, config, deadline):
     connection.sock = socket.create_connection(address[:2], left)
     if parts.scheme == 'https':
         secure = ssl.create_default_context()
-        connection.sock = secure.wrap_socket(
-            connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False
-        )
+        connection.sock = secure.wrap_socket(connection.sock, server_hostname=parts.hostname,
+                                             do_handshake_on_connect=False)
     return connection
