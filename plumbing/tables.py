@@ -49,9 +49,10 @@ def write_dataset(out, rows, schema=SCHEMA, finish=None):
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
         stack.callback(shutil.rmtree, partial, ignore_errors=True)  # it is in place by then, or of no use
-        files = {split: SplitFile(partial / f'{split}.parquet', schema) for split in SPLITS}
-        for file in files.values():
-            stack.enter_context(file.writer)
+        files = {}
+        for split in SPLITS:
+            files[split] = SplitFile(partial / f'{split}.parquet', schema)
+            stack.enter_context(files[split].writer)
         for split, row in rows:
             files[split].add(row)
             if files[split].is_full():
