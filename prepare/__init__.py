@@ -14,6 +14,7 @@ and are not checked. A new format is a new module: nothing else names them.
 
 import hashlib
 import json
+import mmap
 import re
 import sqlite3
 from collections import Counter
@@ -292,6 +293,10 @@ def published_first(files, source):
 DEEPEST = 100    # lists and objects in one another, in a JSON file
 PIECE = 2**16    # bytes of a JSON file that are read at once
 
+FIRST_HALF = rb'\\u[dD][89abAB]..'
+SECOND_HALF = rb'\\u[dD][c-fC-F]..'
+HALF_CHARACTER = re.compile(FIRST_HALF + b'(?!' + SECOND_HALF + b')|(?<!' + FIRST_HALF + b')' + SECOND_HALF)
+
 
 def turns(question, answer, messages=None):
     """Yields (question, answer) for every turn of a talk: of `messages`, user and assistant by turns, else of
@@ -310,8 +315,7 @@ def read_json(path, key=None):
     """Yields the items of the list, or the (key, value) pairs of the object, in a JSON file or in a key of
     it. Only a piece of the file is in memory.
 
-    The file is read twice: one that is torn is refused before its first row. Needs the package ijson, which
-    makes a ? of half a character.
+    The file is read twice: one that is torn is refused before its first row. Needs the package ijson.
     Raises: FileNotFoundError; ValueError where the file is not JSON, or not of this form.
     """
     if not Path(path).is_file():
@@ -324,12 +328,14 @@ def read_json(path, key=None):
     options = dict(use_float=True, buf_size=PIECE)
     with open(path, 'rb') as f:
         try:
-            form = outer_form(ijson.basic_parse(f, **options), key)
+            # the fast parser makes a ? of half a character; the slow one keeps it, and its row is bad
+            parser = ijson.get_backend('python') if has_half_character(f) else ijson
+            form = outer_form(parser.basic_parse(f, **options), key)
             f.seek(0)
             if form == 'start_array':
-                yield from ijson.items(f, 'item' if key is None else f'{key}.item', **options)
+                yield from parser.items(f, 'item' if key is None else f'{key}.item', **options)
             elif form == 'start_map':
-                yield from ijson.kvitems(f, key or '', **options)
+                yield from parser.kvitems(f, key or '', **options)
             else:
                 raise ValueError('there is no list or object' + (f' {key!r}' if key else ''))
         except (ijson.JSONError, ValueError) as e:
@@ -338,6 +344,12 @@ def read_json(path, key=None):
                 reason = reason.decode(errors='replace')
             reason = str(reason).splitlines()[0]
             raise ValueError(f'{path}: not JSON of the published form: {reason}') from None
+
+
+def has_half_character(f):
+    """Whether a JSON file has an escape like \\ud83d without the other half of its pair."""
+    with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return HALF_CHARACTER.search(content) is not None
 
 
 def outer_form(events, key):

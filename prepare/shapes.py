@@ -49,7 +49,7 @@ class Config:
     n_test: int = 1000        # pictures in test.parquet
     image_px: int = 64        # side of the square picture, in pixels
     min_objects: int = 2      # objects in a picture, at least
-    max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so 32 is the end
+    max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so up to 32
     types: str = 'color,shape,exist,count,compare,relation,hops'  # of questions, by commas; or swaps alone
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8

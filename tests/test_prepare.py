@@ -420,6 +420,12 @@ def test_json_in_little_memory(tmp_path):
     assert peaks[1] < 1.1 * peaks[0] < 2 ** 20 < path.stat().st_size / 2, peaks
 
 
+def test_half_a_character(tmp_path):
+    """Half a character, which JSON can write and UTF-8 cannot, is kept for the check of rows, and none becomes a ? silently; whole ones stay whole."""
+    for text in ('a\ud800b', '\udc00', '\ud83d\U0001f642', '\ud83d', '\U0001f642\U0001f642'):
+        assert list(prepare.read_json(put(tmp_path / 'a.json', ['x' * 99, {'q': text}]))) == ['x' * 99, {'q': text}]
+
+
 def test_json_without_ijson(tmp_path, monkeypatch):
     """Without the optional package the message says what to install."""
     monkeypatch.setitem(sys.modules, 'ijson', None)
