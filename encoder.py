@@ -33,8 +33,8 @@ from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
 from plumbing.machine import pick_device
 from plumbing.pictures import as_rgb, upright
-from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, config_of, read_tensors, renamed
-from pretrained.files import as_tensor, first_few
+from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, read_clip
+from pretrained.files import as_tensor, first_few, open_weights
 
 
 @dataclass
@@ -405,21 +405,14 @@ def load_encoder(path, **changes):
     if not found.exists():
         raise FileNotFoundError(f'{path}: no such encoder file or folder; expected CLIP, '
                                 'a checkpoint of Edge-Glass, or what python -m align config/align.py makes')
-    tensors, about = read_tensors(found)
-    if about.get('kind') == 'encoder':
-        if about.get('format') != FORMAT:
-            raise ValueError(f'{path}: an encoder file of format {about.get("format")}, '
-                             f'this code reads format {FORMAT}')
+    tensors, about = open_weights(found)
+    if about.get('kind') != 'encoder':
+        config, tensors = read_clip(found, tensors, about, title=path)
+    elif about.get('format') == FORMAT:
         config = about['config']
     else:
-        # two of Edge-Glass' versions
-        about['keep_class_token'] = any(key.startswith('vision_encoder.attention_pool.')
-                                        for key in tensors)
-        tensors = renamed(path, tensors)
-        try:
-            config = config_of(path, tensors, about)
-        except DAMAGED as e:
-            raise ValueError(f'{path}: damaged ({e})') from None
+        raise ValueError(f'{path}: an encoder file of format {about.get("format")}, '
+                         f'this code reads format {FORMAT}')
     config |= {key: value for key, value in changes.items() if value is not None}
     with torch.device('meta'):
         expected = Encoder(EncoderConfig(**config)).state_dict().keys()
