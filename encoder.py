@@ -1,8 +1,7 @@
 """
 The frozen vision encoder: a picture becomes a few tokens that language can be read from.
 
-    pictures (B, 3, S, S) -> ViT trunk -> (B, P, W) -> Perceiver resampler -> (B, N, W) -> projection -> (B,
-    N, D)
+    pictures (B, 3, S, S) -> ViT trunk -> (B, P, W) -> resampler -> (B, N, W) -> projection -> (B, N, D)
 
 The trunk has CLIP's form, the resampler turns its P patches into N tokens, and the projection is Matryoshka:
 every listed prefix of the D dimensions is trained to be an embedding of its own, so a decoder may read only
@@ -25,14 +24,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 from configurator import expect
 from plumbing.console import run_script
 from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
 from plumbing.machine import pick_device
-from plumbing.pictures import as_rgb, upright
+from plumbing.pictures import as_rgb, squared, upright
 from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, read_clip
 from pretrained.files import as_tensor, first_few, open_weights
 
@@ -73,12 +71,12 @@ class EncoderConfig:
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
             raise ValueError(f'prefixes={self.prefixes}: expected numbers up to '
                              f'vision_dim={self.vision_dim}, and that one among them')
-        inner = self.perceiver_width or self.width
-        heads = self.perceiver_heads or self.n_head
         if self.width % 4 or self.width % self.n_head:
             raise ValueError(f'width={self.width}: expected a multiple of 4 and of n_head={self.n_head}')
-        if self.n_latents and inner % heads:
-            raise ValueError(f'perceiver_width={inner}: expected a multiple of perceiver_heads={heads}')
+        inner = self.inner_width
+        if self.n_latents and inner % self.inner_heads:
+            raise ValueError(f'perceiver_width={inner}: expected a multiple of '
+                             f'perceiver_heads={self.inner_heads}')
         if self.adapter == 'none' and inner != self.width:
             raise ValueError(f"perceiver_width={inner}: another width than the trunk's, {self.width}, "
                              'needs an adapter')
@@ -92,6 +90,16 @@ class EncoderConfig:
     def side(self):
         """Patches along a side of the picture."""
         return self.image_px // self.patch_px
+
+    @property
+    def inner_width(self):
+        """Of the resampler, after the adapter."""
+        return self.perceiver_width or self.width
+
+    @property
+    def inner_heads(self):
+        """Of the resampler."""
+        return self.perceiver_heads or self.n_head
 
 
 def attention(q, k, v, n_head, seen=None, watch=None):
@@ -143,8 +151,7 @@ class Block(nn.Module):
 
 
 class Reader(nn.Module):
-    """Lets some tokens read others: a layer of the Perceiver. Source: the form of Edge-Glass (one norm for
-    both)."""
+    """Lets some tokens read others: a layer of the Perceiver. Source: Edge-Glass (one norm for both)."""
 
     def __init__(self, width, n_head):
         super().__init__()
@@ -173,9 +180,9 @@ def sinusoids_2d(side, width, extent=None):
     row, col = torch.meshgrid(axis, axis, indexing='ij')                               # (side, side) both
     waves = []
     for place in (row, col):
-        angles = place.reshape(-1, 1) * freqs  # (side * side, width / 4)
+        angles = place.reshape(-1, 1) * freqs                                          # (side ** 2, width/4)
         waves += [torch.sin(angles), torch.cos(angles)]
-    return torch.cat(waves, dim=1) * 2 ** .5                                           # (side * side, width)
+    return torch.cat(waves, dim=1) * 2 ** .5                                           # (side ** 2, width)
 
 
 def conv_stem(width, patch_px):
@@ -217,6 +224,7 @@ class ViT(nn.Module):
         x = self.patches(images).flatten(2).transpose(1, 2)                            # (B, P, W)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)          # (B, 1 + P, W)
+        # CLIP's first norm; its last one is for the class token's embedding, and is left out
         x = self.norm(x + self.positions)
         for block in self.blocks:
             x = block(x)
@@ -231,15 +239,14 @@ class Perceiver(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        W = config.perceiver_width or config.width
+        W = config.inner_width
         side = math.isqrt(config.n_latents)
         # latents start spread over the picture, one looking at each part of it
         if side * side == config.n_latents:
             self.latents = nn.Parameter(sinusoids_2d(side, W, config.side))
         else:
             self.latents = nn.Parameter(torch.randn(config.n_latents, W))
-        n_head = config.perceiver_heads or config.n_head
-        self.layers = nn.ModuleList(Reader(W, n_head) for _ in range(config.perceiver_layers))
+        self.layers = nn.ModuleList(Reader(W, config.inner_heads) for _ in range(config.perceiver_layers))
         self.norm = nn.LayerNorm(W)
         # like reads like: at the start a latent reads the patches around its own place
         for layer in self.layers:
@@ -254,26 +261,27 @@ class Perceiver(nn.Module):
         return self.norm(latents)
 
 
-def make_adapter(config, inner):
+def make_adapter(config):
     """What leads from the trunk's width W to the resampler's."""
     if config.adapter == 'none':
         return nn.Identity()
-    elif config.adapter == 'linear':
-        return nn.Linear(config.width, inner)
-    elif config.adapter == 'mlp':
+    if config.adapter == 'linear':
+        return nn.Linear(config.width, config.inner_width)
+    if config.adapter == 'mlp':
         return nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, config.adapter_width),
-                             nn.GELU(), nn.Linear(config.adapter_width, inner))
+                             nn.GELU(), nn.Linear(config.adapter_width, config.inner_width))
     raise ValueError(f'adapter={config.adapter}: expected none, linear or mlp')
 
 
-def make_projection(config, inner):
+def make_projection(config):
     """What leads from the resampler's width to D."""
     if config.projection == 'none':
         return nn.Identity()
-    elif config.projection == 'linear':
-        return nn.Linear(inner, config.vision_dim)
-    elif config.projection == 'norm_linear':
-        return nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, config.vision_dim))
+    last = nn.Linear(config.inner_width, config.vision_dim)
+    if config.projection == 'linear':
+        return last
+    if config.projection == 'norm_linear':
+        return nn.Sequential(nn.LayerNorm(config.inner_width), last)
     raise ValueError(f'projection={config.projection}: expected none, linear or norm_linear')
 
 
@@ -283,11 +291,10 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        inner = config.perceiver_width or config.width
         self.trunk = ViT(config)
-        self.adapter = make_adapter(config, inner)
+        self.adapter = make_adapter(config)
         self.resampler = Perceiver(config) if config.n_latents else nn.Identity()
-        self.projection = make_projection(config, inner)
+        self.projection = make_projection(config)
 
     def forward(self, images):
         """Shapes: (B, 3, S, S), normalised as `preprocess` does, -> (B, N, D)."""
@@ -316,36 +323,14 @@ class Encoder(nn.Module):
         Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'.
         Raises: ValueError.
         """
-        S = self.config.image_px
-        fit = self.config.fit
-        picture = as_rgb(upright(picture) if self.config.upright else picture)
-        w, h = picture.size
-        if fit == 'crop':  # the short side becomes S; then the middle of the long one
-            w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)
-        elif fit == 'pad':  # the long side becomes S
-            w, h = (max(1, round(S * w / h)), S) if w <= h else (S, max(1, round(S * h / w)))
-        elif fit == 'squash':
-            w, h = S, S
-        else:
-            raise ValueError(f'fit={fit}: expected squash, crop or pad')
-        if w * h > 2 ** 26:
-            raise ValueError(f'{picture.width} x {picture.height} pixels are too long and thin '
-                             'to be cropped to a square')
-        if picture.size != (w, h):
-            picture = picture.resize((w, h), Image.BICUBIC)
-        if fit == 'crop':
-            left = (w - S) // 2
-            top = (h - S) // 2
-            picture = picture.crop((left, top, left + S, top + S))
-        elif fit == 'pad':
-            square = Image.new('RGB', (S, S), tuple(round(255 * m) for m in self.config.mean))
-            square.paste(picture, ((S - w) // 2, (S - h) // 2))
-            picture = square
+        if self.config.upright:
+            picture = upright(picture)
+        mean_color = tuple(round(255 * m) for m in self.config.mean)  # after `normalise` it is about 0
+        picture = squared(as_rgb(picture), self.config.image_px, self.config.fit, border=mean_color)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                    # (3, S, S)
 
     def normalise(self, pixels):
-        """Shapes: uint8 (..., 3, S, S), 0..255 -> float of the same shape, about zero mean and unit
-        spread."""
+        """Shapes: uint8 (..., 3, S, S), 0..255 -> float of that shape, about zero mean and unit spread."""
         mean = torch.tensor(self.config.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.config.std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
@@ -357,15 +342,19 @@ class Encoder(nn.Module):
 
     @property
     def at_once(self):
-        """How many pictures to encode at a time, 64 at most: a layer's attention then takes 0.25 GB at
-        most."""
+        """How many pictures to encode at a time: a layer's attention then takes 0.25 GB at most."""
+        # n_head maps of side ** 2 x side ** 2 numbers, four bytes each
         return max(1, min(64, 2 ** 26 // (self.config.n_head * self.config.side ** 4)))
 
     def fingerprint(self):
         """A short hash of the config and the weights: what its tokens depend on."""
-        values = {f.name: getattr(self.config, f.name) for f in fields(EncoderConfig)
-                  if getattr(self.config, f.name) != f.default}
-        digest = hashlib.sha256(repr(sorted(values.items())).encode())
+        # defaults are left out: a setting that comes later does not change the fingerprints of before
+        settings = []
+        for field in fields(EncoderConfig):
+            value = getattr(self.config, field.name)
+            if value != field.default:
+                settings.append((field.name, value))
+        digest = hashlib.sha256(repr(sorted(settings)).encode())
         for key, t in sorted(self.state_dict().items()):
             digest.update(key.encode() + t.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -397,9 +386,8 @@ def load_encoder(path, **changes):
     CLIP alone has no resampler: its tokens are the last hidden states of the patches. `changes` are settings
     of `EncoderConfig` that shall differ from what is read: activation, fit, upright, pool, n_head,
     perceiver_heads, image_px (the positions are interpolated).
-    Raises: FileNotFoundError; ValueError for another kind of file and for missing or left-over weights, which
-        it
-    names.
+    Raises: FileNotFoundError; ValueError for another kind of file and for weights that are missing or left
+        over, which it names.
     """
     found = Path(path) if Path(path).exists() else Path(__file__).parent / path
     if not found.exists():
@@ -414,23 +402,29 @@ def load_encoder(path, **changes):
         raise ValueError(f'{path}: an encoder file of format {about.get("format")}, '
                          f'this code reads format {FORMAT}')
     config |= {key: value for key, value in changes.items() if value is not None}
-    with torch.device('meta'):
-        expected = Encoder(EncoderConfig(**config)).state_dict().keys()
-    if expected != tensors.keys():
-        missing = first_few(expected - tensors.keys()) or 'none'
-        left_over = first_few(tensors.keys() - expected) or 'none'
-        raise ValueError(f'{path}: weights are missing: {missing}; left over: {left_over}')
+    config = EncoderConfig(**config)
+    check_names(path, tensors.keys(), config)  # first: a wrong file is refused before it is read
     try:
         weights = {key: as_tensor(t).float() for key, t in tensors.items()}
     except (ValueError, *DAMAGED) as e:
         raise ValueError(f'{path}: damaged ({e})') from None
-    encoder = Encoder(EncoderConfig(**config))
-    weights['trunk.positions'] = fit_positions(weights['trunk.positions'], encoder.config)
+    weights['trunk.positions'] = fit_positions(weights['trunk.positions'], config)
+    encoder = Encoder(config)
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f'{path}: its weights do not fit its config: {e}') from None
     return encoder.eval().requires_grad_(False)
+
+
+def check_names(path, names, config):
+    """Raises: ValueError where the names of the weights are not those of an encoder of this config."""
+    with torch.device('meta'):  # without memory, nor any number drawn
+        expected = Encoder(config).state_dict().keys()
+    if names != expected:
+        missing = first_few(expected - names) or 'none'
+        left_over = first_few(names - expected) or 'none'
+        raise ValueError(f'{path}: weights are missing: {missing}; left over: {left_over}')
 
 
 def open_encoder(path, settings, **more):
@@ -440,8 +434,10 @@ def open_encoder(path, settings, **more):
 
 
 def fit_positions(positions, config):
-    """Learned positions for another number of patches, interpolated. Shapes: (1 or 0 + P, W) -> (1 or 0 + P',
-    W)."""
+    """Learned positions, interpolated where there are more or fewer patches now.
+
+    Shapes: (P, W) -> (P', W), each with one row more where there is a class token
+    """
     first = positions[:config.class_token]                                             # (1 or 0, W)
     grid = positions[config.class_token:]                                              # (P, W)
     old = math.isqrt(len(grid))
@@ -452,7 +448,7 @@ def fit_positions(positions, config):
           f'{new} x {new} patches')
     grid = grid.T.view(1, -1, old, old)                                                # (1, W, old, old)
     grid = F.interpolate(grid, (new, new), mode='bicubic', antialias=new < old)
-    return torch.cat([first, grid.view(-1, new * new).T])
+    return torch.cat([first, grid.view(-1, new * new).T])                              # (1 or 0 + P', W)
 
 
 def main(argv):
