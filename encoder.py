@@ -403,7 +403,7 @@ def load_encoder(path, **changes):
                          f'this code reads format {FORMAT}')
     config |= {key: value for key, value in changes.items() if value is not None}
     config = EncoderConfig(**config)
-    check_names(path, tensors.keys(), config)  # first: a wrong file is refused before it is read
+    check_names(path, tensors.keys(), config)  # first: a wrong file is refused before all of it is read
     try:
         weights = {key: as_tensor(t).float() for key, t in tensors.items()}
     except (ValueError, *DAMAGED) as e:
