@@ -82,10 +82,12 @@ def read_rows(folder, split):
         answer = row.get('answer')
         caption = row.get('caption')
         type = row.get('type')
+        # a picture with only a caption asks for it, so that captions and answers are learnt alike
         if question is None and caption:
             question = drawn_prompt(i)
             answer = caption
             type = 'describe'  # whatever its column says: captions are judged apart
+        # a string here says what is wrong: all bad rows are named together, not the first one alone
         image = read_image(row.get('image'), folder)
         references = [answer] if isinstance(answer, str) else answer
         if isinstance(caption, list) and caption:
@@ -97,12 +99,14 @@ def read_rows(folder, split):
         if problem:
             bad.append((i, problem))
             continue
+        # a picture with ten questions is decoded and encoded once
         digest = hashlib.sha256(image).digest()
         picture = known.get(digest)
         if picture is None:
             picture = len(rows.pictures)
             known[digest] = picture
             rows.pictures.add(digest, *place, i)
+        # a run that goes on checks this sum: the same rows in the same order give the same batches
         rows.sum.update(digest + '\0'.join((question, *references, caption or '')).encode())
         sample_id = named(row.get('sample_id'), f'row {i}')
         rows.add(picture, caption, question, references, named(type, 'all'), sample_id)
@@ -140,6 +144,7 @@ class Rows:
         return self.captions[k] if k >= 0 else None
 
     def add(self, picture, caption, *texts):
+        # pictures are numbered as they come: this one is new
         if picture == len(self.caption_of):
             self.caption_of.append(-1)
         if caption and self.caption_of[picture] < 0:  # the first one that a picture has is its caption
@@ -179,9 +184,11 @@ class Tokenizer:
             self.bpe = tiktoken.Encoding('bpe', pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
         else:
             raise ValueError(f"tokenizer={state['name']}: expected bpe or gpt2")
+        # the first 256 tokens are the bytes, which every text has; those after them were learnt
         merged = [bytes.fromhex(token) for token in state.get('tokens', ())[256:]]
         learnt = ''.join(token.decode(errors='ignore') for token in merged)
         self.lower_case = learnt != '' and learnt == learnt.lower()  # the text that it was trained on was
+        # marks are numbers that no text encodes to, so a question cannot end an answer
         n = self.bpe.n_vocab
         self.pad_id = n
         self.bos_id = n + 1
@@ -205,6 +212,7 @@ def train_bpe(texts, vocab_size):
     The pair of tokens that is met most often becomes a token, again and again, until there are `vocab_size`
     tokens or no pair is met twice. Source: Sennrich 2016; bytes as in GPT-2.
     """
+    # pairs never cross words, so each different word is counted once and not each time that it is met
     counts = Counter(word for text in texts for word in re.findall(WORDS, text))
     words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
     tokens = {bytes([b]): None for b in range(256)}  # in order
@@ -221,6 +229,8 @@ def train_bpe(texts, vocab_size):
     def entry(pair):  # the most frequent first; of equally frequent ones the last in alphabetical order
         return -pairs[pair], backwards(pair[0]), backwards(pair[1]), pair
 
+    # a heap gives the most frequent pair without looking through all of them after each merge; counts in it
+    # grow old, and are checked when their pair comes up
     queue = [entry(pair) for pair in pairs]
     heapq.heapify(queue)
     while len(tokens) + 3 < vocab_size and queue:
@@ -236,6 +246,7 @@ def train_bpe(texts, vocab_size):
         fresh = set()
         for i in where.pop(best):  # only the words that hold the pair change
             word, n = words[i]
+            # its pairs are taken out before the merge and put back after it, as they are then
             for pair in zip(word, word[1:]):
                 pairs[pair] -= n
             merge(word, best)
@@ -300,6 +311,7 @@ class Questions:
         self.few_shapes = few_shapes
         self.tokens = OnDisk(pack, unpack)  # (question, answer) of a row
         lengths = self.tokenize(truncate)
+        # by table, from length to bucket: one look-up for a million rows
         buckets = np.array([bucket_of(length) for length in range(max(lengths, default=0) + 1)], np.int32)
         bucket = buckets[np.array(lengths)]
         self.buckets = {int(b): np.flatnonzero(bucket == b).astype(np.int32) for b in np.unique(bucket)}
@@ -332,12 +344,15 @@ class Questions:
 
     def epoch(self, batch_size, seed, epoch):
         """The batches of an epoch, arrays of rows: every row comes once, but for those that fill no batch."""
+        # anew from (seed, epoch): a run that goes on draws what it would have drawn, and keeps no state
         rng = np.random.default_rng([seed, epoch])
         batches = []
         for length, bucket in self.buckets.items():
             size = fitting(batch_size, length)
             order = rng.permutation(bucket)
+            # rows that fill no batch wait for the next shuffle; a bucket smaller than a batch is one
             batches += [order[i:i + size] for i in range(0, max(1, len(order) - size + 1), size)]
+        # else all captions would come at the end
         return [batches[j] for j in rng.permutation(len(batches))]
 
     def rows_of_step(self, step, batch_size, seed):
@@ -345,6 +360,7 @@ class Questions:
         if self.drawn is None or self.drawn[:2] != (batch_size, seed):
             self.drawn = batch_size, seed, 0
             self.batches = self.epoch(*self.drawn)
+        # the batches of one epoch are kept: the next step is nearly always of the same one
         epoch, k = divmod(step, len(self.batches))
         if self.drawn[2] != epoch:
             self.drawn = batch_size, seed, epoch
@@ -355,6 +371,7 @@ class Questions:
         """Yields all rows once, for evaluation, bucket by bucket; with `most` so many, always the same."""
         n = len(self.rows)
         kept = np.ones(n, bool)
+        # the same rows at every validation, or scores would differ by luck
         if most:
             kept = np.isin(np.arange(n), random.Random(0).sample(range(n), min(most, n)))
         for length, bucket in self.buckets.items():
@@ -373,10 +390,13 @@ class Questions:
         questions, answers = zip(*(self.tokens[i] for i in rows))
         Q = max(map(len, questions))
         A = max(map(len, answers))
+        # torch.compile compiles every shape that it meets; a few of padding cost less
         if self.few_shapes:
-            Q = -(-Q // 8) * 8
+            Q = -(-Q // 8) * 8  # the next multiple of 8
             A = power_of_two(A)
+        # what the decoder reads is what it should say, one place later
         inputs = [[self.tokenizer.bos_id] + answer[:-1] for answer in answers]
+        # padding of targets is -100, which torch's cross-entropy leaves out
         return dict(question=padded(questions, self.tokenizer.pad_id, Q),                  # (B, Q)
                     answer=padded(inputs, self.tokenizer.pad_id, A),                       # (B, A)
                     targets=padded(answers, -100, A),                                      # (B, A)
@@ -405,6 +425,7 @@ def main(argv=None):
     name = argv[0]
     if name not in formats():
         raise ValueError(f'{name}: no such format; there are {", ".join(formats())}')
+    # by name, so that a new format is a new file and nothing else
     module = importlib.import_module(f'prepare.{name}')
     config, _ = configure(getattr(module, 'Config', ImportConfig), argv[1:], f'data.py {name}')
     if getattr(config, 'show', False):
