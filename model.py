@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import expect
 
-RECURSIONS = ('concat', 'add', 'loop')  # a new one: its name here, and a branch in Decoder.answer_states
+# how a pass changes y and z; a new way is a name here and a branch in Decoder.answer_states
+RECURSIONS = ('concat', 'add', 'loop')
 
 
 @dataclass
@@ -353,7 +354,7 @@ class Decoder(nn.Module):
                     elif c.recursion == 'loop':
                         y = network(y)
                     else:
-                        raise ValueError(f'recursion={c.recursion}: expected one of {", ".join(RECURSIONS)}')
+                        raise ValueError(f'recursion={c.recursion}: has no branch in answer_states')
                 if c.recursion == 'add':
                     y = network(self.bounded(y + z))
             if trained:

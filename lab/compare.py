@@ -20,6 +20,7 @@ import torch
 
 from configurator import configure
 from eval import type_order
+from model import ModelConfig, build_model
 from plumbing.console import printable, run_script, table
 from plumbing.files import write_whole
 
@@ -126,12 +127,20 @@ def grouped(paths):
 
 
 def depth(m):
-    """How many blocks an answer position goes through, one after the other."""
-    s = m['settings']
-    if s['kind'] == 'plain':
-        return s['n_layer']
-    passes = s['inner_steps'] + (s['recursion'] == 'add')
-    return s['n_layer'] * s['outer_steps'] * passes
+    """How many blocks an answer position goes through, one after the other: counted on a tiny decoder that
+    has the run's settings."""
+    form = {key: m['settings'][key] for key in ('kind', 'recursion', 'n_layer', 'inner_steps', 'outer_steps')}
+    decoder = build_model(ModelConfig(**form, n_embd=2, n_head=1, vocab_size=4, use_vision=False))
+    context = decoder.read_context(None, torch.ones(1, 1, dtype=torch.long))
+    calls = []
+
+    def note(*call):
+        calls.append(call)
+
+    for block in decoder.blocks:
+        block.register_forward_hook(note)
+    decoder.answer_states(context, torch.ones(1, 1, dtype=torch.long))
+    return len(calls)
 
 
 def training_flops(m):

@@ -71,10 +71,10 @@ def rms(h):
 
 
 def state_sizes(decoder, vision, question, answer, steps=64):
-    """RMS of the states after every pass of one long cycle.
+    """RMS of what every pass of F hands on, in one long cycle.
 
-    Shapes: as `Decoder.forward` -> [(RMS of y, RMS of z), ...], `steps` of them. With recursion='add' y moves
-    only at the end of the cycle: all but the last are None. With 'loop' there is no z.
+    Shapes: as `Decoder.forward` -> a tuple for each pass: (RMS of y, RMS of z) with recursion='concat', else
+    (RMS of the state that the pass makes,), which with 'add' is z's, and y's in the last pass.
     Raises: ValueError if plain.
     """
     if decoder.config.kind == 'plain':
@@ -82,22 +82,13 @@ def state_sizes(decoder, vision, question, answer, steps=64):
     decoder = copy.deepcopy(decoder)
     decoder.config.inner_steps = steps
     decoder.config.outer_steps = 1
-    recursion = decoder.config.recursion
     passes = watch_passes(decoder)
     with torch.no_grad():
         decoder.answer_states(decoder.read_context(vision, question), answer)
     sizes = []
-    if recursion == 'concat':
-        for _, after in passes:
-            y, z = after.chunk(2, dim=1)                               # (B, A, C) both
-            sizes.append((rms(y), rms(z)))
-    elif recursion == 'loop':
-        sizes = [(rms(after), None) for _, after in passes]
-    elif recursion == 'add':
-        sizes = [(None, rms(after)) for _, after in passes[:-1]]
-        sizes[-1] = (rms(passes[-1][1]), sizes[-1][1])
-    else:
-        raise ValueError(f'recursion={recursion}: which of its states is y is not known here')
+    for _, after in passes:
+        streams = after.chunk(decoder.config.streams, dim=1)           # (B, A, C) each
+        sizes.append(tuple(rms(stream) for stream in streams))
     return sizes
 
 
@@ -138,7 +129,7 @@ def show_fresh(b, marks=(1, 4, 16, 64), depths=(4, 8, 16)):
         for placement in ('pre', 'post'):
             decoder, batch = bench_decoder(b, recursion=recursion, norm=placement)
             sizes = state_sizes(decoder, *batch[:3], steps=max(marks))
-            row = [recursion, placement, *(f'{sizes[n - 1][1]:.2f}' for n in marks), f'{sizes[-1][0]:.2f}']
+            row = [recursion, placement, *(f'{sizes[n - 1][-1]:.2f}' for n in marks), f'{sizes[-1][0]:.2f}']
             for n in depths:
                 decoder.config.inner_steps = n
                 decoder.zero_grad()
@@ -171,8 +162,9 @@ def main(argv=None):
     batch = on_device(questions.batch(next(questions.rows_in_order(s.batch_size))), device)
     sizes = state_sizes(decoder, vision_of(batch['picture']), batch['question'], batch['answer'])
     for n in MARKS:
-        known = [f'RMS of {name} {size:.2f}' for name, size in zip('yz', sizes[n - 1]) if size]
-        print(f'after {n:2} passes: ' + ', '.join(known))
+        names = ('y', 'z') if decoder.config.streams == 2 else ('its state',)
+        known = [f'RMS of {name} {size:.2f}' for name, size in zip(names, sizes[n - 1])]
+        print(f'after pass {n:2}: ' + ', '.join(known))
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ import train
 from data import read_rows
 from encoder import load_encoder
 from lab import bench
+from model import RECURSIONS
 from plumbing.features import cached_features
 from plumbing.run import read_checkpoint, read_log
 
@@ -59,7 +60,7 @@ def test_deterministic_and_killed(flags, tmp_path):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
 
 
-@pytest.mark.parametrize('settings', [dict(kind='plain', n_layer=4), dict(recursion='concat'), dict(recursion='add'), dict(recursion='loop')], ids=str)
+@pytest.mark.parametrize('settings', [dict(kind='plain', n_layer=4), *(dict(recursion=name) for name in RECURSIONS)], ids=str)
 def test_same_numbers_as_the_cpu(settings):
     """Logits, loss, gradient and written answers of a decoder in float32 are those of the CPU."""
     b = bench.BenchConfig(device='cpu', n_embd=64, n_head=2, vocab_size=200, vision_dim=32, n_answer=6, batch_size=4, inner_steps=3)

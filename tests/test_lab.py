@@ -99,6 +99,9 @@ def test_settings_of_other_times():
     settings = dict(kind='trm', n_layer=2, recursion='loop', inner_steps=4, outer_steps=1)
     old = metrics(.5, **settings, norm='unbounded', shared=False)
     assert depth(old) == 8
+    for recursion, blocks in dict(concat=24, loop=24, add=30).items():  # 2 cycles of 4 passes of 3 blocks, and one pass more for y
+        m = dict(settings=dict(kind='trm', recursion=recursion, n_layer=3, inner_steps=4, outer_steps=2))
+        assert depth(m) == blocks
     assert alike(old, metrics(.5, **settings, norm='unbounded'))
     assert not alike(old, metrics(.5, **settings, norm='post'))
 
@@ -164,9 +167,10 @@ def test_state_sizes():
     for recursion in RECURSIONS:
         ends = {}
         for placement in ('pre', 'post'):
-            sizes = states.state_sizes(decoder_of(dict(recursion=recursion, norm=placement)), vision, question, answer)
-            ends[placement] = [size for size in sizes[-1] if size]
-            assert len(sizes) == 64
+            decoder = decoder_of(dict(recursion=recursion, norm=placement))
+            sizes = states.state_sizes(decoder, vision, question, answer)
+            ends[placement] = sizes[-1]
+            assert len(sizes) >= 64 and all(len(size) == decoder.config.streams for size in sizes)
         assert all(abs(size - 1) < 1e-3 for placement in ('pre', 'post') for size in ends[placement])
 
 
@@ -250,7 +254,7 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
         tables.append(capsys.readouterr().out)
     assert tables[0] != tables[1] and tables[2] == tables[3]
     states.main([f'--out_dir={out}', '--device=cpu'])
-    assert 'after 64 passes: RMS of y 1.00, RMS of z 1.00' in capsys.readouterr().out
+    assert 'after pass 64: RMS of y 1.00, RMS of z 1.00' in capsys.readouterr().out
     attention.main([f'--out_dir={out}', '--device=cpu', '--inner_steps=3'])
     assert (out / 'attention.png').stat().st_size > 1000 and (out / 'metrics.json').read_bytes() == before
     train.main([*flags, f'--out_dir={tmp_path / "plain"}', '--kind=plain'])

@@ -182,7 +182,9 @@ def test_the_readme_edit(tmp_path):
     for name in ('model.py', 'configurator.py'):
         (tmp_path / name).write_text((ROOT / name).read_text())
     subprocess.run(['git', 'init', '-q'], cwd=tmp_path, check=True)
-    subprocess.run(['git', 'apply', '--unidiff-zero', 'edit.diff'], cwd=tmp_path, check=True)
+    applied = subprocess.run(['git', 'apply', '--unidiff-zero', 'edit.diff'], cwd=tmp_path, capture_output=True, text=True)
+    assert applied.returncode == 0, f"the README's edit does not fit model.py any more: redo it there: {applied.stderr}"
+    assert max(map(len, (tmp_path / 'model.py').read_text().splitlines())) <= 110
     name = re.search(r"^\+.*== '(\w+)':", diff, re.M).group(1)
     script = f"""
 import torch, model
