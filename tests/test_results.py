@@ -88,8 +88,8 @@ def tables(page, heading=''):
 TABLES = [('swaps', 0, 'swaps_{}', '1e-3', 11), ('seconds', 0, 'swaps_{}', '', 6), ('seconds', 1, 'swaps_{}', '1e-3', 11), ('longer', 0, 'swaps4_{}', '', 5),
           ('flops', 0, 'flops_{}', '', 10), ('captions', 0, '{}', '', 8), ('sortofclevr', 0, 'sortofclevr_{}', '', 5), ('cycles', 0, 'swaps_{}', '', 6),
           ('ablations', 0, '{}', '', 23), ('encoder', 0, '{}', '', 9)]
-RATES = [('rates', 0, 'swaps_{}', '3 swaps', 2, 11)]
-BY_HAND = [('README', 0), ('states', 0), ('states', 1), ('gpu', 0)]  # what the names mean; of checkpoints and consoles, which are not in results/runs (but see test_as_trained)
+RATES = [('rates', 0, 'swaps_{}', 11)]
+BY_HAND = [('states', 0), ('states', 1)]  # of checkpoints, which are not in results/runs (but see test_as_trained)
 
 
 def check(rows, name, rate):
@@ -137,22 +137,31 @@ def test_no_table_left_out(page):
     assert listed == list(range(len(tables(f'results/{page}.md'))))
 
 
-@pytest.mark.parametrize('page, number, name, score, digits, n', RATES)
-def test_rates(page, number, name, score, digits, n):
-    """So have the tables of learning rates: the best validation of seed 1 and, in brackets, its test score; a cell is empty where there is no run."""
+def best_of(name, rates):
+    """The best validation of seed 1 by learning rate, where there is a run."""
+    of = {rate: runs(name_of(name, rate)).get('1') for rate in rates}
+    return {rate: max(best for _, _, best in m['curve']) for rate, m in of.items() if m}
+
+
+@pytest.mark.parametrize('page, number, name, n', RATES)
+def test_rates(page, number, name, n):
+    """So has the table of learning rates: the best validation of seed 1; what is not in it is below that, but for what the text names."""
     rows = tables(f'results/{page}.md')[number]
     assert len(rows) == n
+    text, better = (ROOT / f'results/{page}.md').read_text(), []
     for row in rows:
         decoder = row.pop('decoder').strip('`')
-        for rate, said in row.items():
-            m = runs(name_of(name.format(decoder), rate)).get('1')
-            assert said == (f"{max(best for _, _, best in m['curve']):.3f} ({SCORES[score](m):.{digits}f})" if m else ''), (decoder, rate)
+        best = best_of(name.format(decoder), ('5e-4', '1e-3', '2e-3', '4e-3'))
+        assert row == {rate: f'{best[rate]:.3f}' for rate in ('1e-3', '2e-3')}, decoder
+        if (rate := max(best, key=best.get)) not in row:
+            better.append(f'`{decoder}` ({rate} {best[rate]:.3f})'.replace(' 0.', ' .'))
+    assert ' and '.join(better) in text and better
 
 
 @pytest.mark.parametrize('decoder', 'n1 n2 n4 loop2 loop4 plain2 plain4 plain8'.split())
 def test_rates_on_shapes(decoder):
     """Validation of seed 1 prefers 2e-3 there, but 4e-3 for four and eight plain blocks, as results/rates.md says in a sentence."""
-    best = {rate: max(best for _, _, best in runs(name_of(f'flops_{decoder}', rate))['1']['curve']) for rate in ('1e-3', '2e-3', '4e-3', '8e-3') if runs(name_of(f'flops_{decoder}', rate))}
+    best = best_of(f'flops_{decoder}', ('1e-3', '2e-3', '4e-3', '8e-3'))
     large = decoder in ('plain4', 'plain8')
     assert max(best, key=best.get) == ('4e-3' if large else '2e-3') and len(best) == 3 + large
 
