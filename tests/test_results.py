@@ -87,7 +87,7 @@ def tables(page, heading=''):
 # the page, which of its tables, how the runs are called whose names the rows shorten, their learning rate unless a row says another, and how many rows there are
 TABLES = [('swaps', 0, 'swaps_{}', '1e-3', 11), ('seconds', 0, 'swaps_{}', '', 6), ('longer', 0, 'swaps4_{}', '', 5),
           ('flops', 0, 'flops_{}', '', 10), ('captions', 0, '{}', '', 8), ('sortofclevr', 0, 'sortofclevr_{}', '', 5), ('cycles', 0, 'swaps_{}', '', 4),
-          ('ablations', 0, '{}', '', 17), ('encoder', 0, '{}', '', 9)]
+          ('ablations', 0, '{}', '', 11), ('encoder', 0, '{}', '', 9)]
 RATES = [('rates', 0, 'swaps_{}', 11)]
 BY_HAND = [('states', 0), ('states', 1)]  # of checkpoints, which are not in results/runs (but see test_as_trained)
 
