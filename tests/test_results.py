@@ -226,7 +226,15 @@ def test_counts(said, names):
     assert said == f'{sum(of)} of {len(of)}' and said in (ROOT / 'results/swaps.md').read_text()
 
 
-def test_five_swaps():
-    """results/longer.md has in a sentence what four and eight passes come to with up to five swaps."""
+def test_sentences():
+    """So do sentences that say what a table once did."""
+    said = lambda page, sentence: sentence in (ROOT / f'results/{page}.md').read_text()
     four, eight = (cell('0 to 5 swaps', runs(f'swaps5_{run}')) for run in ('n4', 'n8'))
-    assert f'0 to 5 swaps have {four} with four passes, {eight} with eight' in (ROOT / 'results/longer.md').read_text()
+    assert said('longer', f'0 to 5 swaps have {four} with four passes, {eight} with eight')
+    steps = [cell('training steps', runs(f'flops_{run}')) for run in ('plain2', 'plain4', 'plain8')]
+    assert said('flops', 'two have {}, four {}, eight {}.'.format(*steps))
+    recursive, plain = (sorted(cell('TFLOP', runs(f'flops_{run}')) for run in names.split()) for names in ('n1 n2 n4 loop2 loop4', 'plain2 plain4 plain8'))
+    assert said('flops', f'Recursive decoders got {recursive[0]} to {recursive[-1]} TFLOP, plain ones {plain[0]} or {plain[-1]}.')
+    assert said('seconds', f"at equal steps ({float(cell('TFLOP', runs('swaps_plain4_3000'))):.0f} TFLOP)")
+    frozen = [runs(name)[seed] for name in ('sortofclevr', 'sortofclevr_n4', 'sortofclevr_loop4', 'sortofclevr_plain2') for seed in runs(name)]
+    assert said('sortofclevr', f"{np.mean([SCORES['non-relational, %'](m) for m in frozen]):.0f} % of the non-relational questions")
