@@ -14,6 +14,7 @@ import sys
 import time
 from array import array
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -30,11 +31,12 @@ from model import ModelConfig, build_model
 from plumbing.console import printable, progress, run_script
 from plumbing.features import picture_from, vision_source
 from plumbing.files import locked, write_whole
-from plumbing.machine import on_device, pick_device
+from plumbing.machine import on_device
+from plumbing.novelty import warnings
 from plumbing.pictures import open_picture, picture_sheet
 from plumbing.plots import draw_curves
-from plumbing.ranks import from_all, rank_and_world
-from plumbing.run import read_checkpoint
+from plumbing.ranks import from_all, processes, rank_and_world
+from plumbing.run import other_weights, read_checkpoint
 from plumbing.tables import OnDisk, View
 from prepare.vqav2 import vqa_accuracy
 
@@ -54,7 +56,7 @@ class EvalConfig:
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
     top_k: int | None = None        # with a temperature: draw from the k likeliest only
     seed: int = 1337                # of the drawing
-    batch_size: int = 256           # rows at a time, fewer where answers have more than 8 tokens
+    batch_size: int | None = None   # rows at a time; None: as in training, 256 at most
     device: str = 'auto'            # auto (a GPU if there is one), cpu, cuda, ...
 
     def __post_init__(self):
@@ -72,27 +74,35 @@ class EvalConfig:
 # ----------------------------------------------------------------------------
 # metrics
 
+ARTICLES = r'\b(a|an|the)\b'
+
+
 def normalize_answer(text):
     """Lower case, without ASCII punctuation, articles, extra space. Source: SQuAD, evaluate-v2.0.py."""
     text = ''.join(ch for ch in text.lower() if ch not in string.punctuation)
-    return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+    return ' '.join(re.sub(ARTICLES, ' ', text).split())
+
+
+def comparable(text):
+    """`normalize_answer`, but an answer of signs alone keeps them: + is not -."""
+    return normalize_answer(text) or ' '.join(re.sub(ARTICLES, ' ', text.lower()).split())
 
 
 def gold_answers(references):
-    """The normalised references; those that are empty then do not count, unless all are."""
+    """The comparable references; those that are empty then do not count, unless all are."""
     references = [references] if isinstance(references, str) else references
-    normalised = [normalize_answer(reference) for reference in references]
+    normalised = [comparable(reference) for reference in references]
     return [gold for gold in normalised if gold] or ['']
 
 
 def exact_match(prediction, references):
     """1.0 if the prediction equals a reference (a string or a list of them) when normalised, else 0.0."""
-    return float(normalize_answer(prediction) in gold_answers(references))
+    return float(comparable(prediction) in gold_answers(references))
 
 
 def token_f1(prediction, references):
     """Overlap of normalised tokens, the best over the references, in 0..1."""
-    return max(f1(normalize_answer(prediction).split(), gold.split()) for gold in gold_answers(references))
+    return max(f1(comparable(prediction).split(), gold.split()) for gold in gold_answers(references))
 
 
 def f1(predicted, gold):
@@ -105,6 +115,21 @@ def f1(predicted, gold):
     precision = common / len(predicted)
     recall = common / len(gold)
     return 2 * precision * recall / (precision + recall)  # in the order of SQuAD's script, to the last bit
+
+
+def merged_answers(predictions):
+    """Reference answers that differ by more than an end mark and count as equal: ['-5 = 5', 'c++ = c']."""
+    seen = {}    # of a normalised answer, how it was written first
+    merged = {}
+    for p in predictions:
+        if p['type'] == 'describe':
+            continue
+        for reference in p['references']:
+            written = ' '.join(re.sub(ARTICLES, ' ', reference.lower()).split()).rstrip('.!?,;:')
+            first = seen.setdefault(comparable(reference), written)
+            if first != written:
+                merged[f'{written[:80]} = {first[:80]}'] = None
+    return list(merged)
 
 
 # ----------------------------------------------------------------------------
@@ -124,8 +149,9 @@ def teacher_forced(decoder, batch, vision):
 
 
 @torch.no_grad()
-def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_size=250):
-    """Loss and Exact Match of a split without generating. Processes share the work.
+def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_rows=2000):
+    """Loss and Exact Match of a split without generating. Processes share the work. `batch_size` is that of
+    training, which had the memory for it; 250 at most.
 
     Greedy generation gives exactly the (first) reference if and only if every one of its tokens is the
     likeliest after the true ones before it. Captions count for the loss only.
@@ -136,7 +162,7 @@ def quick_scores(decoder, questions, vision_of, device, most_rows=2000, batch_si
     right = 0
     asked = 0
     rank, world = rank_and_world()
-    for rows in islice(questions.rows_in_order(batch_size, most_rows), rank, None, world):
+    for rows in islice(questions.rows_in_order(min(250, batch_size), most_rows), rank, None, world):
         batch = on_device(questions.batch(rows), device)
         losses, hit, real = teacher_forced(decoder, batch, vision_of(batch['picture']))    # (B, A) each
         is_question = [questions.rows.type[i] != 'describe' for i in rows]
@@ -222,7 +248,8 @@ def summaries(predictions):
     by_type = {type: summary(sums[type]) for type in sorted(filter(None, sums), key=type_order)}
     question_types = [type for type in by_type if type != 'describe'] or list(by_type)
     em_types = sum(by_type[type]['em'] for type in question_types) / len(question_types)
-    return summary(sums.get(None) or sums['describe']) | dict(em_types=em_types, by_type=by_type)
+    over_types = dict(em_types=em_types, by_type=by_type, merged=merged_answers(predictions))
+    return summary(sums.get(None) or sums['describe']) | over_types
 
 
 def summary(sums):
@@ -244,8 +271,9 @@ def type_order(type):
 
 def result_table(metrics):
     """The result by question type, as text; captions last."""
-    names = dict(em='em', f1='f1', vqa='vqa', token_accuracy='token accuracy')
-    columns = {key: name for key, name in names.items() if key in metrics}
+    merged = metrics.get('merged')
+    names = dict(em='em', equal='equal', f1='f1', vqa='vqa', token_accuracy='token accuracy')
+    columns = {key: name for key, name in names.items() if key in metrics and (key != 'equal' or merged)}
     width = max(12, *map(len, metrics['by_type']))
 
     def line(name, m):
@@ -258,6 +286,9 @@ def result_table(metrics):
     lines.append(line('all', metrics))
     lines.append(f"{'mean of types':{width + 9}} | {metrics['em_types']:.3f}")
     lines += [line(type, m) for type, m in metrics['by_type'].items() if type == 'describe']
+    if merged:
+        lines.append(f"em takes some of these answers for equal: {printable('; '.join(merged[:3]))}"
+                     f"{'; ...' if len(merged) > 3 else ''}; the column equal compares the very strings")
     return '\n'.join(lines)
 
 
@@ -356,13 +387,10 @@ def fitted(checkpoint, part, build, config_class, config):
     if not problem:
         try:
             module = build(config_class(**config))
-            ours = module.state_dict()
+            other = other_weights(module, weights)
+            problem = f'other weights {", ".join(other[:4])}' if other else None
         except ValueError as e:
             problem = str(e)
-    if not problem:
-        other = sorted(ours.keys() ^ weights.keys())
-        other += [key for key in ours if key in weights and ours[key].shape != weights[key].shape]
-        problem = f'other weights {", ".join(other[:4])}' if other else None
     if problem:
         commit = checkpoint.get('environment', {}).get('commit', 'unknown')
         raise ValueError(f"{checkpoint['settings']['out_dir']}: its {part} does not fit this code "
@@ -371,8 +399,9 @@ def fitted(checkpoint, part, build, config_class, config):
     return module
 
 
-def answer_one(path, question, decoder, encoder, tokenizer, most_tokens, device, **sampling):
-    """The answer to a question about a picture file. Raises: FileNotFoundError, ValueError."""
+def answer_one(path, question, decoder, encoder, tokenizer, seen, most_tokens, device, **sampling):
+    """The answer to a question about a picture file; where that is unlike what the run has `seen` in
+    training, this is said. Raises: FileNotFoundError, ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'--image={path}: no such file')
     ids = tokenizer.encode(question.lower() if tokenizer.lower_case else question)
@@ -382,6 +411,8 @@ def answer_one(path, question, decoder, encoder, tokenizer, most_tokens, device,
     if encoder:
         image = picture_from(path, encoder)[None].to(device)                               # (1, 3, S, S)
         vision = encoder.encode_images(image)[..., :decoder.config.vision_dim]             # (1, N, D)
+    for warning in warnings(seen, question, vision):
+        print(f'take the answer with care: {printable(warning)}', file=sys.stderr)
     written = decoder.generate(vision, torch.tensor([ids], device=device), most_tokens, **sampling)
     return tokenizer.decode(written[0].tolist())
 
@@ -405,7 +436,12 @@ def set_depth(decoder, out_dir, inner_steps, outer_steps):
 
 def main(argv=None):
     s, _ = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
-    device = pick_device(s.device)
+    with processes(s) as device:
+        judge(s, device)
+
+
+def judge(s, device):
+    """Answers one question, or evaluates a split. Processes share the work."""
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
     decoder, encoder, tokenizer = load_run(checkpoint, device)
@@ -414,7 +450,8 @@ def main(argv=None):
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
     if s.image:
         most = run['max_answer_tokens']
-        answer = answer_one(s.image, s.question, decoder, encoder, tokenizer, most, device, **sampling)
+        seen = checkpoint.get('seen', {})
+        answer = answer_one(s.image, s.question, decoder, encoder, tokenizer, seen, most, device, **sampling)
         print(printable(answer))
         return
 
@@ -422,7 +459,8 @@ def main(argv=None):
     limits = run['max_question_tokens'], run['max_answer_tokens']
     questions = Questions(rows, tokenizer, *limits, truncate=True)
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
-    metrics, predictions = evaluate(decoder, questions, vision_of, device, s.batch_size, **sampling)
+    batch_size = s.batch_size or min(256, run['batch_size'])
+    metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, **sampling)
     print(result_table(metrics))
     usual = EvalConfig(out_dir=s.out_dir, batch_size=s.batch_size, device=s.device)
     before = Path(s.out_dir) / 'metrics.json'
@@ -431,7 +469,8 @@ def main(argv=None):
     elif not before.is_file() or checkpoint['run']['step'] < run['max_steps']:
         print('nothing written: the run is not finished; the command that began it goes on')
     else:  # the run's own test result
-        with locked(Path(s.out_dir) / '.lock'):
+        first = rank_and_world()[0] == 0
+        with locked(Path(s.out_dir) / '.lock') if first else nullcontext():
             write_results(s.out_dir, json.loads(before.read_text()) | metrics, rows, predictions)
         print(f'written: {s.out_dir}/metrics.json, predictions.jsonl, samples.png')
 

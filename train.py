@@ -30,6 +30,7 @@ from plumbing.console import clock, printable, run_script
 from plumbing.features import vision_source
 from plumbing.files import locked
 from plumbing.machine import compile_layers, flops_of, most_memory, on_device, pick_dtype
+from plumbing.novelty import what_was_seen
 from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
 from plumbing.run import (
     FORMAT,
@@ -39,8 +40,11 @@ from plumbing.run import (
     begin,
     leave_out,
     put_back,
+    read_start,
     save,
     saved_run,
+    say_where,
+    start_from,
     unchanged,
     validation_curve,
 )
@@ -59,6 +63,7 @@ class TrainConfig:
     # the run
     out_dir: str = 'out/trm'                  # folder for everything that the run writes
     fresh: bool = False                       # start over even if out_dir holds a run
+    init_from: str | None = None              # folder of another run: start from its decoder and tokenizer
     seed: int = 1337                          # of the weights and the batches
     device: str = 'auto'                      # auto (a GPU if there is one), cpu, cuda, ...
     dtype: str = 'auto'                       # float32, bfloat16, float16, or auto: bfloat16 where it is fast
@@ -186,7 +191,9 @@ def train(s, sources, device, stop):
     rows = {split: read_rows(s.dataset, split) for split in ('train', 'val')}
     rows_sum = {split: of_split.sum.hexdigest() for split, of_split in rows.items()}
     unchanged(s, saved, 'dataset', rows_sum)
-    tokenizer = Tokenizer(saved['tokenizer'] if saved else new_tokenizer(rows['train'], s))
+    start = read_start(s.init_from) if s.init_from and not saved else None
+    known = saved or start
+    tokenizer = Tokenizer(known['tokenizer'] if known else new_tokenizer(rows['train'], s))
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
     encoder = open_encoder(s.encoder, asdict(s)).to(device) if s.use_vision else None
     fingerprint = encoder.fingerprint() if encoder else None
@@ -194,11 +201,15 @@ def train(s, sources, device, stop):
     images = {split: vision_source(asdict(s), encoder, of_split, device)  # a frozen encoder's are cached
               for split, of_split in rows.items()}
 
+    fixed_tokens = partial(images['train'], encoder) if encoder and not s.train_encoder else None
+
     # ---- model and optimizers; the average of the weights is what is judged
     config = decoder_config(s, tokenizer, encoder)
     model = torch.nn.ModuleDict(dict(decoder=build_model(config)))
     if s.train_encoder:
         model['encoder'] = encoder.train().requires_grad_(True)
+    if start:
+        start_from(start, model, fingerprint)
     model = model.to(device)
     average = copy.deepcopy(model).requires_grad_(False).eval() if s.ema or s.compile else model
     if s.compile:
@@ -220,20 +231,39 @@ def train(s, sources, device, stop):
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
         run = put_back(saved, parts, run.started)
-        print(f'going on at step {run.step}', flush=True)
+        say_where(s, saved, learning_rate)
     checkpoint = dict(format=FORMAT, stage='answer', settings=asdict(s), environment=about,
                       model_config=asdict(config), encoder_config=asdict(encoder.config) if encoder else None,
                       encoder_fingerprint=fingerprint, dataset_fingerprint=rows_sum,
-                      tokenizer=tokenizer.state)
-    log = Log(out_dir / 'log.jsonl', run.step, s, dict(**about, parameters=counts, settings=asdict(s)))
+                      tokenizer=tokenizer.state, seen=what_was_seen(rows['train'], fixed_tokens))
+    log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop
     trained_encoder = model['encoder'] if s.train_encoder else encoder
     judged_encoder = average['encoder'] if s.train_encoder else encoder
     mark = time.time()
     warned = False
+    stopping = False
     stop.waits = True
-    while run.step < s.max_steps:
+    while True:
+        if is_due(run.step, s) and run.validated < run.step:
+            vision_of = partial(images['val'], judged_encoder)
+            scores = evaluation.quick_scores(average['decoder'], questions['val'], vision_of, device,
+                                             s.batch_size)
+            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='em'), event='eval')
+            if run.best is None or better(scores, run.best['scores'], rows['val']):
+                weights = {name: copy.deepcopy(part.state_dict()) for name, part in average.items()}
+                run.best = dict(step=run.step, scores=scores, **weights)
+            run.validated = run.step
+            save(out_dir, checkpoint, run, parts)
+            mark = time.time()  # the clock of the log lines stands still while evaluating
+        if stopping:
+            fresh = ' without --fresh' if s.fresh else ''
+            raise KeyboardInterrupt(f'stopped at step {run.step} of {s.max_steps}, which is saved; '
+                                    f'the same command{fresh} goes on from there')
+        if run.step >= s.max_steps:
+            break
+
         lr = set_learning_rate(optimizers, run.step, s)
         batches = []
         loss = 0
@@ -271,21 +301,9 @@ def train(s, sources, device, stop):
                 warned = True
                 log.nothing_learnt(run.step, 'answer', parts_of_loss['answer'], chance)
 
-        if run.step % s.eval_interval == 0 or run.step == s.max_steps:
-            vision_of = partial(images['val'], judged_encoder)
-            scores = evaluation.quick_scores(average['decoder'], questions['val'], vision_of, device)
-            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='em'), event='eval')
-            if run.best is None or better(scores, run.best['scores'], rows['val']):
-                weights = {name: copy.deepcopy(part.state_dict()) for name, part in average.items()}
-                run.best = dict(step=run.step, scores=scores, **weights)
+        # before validating too: whatever ends that costs no step
+        if stopping or is_due(run.step, s):
             save(out_dir, checkpoint, run, parts)
-            mark = time.time()  # the clock of the log lines stands still while evaluating
-        elif stopping:
-            save(out_dir, checkpoint, run, parts)
-        if stopping:
-            fresh = ' without --fresh' if s.fresh else ''
-            raise KeyboardInterrupt(f'stopped at step {run.step} of {s.max_steps}, which is saved; '
-                                    f'the same command{fresh} goes on from there')
     stop.waits = False
     if stop.asked:
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; '
@@ -306,6 +324,11 @@ def train(s, sources, device, stop):
 
 # ----------------------------------------------------------------------------
 # what the story leans on
+
+def is_due(step, s):
+    """Whether the run is saved, and validated, after so many steps."""
+    return step % s.eval_interval == 0 or step == s.max_steps
+
 
 def draw_if_missing():
     shapes = ShapesConfig()

@@ -31,8 +31,20 @@ from plumbing.files import locked, write_whole
 from plumbing.machine import compile_layers, most_memory, on_device, pick_dtype
 from plumbing.plots import draw_curves
 from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
-from plumbing.run import FORMAT, Log, Run, Stop, begin, leave_out, put_back, save, saved_run, unchanged
-from train import FREE, follow, make_optimizers, set_learning_rate, update
+from plumbing.run import (
+    FORMAT,
+    Log,
+    Run,
+    Stop,
+    begin,
+    leave_out,
+    put_back,
+    save,
+    saved_run,
+    say_where,
+    unchanged,
+)
+from train import FREE, follow, is_due, learning_rate, make_optimizers, set_learning_rate, update
 
 
 def main(argv=None):
@@ -88,19 +100,35 @@ def align(s, sources, device, stop):
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
         run = put_back(saved, parts, run.started)
-        print(f'going on at step {run.step}', flush=True)
+        say_where(s, saved, learning_rate)
     checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
                       encoder_config=asdict(model.encoder.config), tokenizer=data.tokenizer.state,
                       dataset_fingerprint=data.rows_sum, trunk_fingerprint=fingerprint)
     # a batch that is too large shows now and costs nobody the old run
     data.batch('train', run.step * s.grad_accum, s.batch_size, s.seed)
-    log = Log(out_dir / 'log.jsonl', run.step, s, dict(**about, parameters=counts, settings=asdict(s)))
+    log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop
     mark = time.time()
     warned = False
+    stopping = False
     stop.waits = True
-    while run.step < s.max_steps:
+    while True:
+        if is_due(run.step, s) and run.validated < run.step:
+            scores = validate(average, data, s, device, 'val')
+            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='R@1'), event='eval')
+            if run.best is None or scores['loss'] <= run.best['scores']['loss']:
+                run.best = dict(step=run.step, scores=scores, model=copy.deepcopy(average.state_dict()))
+            run.validated = run.step
+            save(out_dir, checkpoint, run, parts)
+            mark = time.time()  # the clock of the log lines stands still while evaluating
+        if stopping:
+            fresh = ' without --fresh' if s.fresh else ''
+            raise KeyboardInterrupt(f'stopped at step {run.step} of {s.max_steps}, which is saved; '
+                                    f'the same command{fresh} goes on from there')
+        if run.step >= s.max_steps:
+            break
+
         lr = set_learning_rate(optimizers, run.step, s)
         names = []
         n_rows = 0
@@ -142,19 +170,9 @@ def align(s, sources, device, stop):
                     warned = True
                     log.nothing_learnt(run.step, name, means[name], guess)
 
-        if run.step % s.eval_interval == 0 or run.step == s.max_steps:
-            scores = validate(average, data, s, device, 'val')
-            log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='R@1'), event='eval')
-            if run.best is None or scores['loss'] <= run.best['scores']['loss']:
-                run.best = dict(step=run.step, scores=scores, model=copy.deepcopy(average.state_dict()))
+        # before validating too: whatever ends that costs no step
+        if stopping or is_due(run.step, s):
             save(out_dir, checkpoint, run, parts)
-            mark = time.time()  # the clock of the log lines stands still while evaluating
-        elif stopping:
-            save(out_dir, checkpoint, run, parts)
-        if stopping:
-            fresh = ' without --fresh' if s.fresh else ''
-            raise KeyboardInterrupt(f'stopped at step {run.step} of {s.max_steps}, which is saved; '
-                                    f'the same command{fresh} goes on from there')
     stop.waits = False
     if stop.asked:
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; '

@@ -66,7 +66,7 @@ def processes(settings):
         # a GPU for each
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
-    if settings.deterministic:
+    if getattr(settings, 'deterministic', False):
         # cuBLAS asks for it
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if not several:

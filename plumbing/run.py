@@ -5,7 +5,7 @@ import math
 import platform
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ class Run:
     """
     started: float             # time.time(), moved back by what earlier processes of the run took
     step: int = 0              # optimizer steps that are done
+    validated: int = 0         # steps that were done at the last validation
     best: dict | None = None   # step, scores and weights of the best validation
     train_s: float = 0.0       # seconds of training
     wall_s: float = 0.0        # seconds of everything, until the test split is evaluated
@@ -134,6 +135,9 @@ def saved_run(settings, free, stage):
     if not settings.fresh and (Path(settings.out_dir) / 'ckpt.pt').is_file():
         saved = read_checkpoint(settings.out_dir, unfinished=True)
         before = asdict(type(settings)()) | saved['settings']  # what is newer had its default's effect
+        ended = saved['run']['step'] >= before['max_steps']
+        if ended and settings.max_steps > before['max_steps']:  # it goes on from where it ended
+            free = (*free, 'max_steps')
         other = [f'{key}={before[key]} there, {value} here' for key, value in asdict(settings).items()
                  if key not in free and before[key] != value]
         if saved['stage'] != stage:
@@ -164,6 +168,59 @@ def put_back(saved, parts, started):
     return Run(**saved['run'] | dict(started=started - saved['run']['wall_s']))
 
 
+def read_start(folder):
+    """The checkpoint of another run, whose decoder and tokenizer a run starts from. Raises: ValueError."""
+    start = read_checkpoint(folder)
+    if start['stage'] != 'answer':
+        raise ValueError(f"init_from={folder}: a run of stage '{start['stage']}', which has no decoder; "
+                         f"--encoder={folder}/encoder.pt takes its encoder")
+    best = start['run']['best']
+    print(f"starting from {folder}: its decoder after {best['step']} steps "
+          f"(validation em {best['scores']['em']:.3f}) and its tokenizer")
+    return start
+
+
+def start_from(start, model, encoder_fingerprint):
+    """Gives the parts of a model the best weights of another run. Raises: ValueError."""
+    folder = start['settings']['out_dir']
+    if 'encoder' in start['run']['best'] and 'encoder' not in model:
+        raise ValueError(f'init_from: {folder} trained its encoder along; give --train_encoder=true, which '
+                         f'starts from that one')
+    if start['encoder_fingerprint'] not in (None, encoder_fingerprint):
+        print(f"its image tokens came from another encoder, {start['settings']['encoder']}: the decoder has "
+              f"to learn these anew")
+    for name, part in model.items():
+        weights = start['run']['best'].get(name)
+        if weights is None:  # its encoder was frozen: this run's own file has it
+            continue
+        other = other_weights(part, weights)
+        if other:
+            raise ValueError(f'init_from: the {name} of {folder} has other weights ({", ".join(other[:4])}): '
+                             f'its settings of the model and these must agree')
+        part.load_state_dict(weights)
+
+
+def other_weights(module, weights):
+    """The names of weights that the one has and the other has not, or has in another shape."""
+    ours = module.state_dict()
+    other = sorted(ours.keys() ^ weights.keys())
+    return other + [key for key in ours if key in weights and ours[key].shape != weights[key].shape]
+
+
+def say_where(settings, saved, learning_rate):
+    """Says where a run goes on and, where it had ended, what its learning rate does: a function of (step,
+    settings)."""
+    step = saved['run']['step']
+    ended = saved['settings']['max_steps']
+    if ended == settings.max_steps:
+        print(f'going on at step {step}', flush=True)
+        return
+    then = learning_rate(ended, replace(settings, max_steps=ended))
+    now = learning_rate(ended, settings)
+    print(f'going on after step {step}, where the run ended, up to {settings.max_steps}: the learning rate '
+          f'was {then:.1e} and is {now:.1e} now, what a run of that length has there', flush=True)
+
+
 def leave_out(run, log, problem, most):
     """Counts a step that was not finite and moved nothing. Raises: FloatingPointError after `most`."""
     if run.bad_steps >= most:
@@ -184,26 +241,29 @@ class Log:
     STYLE = dict(loss='loss {:.4f}', lr='lr {:.2e}', gnorm='gnorm {:.2f}', ms='{:.1f} ms',
                  examples_per_s='{:.0f} ex/s')
 
-    def __init__(self, path, step, settings, about):
+    def __init__(self, path, run, settings, about):
         self.path = path
         self.max_steps = settings.max_steps
         self.started = time.time()
-        self.first = step
+        self.first = run.step
         self.wandb = None
         if settings.fresh and rank_and_world()[0] == 0:
             for name in FILES:
                 (path.parent / name).unlink(missing_ok=True)
-        self.keep_until(step)
+        self.keep_until(run)
         if settings.wandb and rank_and_world()[0] == 0:
             import wandb
             self.wandb = wandb.init(project='nano-trm-vlm', name=path.parent.name, config=asdict(settings))
-        self.write(dict(event='start', step=step, **about))
+        self.write(dict(event='start', step=run.step, **about))
 
-    def keep_until(self, step):
+    def keep_until(self, run):
         """Drops what a killed process logged after its last checkpoint, and lines of an older run."""
         kept = []
-        if step and self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if step_of(line) <= step]
+        if run.step and self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                event, step = event_of(line)
+                if step <= (run.validated if event == 'eval' else run.step):
+                    kept.append(line)
 
         def write(file):
             file.writelines(line.encode() + b'\n' for line in kept)
@@ -248,12 +308,13 @@ class Log:
               f'what a guess costs: nothing is learnt yet; a lower --learning_rate is the usual remedy')
 
 
-def step_of(line):
-    """The step of a log line; of one that was torn when the machine went down, infinity."""
+def event_of(line):
+    """-> event and step of a log line; of one that was torn when the machine went down, None and infinity."""
     try:
-        return json.loads(line)['step']
+        event = json.loads(line)
+        return event['event'], event['step']
     except (ValueError, LookupError, TypeError):
-        return math.inf
+        return None, math.inf
 
 
 def read_log(out_dir):

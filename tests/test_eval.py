@@ -35,6 +35,23 @@ def test_metrics(prediction, references, em, f1):
     assert exact_match(prediction, references) == em and token_f1(prediction, references) == pytest.approx(f1)
 
 
+@pytest.mark.parametrize('prediction, reference, em', [('+', '+', 1), ('+', '-', 0), ('<', '>', 0), ('!', '?', 0), (' + ', '+', 1), ('', '+', 0), ('...', 'red', 0), ('the', 'a', 1), ('+', ['-', '+'], 1)])
+def test_signs(prediction, reference, em):
+    """An answer of signs alone is compared as it is: normalised, all of them were equal."""
+    assert exact_match(prediction, reference) == em == token_f1(prediction, reference)
+
+
+def test_merged_answers():
+    """Answers that only normalisation makes equal are named under the table, and beside em stands what is equal without it; end marks, case and articles are no difference."""
+    rows = types.SimpleNamespace(sample_id=list('abcde'), type=['t'] * 5, question=['q'] * 5, references=[['-5'], ['5'], ['C++'], ['C'], ['the sea.', 'Sea']])
+    merged = evaluation.summaries([evaluation.scored(rows, i, '5') for i in range(5)])
+    table = evaluation.result_table(merged)
+    assert merged['merged'] == ['5 = -5', 'c = c++'] and merged['em'] == .4 and merged['equal'] == .2
+    assert '5 = -5; c = c++' in table and '| 0.400 | 0.200 |' in table
+    alone = evaluation.summaries([evaluation.scored(rows, i, '5') for i in (1, 3, 4)])
+    assert alone['merged'] == [] and 'equal' not in evaluation.result_table(alone)
+
+
 def test_write_whole(tmp_path):
     """A file whose writing fails stays as it was."""
     write_whole(tmp_path / 'x', lambda f: f.write(b'old'))
@@ -102,9 +119,12 @@ def random_text(rng):
 def test_against_references_written_another_way():
     """On thousands of random strings, Unicode included, the metrics equal plain references to the last bit: words as runs of letters, digits and _, texts cleaned
     sign by sign, and people left out one by one."""
-    def normalised(text):  # SQuAD v2
-        runs = itertools.groupby((ch for ch in text.lower() if ch not in '!"#$%&\'()*+,-./:;<=>?@[\\]^_`{|}~'), lambda ch: ch.isalnum() or ch == '_')
+    def without_articles(text):
+        runs = itertools.groupby(text.lower(), lambda ch: ch.isalnum() or ch == '_')
         return ' '.join(''.join(' ' if run in ('a', 'an', 'the') else run for run in (''.join(chars) for _, chars in runs)).split())
+
+    def normalised(text):  # SQuAD v2
+        return without_articles(''.join(ch for ch in text.lower() if ch not in '!"#$%&\'()*+,-./:;<=>?@[\\]^_`{|}~'))
 
     def cleaned(text):  # VQA v2, sign by sign and point by point
         numbers = any(x.isdecimal() and comma == ',' and y.isdecimal() for x, comma, y in zip(text, text[1:], text[2:]))
@@ -131,10 +151,11 @@ def test_against_references_written_another_way():
         assert normalize_answer(a) == normalised(a)
         if not normalised(b) or rng.random() < .5:
             b = a.upper() + rng.choice(['', '!', ' x'])
-        p, g = normalised(a).split(), normalised(b).split()
+        shown = [normalised(text) or without_articles(text) for text in (a, b)]  # of signs alone they stay
+        p, g = (text.split() for text in shown)
         common = [p.count(w) if p.count(w) < g.count(w) else g.count(w) for w in set(p)]
         f1 = float(p == g) if not p or not g else 0 if not sum(common) else 2 * (sum(common) / len(p)) * (sum(common) / len(g)) / (sum(common) / len(p) + sum(common) / len(g))
-        assert exact_match(a, b) == (normalised(a) == normalised(b)) and token_f1(a, b) == f1
+        assert exact_match(a, b) == (shown[0] == shown[1]) and token_f1(a, b) == f1
         said = [random_text(rng), random_text(rng), a.upper()]
         ten = [rng.choice(said) for _ in range(10)] if rng.random() < .9 else said[:1] * 10
         prediction = rng.choice([*said, a, cleaned(said[0])])

@@ -243,6 +243,85 @@ def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     assert steps == sorted(steps)
 
 
+def test_a_validation_that_fails_costs_no_step(flags, tmp_path, monkeypatch):
+    """A run is saved before it validates, with no more rows at once than training has; one that dies in a validation, or right after its log line, goes on to the same end and log."""
+    quick, save, sizes = evaluation.quick_scores, train.save, []
+
+    def full(*args):
+        raise MemoryError
+
+    def measured(decoder, questions, vision_of, *args):
+        def look(picture):
+            sizes.append(len(picture))
+            return vision_of(picture)
+        return quick(decoder, questions, look, *args)
+
+    def killed(out_dir, checkpoint, run, parts):
+        if run.validated == 8:
+            raise KeyError
+        save(out_dir, checkpoint, run, parts)
+
+    again = [*flags, f'--out_dir={tmp_path}/killed']
+    train.main([*flags, f'--out_dir={tmp_path}/whole'])
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(evaluation, 'quick_scores', full)
+        train.main(again)
+    assert read_checkpoint(tmp_path / 'killed', unfinished=True)['run']['step'] == 4
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(evaluation, 'quick_scores', measured)
+        patch.setattr(train, 'save', killed)
+        train.main(again)
+    assert 0 < max(sizes) <= 8
+    train.main(again)
+    assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+    a, b = [[(e['event'], e['step'], e.get('loss')) for e in read_log(tmp_path / name) if e['event'] != 'start'] for name in ('whole', 'killed')]
+    assert a == b and [step for event, step, _ in a if event == 'eval'] == [4, 8, 12]
+
+
+def test_more_steps(flags, tmp_path, capsys):
+    """A finished run goes on from where it ended when max_steps is raised, and says what its learning rate does; an unfinished one, or a lower max_steps, is refused."""
+    again = [*flags, f'--out_dir={tmp_path}']
+    train.main(again)
+    before = weights(tmp_path)
+    with pytest.raises(ValueError, match='max_steps=12 there, 8 here'):
+        train.main([*again, '--max_steps=8'])
+    train.main([*again, '--max_steps=20'])
+    said = capsys.readouterr().out
+    assert 'going on after step 12, where the run ended, up to 20: the learning rate was 2.0e-04 and is 8.8e-04 now' in said
+    events = read_log(tmp_path)
+    assert [e['step'] for e in events if e['event'] == 'eval'] == [4, 8, 12, 16, 20] and not same(before, weights(tmp_path))
+    assert json.loads((tmp_path / 'metrics.json').read_text())['step'] == 20 == read_checkpoint(tmp_path)['settings']['max_steps']
+
+
+def test_init_from(flags, tmp_path, capsys):
+    """A run starts from the best decoder and the tokenizer of another one, whatever its data, and says so; one whose decoder does not fit is refused."""
+    train.main([*flags, f'--out_dir={tmp_path}/a'])
+    before = read_checkpoint(tmp_path / 'a')
+    more = [*flags, f'--init_from={tmp_path}/a', '--max_steps=1', '--learning_rate=1e-12', '--ema=0', '--weight_decay=0']
+    train.main([*more, f'--out_dir={tmp_path}/b', '--vocab_size=300'])
+    after = read_checkpoint(tmp_path / 'b')
+    assert f'starting from {tmp_path}/a: its decoder after {before["run"]["best"]["step"]} steps' in capsys.readouterr().out
+    assert after['tokenizer'] == before['tokenizer']
+    assert all((t - before['run']['best']['decoder'][key]).abs().max() < 1e-9 for key, t in after['run']['best']['decoder'].items())
+    with pytest.raises(ValueError, match='init_from: the decoder of .*/a has other weights .*blocks.2'):
+        train.main([*more, f'--out_dir={tmp_path}/c', '--n_layer=3'])
+
+
+def test_unlike_what_was_seen(flags, tiny_encoder, tmp_path, capsys):
+    """A picture unlike those of training and a word that no question had get a warning beside the answer; a test picture and its question get none."""
+    train.main([*flags, f'--encoder={ROOT}/assets/encoder_shapes.pt', f'--out_dir={tmp_path}/run'])
+    rows = train.read_rows(read_checkpoint(tmp_path / 'run')['settings']['dataset'], 'test')
+    evaluation.picture_of(rows, 0).save(tmp_path / 'like.png')
+    Image.effect_noise((64, 64), 90).convert('RGB').save(tmp_path / 'unlike.png')
+    ask = [f'--out_dir={tmp_path}/run', '--device=cpu']
+    for picture, question, expected in (('like', rows.question[0], 0), ('unlike', rows.question[0], 1), ('like', 'is there a red zebra?', 1), ('unlike', 'is there a zebra?', 2)):
+        capsys.readouterr()
+        evaluation.main([*ask, f'--image={tmp_path}/{picture}.png', f'--question={question}'])
+        said = capsys.readouterr().err
+        assert said.count('take the answer with care') == expected, (picture, question, said)
+        assert ('zebra' in said) == ('zebra' in question) and ('unlike those of training' in said) == (picture == 'unlike')
+
+
 def test_other_settings_are_not_mixed(flags, tmp_path):
     """A folder that holds a run with other settings is refused, naming them; --fresh=true starts over."""
     train.main([*flags, f'--out_dir={tmp_path}'])
@@ -471,8 +550,8 @@ def test_learns_a_dataset_by_heart(tmp_path, monkeypatch, capsys):
 
     events, quick, read = [], evaluation.quick_scores, train.read_rows
 
-    def both(decoder, questions, vision_of, device):
-        scores, (written, _) = quick(decoder, questions, vision_of, device), evaluation.evaluate(decoder, questions, vision_of, device)
+    def both(decoder, questions, vision_of, device, batch_size):
+        scores, (written, _) = quick(decoder, questions, vision_of, device, batch_size), evaluation.evaluate(decoder, questions, vision_of, device)
         assert scores['em'] == pytest.approx(written['em']) and questions.rows.path.name == 'val.parquet'
         events.append(scores['em'])
         return scores
