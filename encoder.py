@@ -30,7 +30,7 @@ from plumbing.console import run_script
 from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
 from plumbing.machine import pick_device
-from plumbing.pictures import as_rgb, squared, upright
+from plumbing.pictures import seen, squared
 from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, read_clip
 from pretrained.files import as_tensor, first_few, open_weights
 
@@ -323,10 +323,9 @@ class Encoder(nn.Module):
         Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'.
         Raises: ValueError.
         """
-        if self.config.upright:
-            picture = upright(picture)
+        picture = seen(picture, turn=self.config.upright)
         mean_color = tuple(round(255 * m) for m in self.config.mean)  # after `normalise` it is about 0
-        picture = squared(as_rgb(picture), self.config.image_px, self.config.fit, border=mean_color)
+        picture = squared(picture, self.config.image_px, self.config.fit, border=mean_color)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                    # (3, S, S)
 
     def normalise(self, pixels):

@@ -33,7 +33,7 @@ from plumbing.features import picture_from, vision_source
 from plumbing.files import locked, write_whole
 from plumbing.machine import on_device
 from plumbing.novelty import warnings
-from plumbing.pictures import open_picture, picture_sheet
+from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.plots import draw_curves
 from plumbing.ranks import from_all, processes, rank_and_world
 from plumbing.run import other_weights, read_checkpoint
@@ -298,7 +298,7 @@ def result_table(metrics):
 def picture_of(rows, i):
     """The picture of a row. Raises: ValueError, naming the picture."""
     try:
-        return open_picture(rows.pictures[rows.picture[i]])
+        return rgb_picture(rows.pictures[rows.picture[i]])
     except ValueError as e:
         raise ValueError(f'{rows.pictures.names[rows.picture[i]]}: {e}: remove or repair it') from None
 
@@ -315,7 +315,7 @@ def draw_samples(path, rows, predictions, n=24, image_px=192):
     colors = []
     for i in chosen[:n]:
         p = predictions[i]
-        picture = picture_of(rows, i).convert('RGB')
+        picture = picture_of(rows, i)
         how = Image.NEAREST if picture.width < image_px else Image.BICUBIC
         picture = picture.resize((image_px, image_px), how)
         true = ' / '.join(p['references'][:3])

@@ -5,7 +5,8 @@ import math
 import struct
 import zlib
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from plumbing.console import printable
 
@@ -14,7 +15,24 @@ FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 
 # what Pillow raises for a bad file, beside its own errors
 UNREADABLE = (OSError, SyntaxError, RuntimeError, TypeError, LookupError, ArithmeticError, AttributeError,
-              EOFError, MemoryError, struct.error, zlib.error)
+              AssertionError, EOFError, ImportError, MemoryError, struct.error, zlib.error)
+
+# what the EXIF orientation asks for; 1 is a picture that lies as it should
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def rgb_picture(data):
+    """A picture file as it is looked at: decoded, upright, RGB. Import, encoder and sheets all ask here or in
+    the two functions that this one is made of, so what one of them takes, all take. Raises: ValueError."""
+    return seen(open_picture(data))
 
 
 def open_picture(data, most_pixels=2 ** 26):
@@ -28,6 +46,8 @@ def open_picture(data, most_pixels=2 ** 26):
         if getattr(picture, 'is_animated', False) and picture.format != 'MPO':
             raise ValueError(f'animated: {picture.n_frames} frames')
         picture.load()
+        if picture.format == 'PNG' and 'transparency' in picture.info:
+            picture.info['transparency'] = in_eight_bits(picture, depth=data[24])
         return picture
     except Image.DecompressionBombError as e:
         raise ValueError(f'more than {most_pixels} pixels: {e}') from None
@@ -37,32 +57,64 @@ def open_picture(data, most_pixels=2 ** 26):
         raise ValueError(f'not a picture that can be decoded: {e or type(e).__name__}') from None
 
 
-def upright(picture):
-    """A photograph turned as its EXIF orientation says; with damaged EXIF it is taken as it lies."""
+def in_eight_bits(picture, depth):
+    """What is transparent in a PNG: it is written in the file's depth, and Pillow makes 8 bits of all but grey
+    of 16."""
+    level = picture.info['transparency']
+    if picture.mode == 'L':
+        return level * 255 // (2 ** depth - 1)
+    if picture.mode == 'RGB' and depth == 16:
+        return tuple(part >> 8 for part in level)
+    return level
+
+
+def seen(picture, turn=True):
+    """A Pillow picture, upright unless it shall not be turned, as RGB. Raises: ValueError, of the form of
+    `open_picture`."""
     try:
-        return ImageOps.exif_transpose(picture)
-    except (SyntaxError, ValueError, OSError, struct.error):
+        return as_rgb(upright(picture) if turn else picture)
+    except UNREADABLE as e:
+        raise ValueError(f'not a picture that can be decoded: {e or type(e).__name__}') from None
+
+
+def upright(picture):
+    """A photograph turned as its EXIF orientation says; where that cannot be read it is taken as it lies."""
+    try:
+        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # cameras write anything there, and Pillow raises anything
+        turn = None
+    if turn is None:
         return picture
+    turned = picture.transpose(turn)
+    # without its EXIF: it is turned once, and nothing has to be written
+    turned.info = {key: value for key, value in picture.info.items() if key == 'transparency'}
+    return turned
 
 
 def as_rgb(picture):
     """A picture of any mode but floats as RGB; what is transparent becomes white, and of grey with more than
     8 bits, 16 are read. Raises: ValueError."""
-    if 'A' in picture.getbands() or 'transparency' in picture.info:
+    if picture.mode.startswith(('I', 'F')):
+        picture = eight_bits(picture)
+    elif picture.has_transparency_data:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
-    if picture.mode.startswith(('I', 'F')):  # grey with more than 8 bits, which Pillow would cut off at 255
-        low, high = picture.convert('F').getextrema()
-        if picture.mode == 'F' or low < 0 or high > 65535:
-            raise ValueError(f'a grey picture of mode {picture.mode} with values from {low:g} to {high:g}: '
-                             'expected 8 or 16 bits a pixel')
-        picture = picture.convert('I').point(eight_bits).convert('L')
     return picture.convert('RGB')
 
 
-def eight_bits(level):
-    """A level of 16 bits as one of 8."""
-    return level / 257 + 0.5
+def eight_bits(picture):
+    """Grey with more than 8 bits, which Pillow would cut off at 255, as grey with 8; what is transparent is
+    judged before: two levels of 16 bits become one of 8. Raises: ValueError."""
+    levels = np.array(picture.convert('F'))                                            # (h, w)
+    low = levels.min()
+    high = levels.max()
+    if picture.mode == 'F' or low < 0 or high > 65535:
+        raise ValueError(f'a grey picture of mode {picture.mode} with values from {low:g} to {high:g}: '
+                         'expected 8 or 16 bits a pixel')
+    grey = np.floor(levels / 257 + 0.5).astype(np.uint8)                               # (h, w)
+    if 'transparency' in picture.info:
+        grey[levels == picture.info['transparency']] = 255
+    return Image.fromarray(grey)
 
 
 def squared(picture, side, fit, border):
@@ -73,6 +125,11 @@ def squared(picture, side, fit, border):
     Raises: ValueError.
     """
     w, h = picture.size
+    if fit == 'crop' and side * max(w, h) / min(w, h) * side > 2 ** 26 and max(w, h) > 4 * min(w, h):
+        # so long and thin that all of it would fill the memory: the middle is cut out before
+        left = max(0, (w - 3 * h) // 2)
+        top = max(0, (h - 3 * w) // 2)
+        return squared(picture.crop((left, top, w - left, h - top)), side, fit, border)
     if fit == 'squash':
         size = (side, side)
     elif fit == 'crop':  # the short side becomes `side`; cut down, as CLIP's own preprocessing does
@@ -81,8 +138,6 @@ def squared(picture, side, fit, border):
         size = (max(1, round(side * w / h)), side) if w <= h else (side, max(1, round(side * h / w)))
     else:
         raise ValueError(f'fit={fit}: expected squash, crop or pad')
-    if size[0] * size[1] > 2 ** 26:
-        raise ValueError(f'{w} x {h} pixels are too long and thin to be cropped to a square')
     if picture.size != size:
         picture = picture.resize(size, Image.BICUBIC)
     if fit == 'crop':

@@ -25,7 +25,7 @@ from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
 from plumbing.console import progress
-from plumbing.pictures import open_picture
+from plumbing.pictures import rgb_picture
 from plumbing.tables import open_parquet, stream
 from prepare import split_of_name, turns
 
@@ -168,7 +168,7 @@ def fetch_one(url, expected, folder, config):
         entry['reason'] = wrong_sum(entry['sha256'], expected)
         if entry['reason']:
             return entry
-        open_picture(data)
+        rgb_picture(data)
     except (Failed, ValueError) as e:
         entry['reason'] = str(e)
         return entry

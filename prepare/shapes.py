@@ -23,7 +23,7 @@ from itertools import permutations, repeat
 
 from PIL import Image, ImageDraw
 
-from plumbing.pictures import picture_sheet
+from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.tables import write_dataset
 
 COLORS = {  # name -> RGB; the eight colours of CLEVR
@@ -436,6 +436,6 @@ def contact_sheet(config, columns=6, rows=4):
     """Draws pictures with their questions and answers under them, to look at -> a Pillow picture."""
     tiles = {}
     for row in shapes_rows(config, 'train', 0, columns * rows):
-        _, lines = tiles.setdefault(row['image'], (Image.open(io.BytesIO(row['image'])), []))
+        _, lines = tiles.setdefault(row['image'], (rgb_picture(row['image']), []))
         lines.append(f"{row['question']} {row['answer']}" if row['question'] else row['caption'])
     return picture_sheet(list(tiles.values()), columns, scale=3)
