@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,25 @@ def decode(encoder, data, digest):
     return encoder.pixels(open_picture(data))
 
 
+AHEAD_BYTES = 2**27  # of picture files that wait to be decoded
+
+
+def decode_ahead(encoder, pictures, files, most, pool):
+    """Yields (index, its pixels as a future) of (index, file) pairs in their order, while the next ones are
+    read and decoded: at most `most` of them, and AHEAD_BYTES of files and one more."""
+    ahead = deque()  # (index, future, bytes of the file)
+    n_bytes = 0
+    for i, data in files:
+        while ahead and (len(ahead) == most or n_bytes > AHEAD_BYTES):
+            j, future, size = ahead.popleft()
+            yield j, future
+            n_bytes -= size
+        ahead.append((i, pool.submit(decode, encoder, data, pictures.digests[i]), len(data)))
+        n_bytes += len(data)
+    for i, future, _ in ahead:
+        yield i, future
+
+
 def decode_all(encoder, pictures, wanted, batch_size):
     """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for
     the pictures whose index is in `wanted`, a set or range.
@@ -47,28 +67,20 @@ def decode_all(encoder, pictures, wanted, batch_size):
     if not wanted:
         return
     bad = []
-    ahead = []  # (index, future), at most two batches of them: more would fill the memory
-
-    def finished(batch):
-        decoded = []
-        for i, future in batch:
+    batch = []
+    files = ((i, data) for i, data in enumerate(pictures) if i in wanted)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        for i, future in decode_ahead(encoder, pictures, files, batch_size, pool):
             try:
-                decoded.append((i, future.result()))
+                batch.append((i, future.result()))
             except ValueError as e:  # the next ones go on: one run names all that are bad
                 bad.append(f'{pictures.names[i]}: {e}')
-                decoded.append((i, None))
-        return decoded
-
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
-        for i, data in enumerate(pictures):
-            if i not in wanted:
-                continue
-            ahead.append((i, pool.submit(decode, encoder, data, pictures.digests[i])))
-            if len(ahead) == 2 * batch_size:
-                yield finished(ahead[:batch_size])
-                del ahead[:batch_size]
-        for start in range(0, len(ahead), batch_size):
-            yield finished(ahead[start:start + batch_size])
+                batch.append((i, None))
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
     if bad:
         named = '; '.join(bad[:3])
         if len(bad) > 3:
@@ -94,16 +106,15 @@ class PixelReader:
         self.pool = ThreadPoolExecutor()
 
     def __getitem__(self, indices):
-        indices = indices.tolist()
-        files = [(self.pictures[i], self.pictures.digests[i]) for i in indices]
-        futures = [self.pool.submit(decode, self.encoder, data, digest) for data, digest in files]
+        different, places = indices.unique(return_inverse=True)  # in order: no row group is read twice
+        files = ((i, self.pictures[i]) for i in different.tolist())
         pixels = []
-        for i, future in zip(indices, futures):
+        for i, future in decode_ahead(self.encoder, self.pictures, files, len(different), self.pool):
             try:
                 pixels.append(future.result())
             except ValueError as e:
                 raise ValueError(f'{self.pictures.names[i]}: {e}: remove or repair it') from None
-        return torch.stack(pixels)                                                     # (B, 3, S, S)
+        return torch.stack(pixels)[places]                                             # (B, 3, S, S)
 
 
 # ----------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def open_picture(data, most_pixels=2 ** 26):
 
 
 def in_eight_bits(picture, depth):
-    """What is transparent in a PNG: it is written in the file's depth, and Pillow makes 8 bits of all but grey
-    of 16."""
+    """What is transparent in a PNG: it is written in the file's depth, and Pillow makes 8 bits of all but
+    grey of 16."""
     level = picture.info['transparency']
     if picture.mode == 'L':
         return level * 255 // (2 ** depth - 1)
@@ -125,11 +125,6 @@ def squared(picture, side, fit, border):
     Raises: ValueError.
     """
     w, h = picture.size
-    if fit == 'crop' and side * max(w, h) / min(w, h) * side > 2 ** 26 and max(w, h) > 4 * min(w, h):
-        # so long and thin that all of it would fill the memory: the middle is cut out before
-        left = max(0, (w - 3 * h) // 2)
-        top = max(0, (h - 3 * w) // 2)
-        return squared(picture.crop((left, top, w - left, h - top)), side, fit, border)
     if fit == 'squash':
         size = (side, side)
     elif fit == 'crop':  # the short side becomes `side`; cut down, as CLIP's own preprocessing does
@@ -138,6 +133,11 @@ def squared(picture, side, fit, border):
         size = (max(1, round(side * w / h)), side) if w <= h else (side, max(1, round(side * h / w)))
     else:
         raise ValueError(f'fit={fit}: expected squash, crop or pad')
+    if size[0] * size[1] > 2 ** 26 and max(w, h) > 4 * min(w, h):
+        # so long and thin that all of it would fill the memory: its middle is cut out first
+        left = max(0, (w - 3 * h) // 2)
+        top = max(0, (h - 3 * w) // 2)
+        return squared(picture.crop((left, top, w - left, h - top)), side, fit, border)
     if picture.size != size:
         picture = picture.resize(size, Image.BICUBIC)
     if fit == 'crop':

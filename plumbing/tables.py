@@ -8,9 +8,11 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import unicodedata
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
+from os.path import abspath, exists
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,30 +80,43 @@ def show_progress(out, files, start):
 
 class SplitFile:
     """The file of a split while it is written. Rows are gathered to row groups of at most 2,000 rows and some
-    4 MB of pictures, which are quickly read; a picture that is asked several times is stored once in one."""
+    4 MB of different pictures, which are quickly read; in one of them a picture that is asked several times
+    is held and stored once."""
 
     def __init__(self, path, schema):
         self.schema = schema
-        self.writer = pq.ParquetWriter(path, schema, use_dictionary=True, dictionary_pagesize_limit=2**26)
+        # without Arrow's own schema, which would say that pictures are a dictionary: a reader gets bytes
+        self.writer = pq.ParquetWriter(path, self.table([], {}).schema, store_schema=False,
+                                       use_dictionary=True, dictionary_pagesize_limit=2**30)
         self.n_rows = 0
-        self.rows = []        # of the next row group
+        self.rows = []      # of the next row group; their pictures as numbers
+        self.pictures = {}  # its different pictures, each with its number
         self.picture_bytes = 0
-        self.last_picture = None
 
     def add(self, row):
         self.n_rows += 1
-        self.rows.append(row)
-        if row['image'] != self.last_picture:  # questions of a picture stand together
+        if row['image'] not in self.pictures:
+            self.pictures[row['image']] = len(self.pictures)
             self.picture_bytes += len(row['image'])
-        self.last_picture = row['image']
+        self.rows.append(row | dict(image=self.pictures[row['image']]))
 
     def is_full(self):
         return len(self.rows) == 2000 or self.picture_bytes > 2**22
 
     def flush(self):
-        self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        self.writer.write_table(self.table(self.rows, self.pictures))
         self.rows = []
+        self.pictures = {}
         self.picture_bytes = 0
+
+    def table(self, rows, pictures):
+        """Rows whose pictures are numbers as a table, with the pictures as a dictionary."""
+        i = self.schema.get_field_index('image')
+        numbers = self.schema.set(i, pa.field('image', pa.int32()))
+        table = pa.Table.from_pylist(rows, numbers)
+        images = table['image'].combine_chunks()
+        images = pa.DictionaryArray.from_arrays(images, pa.array(pictures, pa.binary()))
+        return table.set_column(i, 'image', images)
 
 
 # ----------------------------------------------------------------------------
@@ -182,50 +197,59 @@ def report_bad(path, bad, n, remedy):
 # reading rows
 
 
+BATCH_BYTES = 2**26  # of pictures that are read at once
+
+
 def open_parquet(path):
     """Raises: ValueError where the file is no parquet file or a damaged one."""
     try:
-        return pq.ParquetFile(path)
+        # page by page: by itself pyarrow reads a whole row group before it gives the first row
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f'{path}: not a parquet file: {str(e).splitlines()[0]}') from None
 
 
-def stream(path, columns, at_once=100):
-    """Yields ((row group, row in it), row as a dict) for every row of a parquet file, reading `at_once` rows
-    at a time. Raises: ValueError."""
+def stream(path, columns):
+    """Yields ((row group, row in it), row as a dict) for every row of a parquet file. Raises: ValueError."""
+    for place, row in scan(path, columns):
+        yield place, {name: plain(value) for name, value in row.items()}
+
+
+def scan(path, columns, groups=None):
+    """`stream` with Arrow's values, which cost nothing until they are asked for, of all row groups or some.
+    At most BATCH_BYTES of a row group are in memory, or one row, and what Parquet keeps of a page."""
     file = open_parquet(path)
     columns = [key for key in columns if key in file.schema_arrow.names]
-    for group in range(file.num_row_groups):
+    for group in range(file.num_row_groups) if groups is None else groups:
+        # any row can be as large as all of the group: where a picture is stored once, each row has it
+        most_bytes = max(1, file.metadata.row_group(group).total_byte_size)
+        at_once = max(1, min(100, BATCH_BYTES // most_bytes))
         k = 0
-        batches = file.iter_batches(at_once, [group], columns)
-        while True:
-            try:
-                rows = plain_rows(next(batches))
-            except StopIteration:
-                break
-            except (pa.ArrowException, OSError, ValueError) as e:
-                reason = str(e).splitlines()[0]
-                raise ValueError(f'{path}: damaged in row group {group}, behind row {k} of it: '
-                                 f'{reason}') from None
-            for row in rows:
-                yield (group, k), row
-                k += 1
+        try:
+            for batch in file.iter_batches(at_once, [group], columns):
+                named_columns = list(zip(batch.schema.names, batch.columns))
+                for i in range(len(batch)):
+                    yield (group, k), {name: column[i] for name, column in named_columns}
+                    k += 1
+        except (pa.ArrowException, OSError, ValueError) as e:
+            reason = str(e).splitlines()[0]
+            raise ValueError(f'{path}: damaged in row group {group}, behind row {k} of it: '
+                             f'{reason}') from None
 
 
-def plain_rows(batch):
-    """The rows of a record batch as dicts; texts that are not in UTF-8 come with half characters in them, see
+def plain(value):
+    """Python's value of one of Arrow's; a text that is not in UTF-8 comes with half characters in it, see
     `is_unicode`."""
     try:
-        return batch.to_pylist()
+        return value.as_py()
     except UnicodeDecodeError:
-        columns = []
-        for column in batch.columns:
-            if pa.types.is_string(column.type):
-                texts = column.cast(pa.binary()).to_pylist()
-                columns.append([text and text.decode(errors='surrogateescape') for text in texts])
-            else:
-                columns.append(column.to_pylist())
-        return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
+        if isinstance(value, pa.DictionaryScalar):
+            return plain(value.value)
+        if isinstance(value, pa.StructScalar):
+            return {name: plain(part) for name, part in value.items()}
+        if isinstance(value, pa.ListScalar):  # a map is a list, too
+            return [plain(part) for part in value.values]
+        return value.as_buffer().to_pybytes().decode(errors='surrogateescape')
 
 
 def read_image(image, folder):
@@ -236,23 +260,44 @@ def read_image(image, folder):
     if isinstance(image, str):
         if not is_unicode(image) or '\0' in image:
             return f'the image path {image!r} is none'
-        path = (Path(folder) / image).resolve()
-        if not path.is_relative_to(Path(folder).resolve()):
-            return f'the image path {image!r} leaves the folder'
+        path = inside(image, folder)
+        if path is None:
+            return f'the image path {image!r} leaves the folder: {folder}: {OTHER_FOLDER}'
         image = read_file(path)
     if image and not isinstance(image, (bytes, str)):
         return f'the image is a {type(image).__name__}, expected bytes or a path'
     return image or 'the image is empty'
 
 
+OTHER_FOLDER = '--images=FOLDER of python data.py names the folder of the pictures'
+
+
+def inside(path, folder):
+    """The path of a file that is named from a folder, or None where the name leads out of it, by `..` or from
+    the root. A link in it may lead anywhere: a folder of pictures often is one, to a larger disk."""
+    path = Path(abspath(Path(folder) / path))
+    is_inside = path.is_relative_to(abspath(folder)) or path.resolve().is_relative_to(Path(folder).resolve())
+    return path if is_inside else None
+
+
 def read_file(path):
     """The bytes of a file, or a string that says why there are none."""
     try:
-        return Path(path).read_bytes()
+        return as_on_disk(Path(path)).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return f'there is no image file: {path}'
     except (OSError, ValueError) as e:  # a folder, no permission, a name that no file can have
         return f'the image file cannot be read: {path} ({type(e).__name__})'
+
+
+def as_on_disk(path):
+    """A path whose names have the Unicode form that the disk knows: an accent is a part of its letter (NFC)
+    or a sign behind it (NFD), and systems differ in which one they write."""
+    if str(path).isascii() or exists(path) or path.parent == path:
+        return path
+    parent = as_on_disk(path.parent)
+    names = [path.name, *(unicodedata.normalize(form, path.name) for form in ('NFC', 'NFD'))]
+    return next((parent / name for name in names if exists(parent / name)), path)
 
 
 # ----------------------------------------------------------------------------
@@ -263,22 +308,52 @@ def to_json(item):
     return json.dumps(item).encode()
 
 
+def temporary_problem(error):
+    """What is said where a temporary file cannot be made or grows no more: which folder that is."""
+    try:
+        folder = tempfile.gettempdir()
+    except OSError:  # none of those that it tries
+        folder = os.environ.get('TMPDIR', '/tmp')
+    return OSError(f'{folder}: temporary files cannot be written here ({error}): make room, or set TMPDIR to '
+                   f'another folder')
+
+
+def temporary_table(columns):
+    """An SQL table named `rows`, in a temporary file where it grows large. Raises: OSError."""
+    try:
+        folder = tempfile.gettempdir().replace("'", "''")
+        table = sqlite3.connect('', isolation_level=None)
+        table.execute(f"PRAGMA temp_store_directory = '{folder}'")  # else it chooses another one than Python
+        table.execute(f'CREATE TABLE rows ({columns})')
+        table.execute('BEGIN')
+        return table
+    except (sqlite3.Error, OSError) as e:
+        raise temporary_problem(e) from None
+
+
 class OnDisk(Sequence):
     """A long list in a temporary file: a million items take 8 MB of memory. `pack` makes bytes of an item,
-    `unpack` the item of its bytes."""
+    `unpack` the item of its bytes. Raises: OSError that names the temporary folder."""
 
     def __init__(self, pack=to_json, unpack=json.loads):
         self.pack = pack
         self.unpack = unpack
-        self.file = tempfile.TemporaryFile()
+        try:
+            self.file = tempfile.TemporaryFile()
+        except OSError as e:
+            raise temporary_problem(e) from None
         self.ends = array('Q', [0])  # where each item ends
         self.at_end = True
 
     def append(self, item):
-        if not self.at_end:
-            self.file.seek(self.ends[-1])
-            self.at_end = True
-        self.ends.append(self.ends[-1] + self.file.write(self.pack(item)))
+        data = self.pack(item)
+        try:
+            if not self.at_end:
+                self.file.seek(self.ends[-1])
+                self.at_end = True
+            self.ends.append(self.ends[-1] + self.file.write(data))
+        except OSError as e:
+            raise temporary_problem(e) from None
 
     def __len__(self):
         return len(self.ends) - 1
@@ -287,25 +362,33 @@ class OnDisk(Sequence):
         if not 0 <= i < len(self):
             raise IndexError(i)
         self.at_end = False
-        self.file.seek(self.ends[i])
-        return self.unpack(self.file.read(self.ends[i + 1] - self.ends[i]))
+        try:
+            self.file.seek(self.ends[i])  # what was appended is written first
+            data = self.file.read(self.ends[i + 1] - self.ends[i])
+        except OSError as e:
+            raise temporary_problem(e) from None
+        return self.unpack(data)
 
 
 class KnownPictures:
     """What is known of every picture met so far, by the sha256 of its file, in a temporary file: a million
-    pictures take no more memory than ten."""
+    pictures take no more memory than ten. Raises: OSError that names the temporary folder."""
 
     def __init__(self):
-        self.table = sqlite3.connect('', isolation_level=None)
-        self.table.execute('CREATE TABLE known (digest BLOB PRIMARY KEY, value) WITHOUT ROWID')
-        self.table.execute('BEGIN')
+        self.table = temporary_table('digest BLOB PRIMARY KEY, value')
 
     def get(self, digest):
-        found = self.table.execute('SELECT value FROM known WHERE digest = ?', (digest,)).fetchone()
+        found = self.execute('SELECT value FROM rows WHERE digest = ?', digest).fetchone()
         return found and json.loads(found[0])
 
     def __setitem__(self, digest, value):
-        self.table.execute('INSERT OR REPLACE INTO known VALUES (?, ?)', (digest, json.dumps(value)))
+        self.execute('INSERT OR REPLACE INTO rows VALUES (?, ?)', digest, json.dumps(value))
+
+    def execute(self, command, *values):
+        try:
+            return self.table.execute(command, values)
+        except sqlite3.Error as e:
+            raise temporary_problem(e) from None
 
 
 class View(Sequence):
@@ -328,16 +411,16 @@ class View(Sequence):
 
 class Pictures:
     """The different pictures of a parquet file, as bytes, read when they are asked for: all in order
-    (iterate), or one ([i], which reads its row group). `digests` holds the sha256 of each, `names` what to
-    call it in messages."""
+    (iterate), or one ([i]), which reads its row group up to it, or on from the one before. `digests` holds
+    the sha256 of each, `names` what to call it in messages."""
 
     def __init__(self, path):
         self.path = path
         self.groups = array('i')    # the row group of each picture
         self.places = array('i')    # its row there
         self.rows = array('i')      # its row in the file
-        self.group = None           # the row group that was read last
-        self.images = None          # its column of pictures
+        self.at = (-1, 0)           # the row group and row there that were read last
+        self.ahead = None           # what follows there
         self.sums = OnDisk(bytes, bytes)
         self.digests = View(self.__len__, self.sums.__getitem__)
         self.names = View(self.__len__, self.name_of)
@@ -357,13 +440,16 @@ class Pictures:
     def __iter__(self):
         places = zip(self.groups, self.places)
         place = next(places, None)
-        for here, row in stream(self.path, ['image']):
+        for here, row in scan(self.path, ['image']):
             if here == place:
-                yield read_image(row['image'], self.path.parent)
+                yield read_image(plain(row['image']), self.path.parent)
                 place = next(places, None)
 
     def __getitem__(self, i):
-        if self.group != self.groups[i]:
-            self.images = open_parquet(self.path).read_row_group(self.groups[i], ['image'])['image']
-            self.group = self.groups[i]
-        return read_image(self.images[self.places[i]].as_py(), self.path.parent)
+        place = (self.groups[i], self.places[i])
+        if self.ahead is None or place[0] != self.at[0] or place[1] <= self.at[1]:
+            self.ahead = scan(self.path, ['image'], [place[0]])
+        for self.at, row in self.ahead:
+            if self.at == place:
+                return read_image(plain(row['image']), self.path.parent)
+        return 'the file has changed since it was read first'

@@ -15,30 +15,36 @@ and are not checked. A new format is a new module: nothing else names them.
 import hashlib
 import json
 import mmap
+import os
 import re
 import sqlite3
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from os.path import normpath
 from pathlib import Path
 
 import pyarrow as pa
 
 from plumbing.files import write_whole
-from plumbing.pictures import open_picture
+from plumbing.pictures import rgb_picture
 from plumbing.tables import (
+    OTHER_FOLDER,
     SCHEMA,
     SPLITS,
     KnownPictures,
     OnDisk,
     caption_problem,
     read_file,
+    temporary_problem,
+    temporary_table,
     text_problem,
     write_dataset,
 )
+
+CHUNK_BYTES = 2**26  # of different pictures that are read ahead
 
 
 def formats():
@@ -109,25 +115,28 @@ class Import:
     def good_rows(self):
         """Yields (split, row) for every row that can be used; reads and decodes pictures on all cores."""
         with ThreadPoolExecutor() as pool:
-            rows = iter(self.module.rows(self.config))
-            while chunk := list(islice(rows, 256)):
-                files = list(pool.map(partial(picture_file, config=self.config), chunk))
-                self.decode_new(files, pool)
-                for (split, row), file in zip(chunk, files):
-                    place = self.place_of(split, row, *file)
+            for chunk in chunks(self.module.rows(self.config)):
+                # a picture that several rows name, or hold, is read once and held once
+                images = list(dict.fromkeys(image_of(row) for _, row in chunk))
+                files = dict(zip(images, pool.map(partial(picture_file, config=self.config), images)))
+                self.decode_new(files.values(), pool)
+                for split, row in chunk:
+                    picture, digest, why_none = files[image_of(row)]
+                    problem = row.get('bad') or why_none or texts_problem(row)
+                    place = self.place_of(split, row, digest, problem)
                     if place:
-                        yield place, row | dict(image=file[0], **texts(row))
+                        yield place, row | dict(image=picture, **texts(row))
 
     def decode_new(self, files, pool):
         """Decodes each picture once, however many questions it has."""
         new = {}
-        for picture, digest, problem in files:
-            if not problem and self.known.get(digest) is None:
+        for picture, digest, why_none in files:
+            if not why_none and self.known.get(digest) is None:
                 new[digest] = picture
         for digest, problem in zip(new, pool.map(decoding_problem, new.values())):
             self.known[digest] = problem, None
 
-    def place_of(self, split, row, picture, digest, problem):
+    def place_of(self, split, row, digest, problem):
         """The split that a row is written to, or None where it is rejected."""
         self.counts['rows'] += 1
         undecodable, earlier = self.known.get(digest) or (None, None)
@@ -183,34 +192,71 @@ class Import:
             file.write(json.dumps(entry).encode() + b'\n')
 
 
-def picture_file(split_row, config):
-    """-> a row's picture file as bytes, their sha256, and what is wrong with the row before the picture is
-    decoded, or None."""
-    _, row = split_row
-    if row.get('missing') or row.get('bad'):
-        return None, b'', row.get('bad')
-    picture = row.get('image')
-    if isinstance(picture, (str, Path)):
-        picture = read_inside(picture, [config.images, config.source])
-    if isinstance(picture, str):  # why there is none
-        return None, b'', picture
-    if not isinstance(picture, bytes) or not picture:
+def chunks(rows):
+    """Yields lists of (split, row): so many that all cores have work, but at most CHUNK_BYTES of different
+    pictures, and one more."""
+    chunk = []
+    sizes = {}  # of the different pictures
+    for split, row in rows:
+        image = image_of(row)
+        if image not in sizes:
+            sizes[image] = size_of(image)
+        chunk.append((split, row))
+        if len(chunk) == 256 or sum(sizes.values()) > CHUNK_BYTES:
+            yield chunk
+            chunk = []
+            sizes = {}
+    if chunk:
+        yield chunk
+
+
+def image_of(row):
+    """The picture of a row, bytes or a path, or None where there is none, or nothing to do with it."""
+    image = row.get('image')
+    is_usable = isinstance(image, (bytes, str, Path)) and not row.get('missing') and not row.get('bad')
+    return image if is_usable else None
+
+
+def size_of(image):
+    """The bytes of a picture that is in memory, or will be."""
+    if image is None or isinstance(image, bytes):
+        return len(image or b'')
+    try:
+        return os.stat(image).st_size
+    except (OSError, ValueError):  # it is not there: reading it says so
+        return 0
+
+
+def picture_file(image, config):
+    """-> a picture file as bytes, their sha256, and why there is none, or None. `image`: bytes, a path or
+    None"""
+    if isinstance(image, (str, Path)):
+        image = read_inside(image, [config.images, config.source])
+    if isinstance(image, str):  # why there is none
+        return None, b'', image
+    if not image:
         return None, b'', 'the image is empty'
+    return image, hashlib.sha256(image).digest(), None
+
+
+def texts_problem(row):
+    """What is wrong with the texts of a row, or None."""
     caption = row.get('caption')
     has_caption = isinstance(caption, str) and caption.strip()
     problem = None
     if row.get('question') is not None or not has_caption:
         problem = text_problem(row.get('question'), texts(row)['answer'])
-    return picture, hashlib.sha256(picture).digest(), problem or caption_problem(caption)
+    return problem or caption_problem(caption)
 
 
 def read_inside(path, folders):
     """The bytes of a file in one of the folders (or one of the files), or a string: why there are none. A
-    published file cannot name a path that leads elsewhere."""
+    published file cannot name a path that leads elsewhere; a link can."""
+    path = Path(normpath(path))
     for folder in folders:
-        if folder and Path(normpath(path)).is_relative_to(normpath(folder)):
+        if folder and path.is_relative_to(normpath(folder)):
             return read_file(path)
-    return f'the image path leaves the folder: {path}'
+    return f'the image path leaves the folder: {path}: {OTHER_FOLDER}'
 
 
 def plain(value):
@@ -227,9 +273,9 @@ def texts(row):
 
 
 def decoding_problem(picture):
-    """Why a picture file cannot be decoded, or None."""
+    """Why no encoder takes a picture file, or None."""
     try:
-        open_picture(picture)
+        rgb_picture(picture)
     except ValueError as e:
         return str(e)
 
@@ -389,14 +435,15 @@ def read_json_lines(path):
 
 def sorted_on_disk(keyed):
     """Yields the values of (key, value) pairs in the order of their keys, each of two numbers or strings, by
-    way of a temporary file."""
-    table = sqlite3.connect('', isolation_level=None)
-    table.execute('CREATE TABLE pairs (a, b, value)')
-    table.execute('BEGIN')
+    way of a temporary file. Raises: OSError that names its folder."""
+    table = temporary_table('a, b, value')
     lines = ((a, b, json.dumps(value)) for (a, b), value in keyed)
-    table.executemany('INSERT INTO pairs VALUES (?, ?, ?)', lines)
-    for (value,) in table.execute('SELECT value FROM pairs ORDER BY a, b, rowid'):
-        yield json.loads(value)
+    try:
+        table.executemany('INSERT INTO rows VALUES (?, ?, ?)', lines)
+        for (value,) in table.execute('SELECT value FROM rows ORDER BY a, b, rowid'):
+            yield json.loads(value)
+    except sqlite3.Error as e:
+        raise temporary_problem(e) from None
 
 
 def number(i, value):
