@@ -6,7 +6,8 @@ Settings: defaults <- config files <- flags.
 The defaults are the fields of a dataclass at the top of the script that uses them, each with its type and a
 comment. A config file is Python (your own code: it is executed) whose top-level names override the defaults;
 several are read from left to right. Flags override files, wherever they stand. A name that is not a setting,
-or a value that is not of its setting's type, is an error that says what was expected.
+or a value that is not of its setting's type, is an error that says what was expected. A text that begins with
+~ or a variable, as paths do, is taken as a shell would take it.
 
     python train.py config/trm.py --help    # every setting, and what a config makes of it
 """
@@ -14,14 +15,24 @@ or a value that is not of its setting's type, is an error that says what was exp
 import difflib
 import inspect
 import math
+import os
 import re
 import traceback
 import types
 import typing
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 
+from plumbing.console import text_settings
+
 HELP = ('-h', '--help')
+
+# what other programs call a setting, where no word of it is ours
+ELSEWHERE = dict(dim='n_embd', width='n_embd', d_model='n_embd', hidden_size='n_embd', hidden_dim='n_embd',
+                 embed_dim='n_embd', epoch='max_steps', iter='max_steps', iteration='max_steps',
+                 depth='n_layer', bsz='batch_size', precision='dtype', gpu='device', image_size='encoder_px',
+                 overwrite='fresh', data='dataset', data_dir='dataset', save_dir='out_dir', input='source')
 
 
 def configure(cls, argv, prog='train.py'):
@@ -40,9 +51,8 @@ def configure(cls, argv, prog='train.py'):
     # first of all, as `--key value` would be taken for a flag and a file
     for flag in flags:
         if not flag.startswith('--') or '=' not in flag:
-            name = flag.lstrip('-').split('=')[0]
-            raise ValueError(f'{flag}: a flag is written --key=value, for example --{name}=VALUE '
-                             f'(one word, no space; true or false for a switch)')
+            raise ValueError(f'{flag}: a flag is written --key=value, for example '
+                             f'{example(flag, argv, kinds)}')
     for file in files:
         for key, value in read_config_file(file, kinds).items():
             values[key] = check_type(key, value, kinds[key], file)
@@ -57,7 +67,22 @@ def configure(cls, argv, prog='train.py'):
     if any(arg in HELP for arg in argv):
         print(help_text(cls, prog, values, sources))
         raise SystemExit(0)
-    return cls(**values), sources
+    settings = cls(**values)
+    # an error about a path says which setting it is of
+    named = {key: value for key, value in vars(settings).items() if isinstance(value, str) and value}
+    text_settings.clear()
+    text_settings.update(named)
+    return settings, sources
+
+
+def example(flag, argv, settings):
+    """How a flag is written that stands without its value, or with one dash."""
+    name, _, value = flag.lstrip('-').partition('=')
+    hint = nearest(name, settings)
+    after = argv[argv.index(flag) + 1:][:1]
+    if after and not value and not after[0].startswith('-'):
+        hint += f'; did you mean --{name}={after[0]}?'
+    return f'--{name}=VALUE (one word, no space; true or false for a switch){hint}'
 
 
 def read_config_file(file, settings):
@@ -111,14 +136,16 @@ def check_type(key, value, kind, file):
     # not isinstance: to Python, True is an int
     if type(value) not in allowed or infinite:
         raise ValueError(f'{file}: {key} = {value!r}: expected {spell(kind)}, got {type(value).__name__}')
-    return value
+    return expanded(key, value) if type(value) is str else value
 
 
 def parse(key, text, kind):
-    """The value of a flag, still text, as the setting's type. A string is taken as it stands."""
+    """The value of a flag, still text, as the setting's type."""
     allowed = typing.get_args(kind) or (kind,)
     if type(None) in allowed and text == 'None':
         return None
+    if str in allowed:
+        return expanded(key, text)
     try:
         if bool in allowed:
             return {'true': True, 'false': False}[text.lower()]
@@ -126,11 +153,19 @@ def parse(key, text, kind):
             return whole_number(text)
         if float in allowed:
             return finite_number(text)
-        if str in allowed:
-            return text
     except (ValueError, KeyError, OverflowError):
         pass
     raise ValueError(f'--{key}={text}: expected {spell(kind)}')
+
+
+def expanded(key, text):
+    """A text that begins with ~ or a variable, as a shell would take it where it is a path. Raises:
+    ValueError where no file could have that name."""
+    if '\0' in text:
+        raise ValueError(f'{key}={text!r}: expected text without null characters')
+    if text.startswith(('~', '$')):
+        return os.path.expanduser(os.path.expandvars(text))
+    return text
 
 
 def whole_number(text):
@@ -159,9 +194,25 @@ def spell(kind):
 
 
 def nearest(key, names):
-    """A hint at the name that was meant, if one is close."""
-    close = difflib.get_close_matches(key, names, n=1)
+    """A hint at the name that was meant, if one is close: in letters, by its initials (lr), in a word, or as
+    other programs call it."""
+    if key in names:
+        return ''
+    key = key.lower().replace('-', '_')
+    bare = re.sub('^(n|num|max|min)_|s$', '', key)
+    close = [name for name in names if name in (key, ELSEWHERE.get(key), ELSEWHERE.get(bare))]
+    close += [name for name in names if ''.join(word[0] for word in name.split('_') if word) == key]
+    close += difflib.get_close_matches(key, names, n=1)
+    most = max(shared_words(name, key) for name in names)
+    alike = [name for name in names if most and shared_words(name, key) == most]
+    close += difflib.get_close_matches(key, alike, n=1, cutoff=0)
     return f' (did you mean {close[0]}?)' if close else ''
+
+
+def shared_words(name, key):
+    """How many words of a name begin as a word of the other, or the other way round: grad and gradient."""
+    pairs = product(name.split('_'), key.split('_'))
+    return sum(min(len(a), len(b)) > 2 and (a.startswith(b) or b.startswith(a)) for a, b in pairs)
 
 
 def help_text(cls, prog, values, sources):

@@ -26,7 +26,7 @@ from configurator import configure, echo, expect
 from data import Questions, Tokenizer, read_rows, train_bpe
 from encoder import open_encoder
 from model import ModelConfig, build_model
-from plumbing.console import clock, printable, run_script
+from plumbing.console import GOES_ON, clock, printable, run_script
 from plumbing.features import vision_source
 from plumbing.files import locked
 from plumbing.machine import compile_layers, flops_of, most_memory, on_device, pick_dtype
@@ -530,4 +530,4 @@ def orthogonal(g):
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, GOES_ON)

@@ -26,7 +26,7 @@ from align.judge import report, validate
 from align.model import build, chosen, open_trunk
 from configurator import configure, echo
 from encoder import load_encoder, save_encoder
-from plumbing.console import clock, printable, run_script
+from plumbing.console import GOES_ON, clock, printable, run_script
 from plumbing.files import locked, write_whole
 from plumbing.machine import compile_layers, most_memory, on_device, pick_dtype
 from plumbing.plots import draw_curves
@@ -221,4 +221,4 @@ def finish(model, trunk, data, s, device, facts):
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, GOES_ON)

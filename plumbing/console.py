@@ -1,44 +1,109 @@
 """What every script says, and how it ends: messages, progress, tables."""
 
 import errno
+import os
 import signal
 import sys
 import time
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_FOLDER = (errno.EEXIST, errno.ENOTDIR)
+GOES_ON = 'what is finished is kept, and the same command goes on from there'
+
+# the text settings of this script by name, which `configure` puts here: messages say which one a path is of
+text_settings = {}
 
 
-def run_script(main):
+def run_script(main, promise=''):
     """Runs main(argv). What a user can mend ends it with one message and an exit code that is not zero,
-    --debug with the stack trace too.
+    --debug with the stack trace too. `promise`: what a user is told who stops it: `GOES_ON` where it does.
 
-    SIGTERM is taken as Ctrl-C, which a script answers by saving what it has.
+    SIGTERM, and the SIGHUP of a terminal that is closed, are taken as Ctrl-C, which a script answers by
+    saving what it has. What is printed never ends a script, see `Console`.
     """
     argv = [arg for arg in sys.argv[1:] if arg != '--debug']
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout = Console(sys.stdout)
+    sys.stderr = Console(sys.stderr)
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
     try:
         main(argv)
     except KeyboardInterrupt as e:
         # 130 is what a shell reports of a program that Ctrl-C ended
-        end(str(e) or 'stopped; what is finished is kept, and the same command goes on from there', code=130)
-    except BrokenPipeError:
-        # the output went to `head`, say, which has seen enough
-        raise SystemExit(1)
+        end(str(e) or '; '.join(filter(None, ['stopped', promise])), code=130)
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
-        message = what_to_mend(e)
+        message = what_to_mend(e, promise)
         if message is None or '--debug' in sys.argv:
             raise
         end(f'error: {message}', code=1)
 
 
-def what_to_mend(error):
+def stop_signals():
+    """The signals that ask a script to stop, beside Ctrl-C. SIGHUP stays ignored where nohup asked for that;
+    Windows has none."""
+    asked = [signal.SIGTERM]
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asked.append(signal.SIGHUP)
+    return asked
+
+
+class Console:
+    """stdout or stderr, which can never end a run: what it cannot encode is replaced, and once it is gone (a
+    pipe that nobody reads, a terminal that was closed, a full disk) what is printed is dropped."""
+
+    def __init__(self, stream):
+        # Python has None in its place where the shell closed it: >&-
+        self.stream = nowhere() if stream is None else stream
+        if hasattr(self.stream, 'reconfigure') and not self.stream.closed:
+            self.stream.reconfigure(errors='replace')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt('write', text)
+
+    def flush(self):
+        return self.attempt('flush')
+
+    def isatty(self):
+        return self.attempt('isatty')
+
+    def attempt(self, what, *args):
+        try:
+            return getattr(self.stream, what)(*args)
+        except BlockingIOError:  # its reader is slow: this text is lost, the next one may not be
+            return len(args)
+        except (OSError, ValueError):  # ValueError: the file is closed
+            self.drop()
+            return getattr(self.stream, what)(*args)
+
+    def drop(self):
+        """From now on nothing is said."""
+        gone = self.stream
+        self.stream = nowhere()
+        try:
+            # what `gone` holds back, and writes when Python ends, goes nowhere too
+            os.dup2(self.stream.fileno(), gone.fileno())
+        except (OSError, ValueError):
+            pass
+
+
+def nowhere():
+    """A file for what nobody shall read."""
+    return open(os.devnull, 'w', errors='replace')
+
+
+def what_to_mend(error, promise=''):
     """What a user is told of an error, or None where it is a fault of this code."""
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror
         if error.filename:
-            message = f'{error.filename}: {message}'
+            message = f'{setting_of(error.filename)}{shortened(error.filename)}: {message}'
+        if error.errno in NO_FOLDER:
+            message += '; expected a folder, or nothing of this name'
         if error.errno in DISK_IS_FULL:
-            message += '; make room: what was finished is kept, and the same command goes on from there'
+            message += '; ' + ': '.join(filter(None, ['make room', promise]))
         return message
     text = str(error).lower()
     # torch raises a RuntimeError when memory ends; on a GPU and on a CPU it says so in other words
@@ -47,6 +112,25 @@ def what_to_mend(error):
     if isinstance(error, RuntimeError):
         return None
     return str(error)
+
+
+def setting_of(path):
+    """'--name: ' of the setting whose value a path is, or lies in; '' where there is none."""
+    path = os.path.abspath(str(path))
+    found = ''
+    longest = 0
+    for name, value in text_settings.items():
+        place = os.path.abspath(value)
+        if len(place) > longest and (path + os.sep).startswith(place + os.sep):
+            found = f'--{name}: '
+            longest = len(place)
+    return found
+
+
+def shortened(path, most=200):
+    """A path for a message: the beginning of one that is longer than any should be."""
+    path = str(path)
+    return path if len(path) <= most else f'{path[:most]}...'
 
 
 def end(message, code):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from plumbing.ranks import rank_and_world
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -27,9 +29,8 @@ def write_whole(path, write):
 
     Raises: OSError naming the path, where the disk is full, say.
     """
-    # torchrun sets both
-    together = int(os.environ.get('WORLD_SIZE', 1)) > 1
-    if together and int(os.environ.get('RANK', 0)) > 0:
+    rank, _ = rank_and_world()
+    if rank > 0:
         return
     path = Path(path)
     partial = path.with_name(f'.{path.name}.partial')

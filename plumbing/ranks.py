@@ -9,7 +9,11 @@ from datetime import timedelta
 
 import torch
 
+from plumbing.console import nowhere
 from plumbing.machine import pick_device
+
+# what torchrun sets in the environment of every process
+TORCHRUN_SETS = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 def work_together():
@@ -53,22 +57,46 @@ def from_all(item):
     return items
 
 
+def number_in(variable):
+    """The number in a variable of the environment. Raises: ValueError that names it."""
+    text = os.environ[variable]
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f'{variable}={text!r} in the environment: expected a number, as torchrun sets it; '
+                         f'unset {variable} where this process works alone')
+    return int(text)
+
+
+def started_together():
+    """Whether torchrun, or who sets the same variables, started this process beside others. A part of them
+    may be left over from another program: then it works alone, and says so. Raises: ValueError."""
+    if 'WORLD_SIZE' not in os.environ or number_in('WORLD_SIZE') <= 1:
+        return False
+    missing = [variable for variable in TORCHRUN_SETS if variable not in os.environ]
+    if missing:
+        print(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment without {', '.join(missing)}: "
+              f"not by torchrun; this process works alone")
+        return False
+    if number_in('RANK') >= number_in('WORLD_SIZE'):
+        raise ValueError(f"RANK={os.environ['RANK']} in the environment: expected less than "
+                         f"WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    number_in('LOCAL_RANK')
+    number_in('MASTER_PORT')
+    return True
+
+
 @contextmanager
 def processes(settings):
-    """Joins the processes that torchrun started, where it did -> the device of this one. Only the first one
-    prints to the console.
+    """Joins the processes that torchrun started, where it did -> the device of this one, which
+    `settings.device` tells. Only the first one prints to the console.
 
     Raises: ValueError where the device is not there.
     """
-    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    several = started_together()
     device = settings.device
     if several and device in ('auto', 'cuda') and torch.cuda.is_available():
         # a GPU for each
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
-    if getattr(settings, 'deterministic', False):
-        # cuBLAS asks for it
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     if not several:
         yield device
         return
@@ -77,11 +105,15 @@ def processes(settings):
         torch.cuda.set_device(device)
         backend = 'nccl'
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    if not torch.distributed.is_torchelastic_launched():
+        # variables that are left over look the same, and nobody else will come
+        print(f"waiting for {os.environ['WORLD_SIZE']} processes in all at {os.environ['MASTER_ADDR']}:"
+              f"{os.environ['MASTER_PORT']}; unset WORLD_SIZE to work alone", flush=True)
     # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all
     # the same
     torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     rank, _ = rank_and_world()
-    console = nullcontext() if rank == 0 else redirect_stdout(open(os.devnull, 'w'))
+    console = nullcontext() if rank == 0 else redirect_stdout(nowhere())
     with console:
         yield device
     # gloo's threads have then let go of every tensor; one that they hold while Python ends aborts the

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import signal
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.console import clock
+from plumbing.console import clock, stop_signals
 from plumbing.files import safe_load, write_whole
 from plumbing.machine import commit, device_name, keep_freed_memory, most_memory
 from plumbing.ranks import from_all, in_turn, rank_and_world
@@ -51,12 +52,14 @@ class Run:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: while it `waits`, the first is only noted in `asked`, and the step is finished."""
+    """Ctrl-C, SIGTERM and SIGHUP: while it `waits`, the first is only noted in `asked`, and the step is
+    finished."""
 
     def __enter__(self):
         self.asked = False
         self.waits = False
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, *stop_signals()]
+        self.before = {number: signal.signal(number, self.note) for number in numbers}
         return self
 
     def note(self, number, frame):
@@ -75,6 +78,9 @@ def begin(settings, device):
     """Seeds torch and says on which commit and machine the run runs. -> these facts, a dict"""
     keep_freed_memory()
     torch.manual_seed(settings.seed)
+    if settings.deterministic:
+        # cuBLAS asks for it
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(settings.deterministic)
     about = dict(commit=commit(), torch=str(torch.__version__), python=platform.python_version(),
                  device=device_name(device), processes=rank_and_world()[1], threads=torch.get_num_threads(),
