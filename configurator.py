@@ -24,8 +24,6 @@ from dataclasses import fields
 from itertools import product
 from pathlib import Path
 
-from plumbing.console import text_settings
-
 HELP = ('-h', '--help')
 
 # what other programs call a setting, where no word of it is ours
@@ -68,6 +66,8 @@ def configure(cls, argv, prog='train.py'):
         print(help_text(cls, prog, values, sources))
         raise SystemExit(0)
     settings = cls(**values)
+    # here, so that model.py needs this page and no other
+    from plumbing.console import text_settings
     # an error about a path says which setting it is of
     named = {key: value for key, value in vars(settings).items() if isinstance(value, str) and value}
     text_settings.clear()

@@ -390,7 +390,7 @@ def load_encoder(path, **changes):
     """
     found = Path(path) if Path(path).exists() else Path(__file__).parent / path
     if not found.exists():
-        raise FileNotFoundError(f'{path}: no such encoder file or folder; expected CLIP, '
+        raise FileNotFoundError(f'{path}: no such encoder file or folder; --encoder=PATH takes CLIP, '
                                 'a checkpoint of Edge-Glass, or what python -m align config/align.py makes')
     tensors, about = open_weights(found)
     if about.get('kind') != 'encoder':

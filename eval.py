@@ -34,7 +34,7 @@ from plumbing.files import locked, write_whole
 from plumbing.machine import on_device
 from plumbing.novelty import warnings
 from plumbing.pictures import picture_sheet, rgb_picture
-from plumbing.plots import draw_curves
+from plumbing.plots import draw_curves, harmless
 from plumbing.ranks import from_all, processes, rank_and_world
 from plumbing.run import other_weights, read_checkpoint
 from plumbing.tables import OnDisk, View
@@ -48,7 +48,8 @@ SUMMED = ('em', 'f1', 'equal', 'vqa', 'tokens', 'hits', 'loss')      # what the 
 class EvalConfig:
     out_dir: str = 'out/trm'        # the run to evaluate
     split: str = 'test'             # train, val or test
-    dataset: str | None = None      # another dataset folder than the one of the run
+    dataset: str | None = None      # another dataset folder than the one of the run, or where that lies now
+    encoder: str | None = None      # where the encoder of the run lies now
     image: str | None = None        # a picture file: answer `question` about it instead
     question: str | None = None     # the question about `image`
     inner_steps: int | None = None  # test-time depth: another number of passes than in training
@@ -337,7 +338,8 @@ def write_json(path, value, indent=None):
 
 def write_results(out_dir, metrics, rows, predictions):
     """predictions.jsonl, samples.png, curves.png and, where rows have ten answers, vqav2_results.json of a
-    run folder; then metrics.json, which says that the run is finished."""
+    run folder; then metrics.json, which says that the run is finished. Until the pictures are tried, its
+    content lies in metrics.unfinished.json."""
     out_dir = Path(out_dir)
 
     def write_predictions(file):
@@ -347,18 +349,33 @@ def write_results(out_dir, metrics, rows, predictions):
     if all('vqa' in p and p['sample_id'].isdecimal() for p in predictions):  # the official form of VQA v2
         results = [dict(question_id=int(p['sample_id']), answer=p['prediction']) for p in predictions]
         write_json(out_dir / 'vqav2_results.json', results)
-    draw_samples(out_dir / 'samples.png', rows, predictions)
-    draw_curves(out_dir)
     # question by question, for paired comparisons
     correct = ''.join('-' if p['type'] == 'describe' else str(int(p['em'])) for p in predictions)
-    write_json(out_dir / 'metrics.json', metrics | dict(correct=correct), indent=1)
+    write_json(out_dir / 'metrics.unfinished.json', metrics | dict(correct=correct), indent=1)
+    with harmless(out_dir / 'samples.png'):
+        draw_samples(out_dir / 'samples.png', rows, predictions)
+    draw_curves(out_dir)
+    if rank_and_world()[0] == 0:
+        (out_dir / 'metrics.unfinished.json').replace(out_dir / 'metrics.json')
+
+
+def already_finished(saved, settings):
+    """Whether a run, as its checkpoint has it, has nothing left to do; its result is then shown."""
+    file = Path(settings.out_dir) / 'metrics.json'
+    if not saved or saved['run']['step'] < settings.max_steps or not file.is_file():
+        return False
+    print(result_table(json.loads(file.read_text())))
+    print(f'{settings.out_dir}: finished at step {settings.max_steps}, this is its result; to evaluate it '
+          f'again: python eval.py --out_dir={settings.out_dir}; --fresh=true deletes it and trains anew')
+    return True
 
 
 # ----------------------------------------------------------------------------
 # a finished run, and what it answers
 
-def load_run(checkpoint, device):
-    """The decoder, encoder and tokenizer of a checkpoint, with its best weights. Raises: ValueError."""
+def load_run(checkpoint, device, encoder_path=None):
+    """The decoder, encoder and tokenizer of a checkpoint, with its best weights. `encoder_path`: where its
+    encoder lies now, if not where it did. Raises: ValueError; FileNotFoundError."""
     if checkpoint['stage'] != 'answer':
         raise ValueError(f"a checkpoint of stage '{checkpoint['stage']}' has no decoder: it trained an "
                          f"encoder, which --encoder=FILE gives to train.py; python -m align.judge "
@@ -367,13 +384,16 @@ def load_run(checkpoint, device):
     settings = checkpoint['settings']
     decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, checkpoint['model_config'])
     encoder = None
+    if encoder_path and ('encoder' in best or not settings['use_vision']):
+        raise ValueError(f"--encoder={encoder_path}: {settings['out_dir']} needs no file of an encoder")
     if 'encoder' in best:  # trained along
         encoder = fitted(checkpoint, 'encoder', Encoder, EncoderConfig, checkpoint['encoder_config'])
     elif settings['use_vision']:
-        encoder = open_encoder(settings['encoder'], settings)
+        path = encoder_path or settings['encoder']
+        encoder = open_encoder(path, settings)
         if encoder.fingerprint() != checkpoint['encoder_fingerprint']:
-            raise ValueError(f"{settings['encoder']}: not the encoder that this run was trained with "
-                             f"(another fingerprint)")
+            raise ValueError(f'{path}: not the encoder that this run was trained with (another fingerprint); '
+                             f'--encoder=PATH says where that lies now')
     if encoder is not None:
         encoder = encoder.to(device).eval()
     return decoder.to(device).eval(), encoder, Tokenizer(checkpoint['tokenizer'])
@@ -444,7 +464,7 @@ def judge(s, device):
     """Answers one question, or evaluates a split. Processes share the work."""
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device)
+    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
     set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps)
     generator = torch.Generator(device).manual_seed(s.seed)
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
@@ -462,8 +482,11 @@ def judge(s, device):
     batch_size = s.batch_size or min(256, run['batch_size'])
     metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, **sampling)
     print(result_table(metrics))
-    usual = EvalConfig(out_dir=s.out_dir, batch_size=s.batch_size, device=s.device)
     before = Path(s.out_dir) / 'metrics.json'
+    known = json.loads(before.read_text()) if before.is_file() else {}
+    usual = EvalConfig(out_dir=s.out_dir, batch_size=s.batch_size, device=s.device, encoder=s.encoder)
+    if rows.sum.hexdigest() == known.get('dataset_fingerprint', {}).get('test'):  # wherever they lie now
+        usual.dataset = s.dataset
     if s != usual:
         print('nothing written: these are not the settings of the run itself')
     elif not before.is_file() or checkpoint['run']['step'] < run['max_steps']:
@@ -471,7 +494,7 @@ def judge(s, device):
     else:  # the run's own test result
         first = rank_and_world()[0] == 0
         with locked(Path(s.out_dir) / '.lock') if first else nullcontext():
-            write_results(s.out_dir, json.loads(before.read_text()) | metrics, rows, predictions)
+            write_results(s.out_dir, known | metrics, rows, predictions)
         print(f'written: {s.out_dir}/metrics.json, predictions.jsonl, samples.png')
 
 

@@ -185,7 +185,7 @@ def train(s, sources, device, stop):
     print(echo(s, sources))
 
     # ---- words and pictures
-    if s.dataset == ShapesConfig().out:
+    if Path(s.dataset).resolve() == Path(ShapesConfig().out).resolve():
         in_turn(draw_if_missing)
     check_splits(s.dataset)  # the test split is not read before the end
     rows = {split: read_rows(s.dataset, split) for split in ('train', 'val')}
@@ -198,6 +198,8 @@ def train(s, sources, device, stop):
     encoder = open_encoder(s.encoder, asdict(s)).to(device) if s.use_vision else None
     fingerprint = encoder.fingerprint() if encoder else None
     unchanged(s, saved, 'encoder', fingerprint)
+    if evaluation.already_finished(saved, s):
+        return
     images = {split: vision_source(asdict(s), encoder, of_split, device)  # a frozen encoder's are cached
               for split, of_split in rows.items()}
 
@@ -315,6 +317,7 @@ def train(s, sources, device, stop):
     print(f"best validation em {run.best['scores']['em']:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
     facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s))
+    facts |= dict(dataset_fingerprint=rows_sum, encoder_fingerprint=fingerprint)
     flops = flops_per_row(model, trained_encoder, images['train'], questions['train'], s)
     facts |= dict(mflop_per_example=flops / 1e6, curve=validation_curve(out_dir))
     judge_test_split(average['decoder'], judged_encoder, tokenizer, s, device, facts)
@@ -408,6 +411,7 @@ def judge_test_split(decoder, encoder, tokenizer, s, device, facts):
     questions = tokenized(rows, tokenizer, s, truncate=True)  # too late to refuse what is too long
     vision_of = partial(vision_source(asdict(s), encoder, rows, device), encoder)
     metrics, predictions = evaluation.evaluate(decoder, questions, vision_of, device)
+    metrics['dataset_fingerprint'] = facts['dataset_fingerprint'] | dict(test=rows.sum.hexdigest())
     print(evaluation.result_table(metrics))
     evaluation.write_results(s.out_dir, facts | metrics, rows, predictions)
 

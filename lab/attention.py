@@ -32,6 +32,7 @@ class AttentionConfig:
     out_dir: str = 'out/trm'        # the run to look into; attention.png is written there
     split: str = 'test'             # train, val or test
     dataset: str | None = None      # another dataset folder than the one of the run
+    encoder: str | None = None      # where the encoder of the run lies now
     inner_steps: int | None = None  # another number of passes than in training
     device: str = 'auto'            # auto (a GPU if there is one), cpu, cuda, ...
 
@@ -153,7 +154,7 @@ def main(argv=None):
     device = pick_device(s.device)
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device)
+    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
     if not encoder:
         raise ValueError(f'{s.out_dir}: a run without vision has no picture to look at')
     set_depth(decoder, s.out_dir, s.inner_steps, None)

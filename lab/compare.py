@@ -23,6 +23,7 @@ from eval import type_order
 from model import ModelConfig, build_model
 from plumbing.console import printable, run_script, table
 from plumbing.files import write_whole
+from plumbing.plots import harmless, plain_text
 
 # settings that do not change what is learnt, but for rounding, and the seed
 NOT_LEARNT = ('seed', 'fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps',
@@ -83,7 +84,15 @@ def alike(a, b):
     A setting that only one of them knows, as the code was older or newer, does not part them.
     """
     known = (a['settings'].keys() & b['settings'].keys()) - set(NOT_LEARNT)
-    return all(a['settings'][key] == b['settings'][key] for key in known)
+    return all(same_setting(a, b, key) for key in known)
+
+
+def same_setting(a, b, key):
+    """Whether two runs agree in a setting; in a path, where its content has a fingerprint, by that."""
+    for m in (a, b):
+        if not m.get(f'{key}_fingerprint'):
+            return a['settings'][key] == b['settings'][key]
+    return a[f'{key}_fingerprint'] == b[f'{key}_fingerprint']
 
 
 def grouped(paths):
@@ -154,8 +163,8 @@ def paired(runs, base):
     -> its mean, and half the width of its 95 % interval over the questions; None where the runs did not
     answer the same questions, or none but captions
     """
-    asked = {(m['settings']['dataset'], re.sub(r'\d', 'x', m['correct'])) for m in (*runs, *base)}
-    if len(asked) > 1:
+    asked = {re.sub(r'\d', 'x', m['correct']) for m in (*runs, *base)}
+    if len(asked) > 1 or not all(same_setting(m, base[0], 'dataset') for m in (*runs, *base)):
         return None
     questions = [i for i, mark in enumerate(runs[0]['correct']) if mark != '-']
     if not questions:
@@ -273,7 +282,34 @@ def compare(paths, judged=None, reach=None):
              f"the first` over the differences between runs of one seed, of `em minus the first` over the "
              f"questions; describe: f1\nTFLOP, min: of the whole training; depth: blocks in a row for an "
              f"answer token; commit {'; '.join(made)}")
-    return '\n'.join([table_of(about), table_of(scores), notes])
+    return '\n'.join([table_of(about), table_of(scores), *unequal(groups), notes])
+
+
+def unequal(groups):
+    """What a difference between groups may come from beside what is compared, a line each."""
+    lines = []
+    for key in ('max_steps', 'dataset', 'seed'):
+        said = {name: said_of(runs, key) for name, runs in groups.items()}
+        first = next(iter(groups.values()))[0]
+        differ = len(set(said.values())) > 1
+        if key == 'dataset':
+            differ = not all(same_setting(m, first, key) for runs in groups.values() for m in runs)
+        if differ:
+            each = '; '.join(f'{printable(name)}: {text}' for name, text in said.items())
+            lines.append(f'not the same {key} | {each}')
+    return [*lines, ''] if lines else []
+
+
+def said_of(runs, key):
+    """The values that the runs of a group have of a setting, as text; of a data set its fingerprint too."""
+    values = []
+    for m in sorted(runs, key=lambda m: m['seed']):
+        value = str(m['settings'].get(key, m.get(key, 'unknown')))
+        if m.get(f'{key}_fingerprint'):
+            parts = m[f'{key}_fingerprint'].items()
+            value += f" ({', '.join(f'{split} {digest[:8]}' for split, digest in parts)})"
+        values.append(printable(value))
+    return ' '.join(dict.fromkeys(values))
 
 
 # ----------------------------------------------------------------------------
@@ -281,14 +317,21 @@ def compare(paths, judged=None, reach=None):
 
 def draw_comparison(groups, folder):
     """Draws comparison.png and comparison_curves.png, or says how to get them."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print('comparison.png not drawn: pip install matplotlib')
-        return
+    with harmless(folder / 'comparison.png'):
+        try:
+            with plain_text():
+                draw_both(groups, folder)
+        except ImportError:
+            print('comparison.png not drawn: pip install matplotlib')
+
+
+def draw_both(groups, folder):
+    """Raises: ImportError without matplotlib."""
+    from matplotlib.figure import Figure
     styles = {}
     for k, (name, label) in enumerate(zip(groups, labels(groups))):
-        styles[name] = dict(color=f'C{k % 10}', label=printable(label).replace('$', ''))  # $ begins a formula
+        # a space in front, as a name that begins with _ would be left out of the legend
+        styles[name] = dict(color=f'C{k % 10}', label=f' {printable(label)}')
     results = Figure(figsize=(13, 7.5), layout='constrained')
     draw_results(results, groups, styles)
     curves = Figure(figsize=(13, 4), layout='constrained')
@@ -374,7 +417,7 @@ def draw_curves_and_types(figure, groups, styles):
     by_step.set(xlabel='training step', ylabel='validation Exact Match')
     by_flops.set(xlabel='TFLOP of training')
     by_type.set(ylabel='test Exact Match', ylim=(0, 1.03))
-    by_type.set_xticks(range(len(types)), types, rotation=40, ha='right')
+    by_type.set_xticks(range(len(types)), [printable(type) for type in types], rotation=40, ha='right')
 
 
 def main(argv=None):

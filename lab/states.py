@@ -30,6 +30,7 @@ class StatesConfig:
     out_dir: str = 'out/trm'        # the run to look into
     split: str = 'test'             # train, val or test
     dataset: str | None = None      # another dataset folder than the one of the run
+    encoder: str | None = None      # where the encoder of the run lies now
     forget: str | None = None       # y or z: evaluate with it set back to its start before every pass
     fresh: bool = False             # untrained decoders of each recursion and norm, instead of a run
     inner_steps: int | None = None  # with forget: another number of passes than in training
@@ -149,7 +150,7 @@ def main(argv=None):
         return
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device)
+    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
     set_depth(decoder, s.out_dir, s.inner_steps, None)
     rows = rows_to_judge(s.dataset or run['dataset'], s.split)
     limits = run['max_question_tokens'], run['max_answer_tokens']

@@ -83,19 +83,56 @@ def take_lock(f, file, wait):
               f'writes to {folder}')
 
 
+def impostor(start):
+    """What stands in the place of a file, by its first bytes, and what to do; '' where nothing is known of
+    it."""
+    start = start[:1000].lstrip(b'\xef\xbb\xbf \t\r\n').lower()
+    is_page = start.startswith(b'<') and (b'<html' in start or b'<!doctype html' in start)
+    if start.startswith(b'version https://git-lfs.github.com/spec/'):
+        return 'it is a pointer of Git LFS, not the file itself: git lfs pull in its repository fetches that'
+    if is_page:
+        return 'it is a web page, not the file itself: download that again, by its direct link'
+    return ''
+
+
+def refuse_impostor(path):
+    """Raises: ValueError where a pointer of Git LFS or a web page lies in the place of a file."""
+    if os.path.isfile(path):
+        with open(path, 'rb') as f:
+            what = impostor(f.read(1000))
+        if what:
+            raise ValueError(f'{path}: {what}')
+
+
+class Inert:
+    """Stands for an object of a pickle whose content is of no use here, and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# what others pickle beside their weights: Edge-Glass' settings; arguments, paths and NumPy's numbers
+INERT = (r'config\.\w+Config|argparse\.Namespace|pathlib\.(_local\.)?\w*Path|'
+         r'numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|ndarray|dtype|dtypes\.\w+DType)|_codecs\.encode')
+
+
 def safe_load(path):
-    """torch.load of tensors and plain types only: nothing in the file is run. The settings that Edge-Glass
-    pickled into its checkpoints, classes of its module `config`, become empty objects. Files up to 1 GB are
-    held against their checksums, larger ones are memory-mapped.
+    """torch.load of tensors and plain types only: nothing in the file is run. What others pickle beside their
+    weights, `INERT`, becomes objects without content. Files up to 1 GB are held against their checksums,
+    larger ones are memory-mapped.
 
     Raises: ValueError for everything else.
     """
+    refuse_impostor(path)
     try:
         zipped = zipfile.is_zipfile(path)
         large = os.path.getsize(path) >= 2**30
         if zipped and not large:
             check_sums(path)
-        with torch.serialization.safe_globals(empty_settings(path) if zipped else []):
+        with torch.serialization.safe_globals(stand_ins(path) if zipped else []):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped and large)
     except (ValueError, *DAMAGED) as e:
         raise ValueError(f'{path}: not a file that can be read safely ({telling_line(e)[:200]})') from None
@@ -109,11 +146,10 @@ def check_sums(path):
         raise ValueError(f'damaged: {part} has another checksum than when it was written')
 
 
-def empty_settings(path):
-    """For each of Edge-Glass's settings classes in a file: (an empty class to read it as, its name)."""
+def stand_ins(path):
+    """For each class and function in a file that `INERT` lists: (what it is read as, its name)."""
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    names = [name for name in foreign if re.fullmatch(r'config\.\w+Config', name)]
-    return [(type('Settings', (), {}), name) for name in names]
+    return [(Inert, name) for name in foreign if re.fullmatch(INERT, name)]
 
 
 def telling_line(error):

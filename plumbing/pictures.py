@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from plumbing.console import printable
+from plumbing.files import impostor
 
 # no others: to decode EPS Pillow starts a program that runs what is in it
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
@@ -52,7 +53,7 @@ def open_picture(data, most_pixels=2 ** 26):
     except Image.DecompressionBombError as e:
         raise ValueError(f'more than {most_pixels} pixels: {e}') from None
     except UnidentifiedImageError:
-        raise ValueError('not a picture: of no known format') from None
+        raise ValueError(f"not a picture: {impostor(data) or 'of no known format'}") from None
     except UNREADABLE as e:
         raise ValueError(f'not a picture that can be decoded: {e or type(e).__name__}') from None
 

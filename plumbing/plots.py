@@ -1,21 +1,49 @@
-"""Curves of a run, drawn with matplotlib where it is installed."""
+"""Pictures that cost no result, and the curves of a run, drawn with matplotlib where it is installed."""
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from plumbing.console import printable
 from plumbing.files import write_whole
 from plumbing.run import read_log
 
 
-def draw_curves(out_dir):
-    """Draws loss and Exact Match over the steps from log.jsonl to curves.png; without matplotlib, says how to
-    get them."""
+@contextmanager
+def harmless(path):
+    """A picture may never cost the result: where drawing it fails, whatever it is, one line says so."""
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError:
-        print('curves.png not drawn: pip install matplotlib, then run eval.py on this folder')
-        return
+        yield
+    except Exception as e:
+        reason = ' '.join(str(e).split())[:200]
+        print(f'{path}: not drawn ({type(e).__name__}: {printable(reason)})')
+
+
+@contextmanager
+def plain_text():
+    """Within it matplotlib draws texts as they stand: it would take $, and with LaTeX _ and \\ too, for
+    mathematics. Raises: ImportError without matplotlib."""
+    from matplotlib import rc_context
+    with rc_context({'text.parse_math': False, 'text.usetex': False}):
+        yield
+
+
+def draw_curves(out_dir):
+    """Draws loss and Exact Match over the steps from log.jsonl to curves.png, or says why not."""
+    path = Path(out_dir) / 'curves.png'
+    with harmless(path):
+        try:
+            with plain_text():
+                draw_losses_and_scores(path)
+        except ImportError:
+            print(f'{path.name} not drawn: pip install matplotlib, then run eval.py on this folder')
+
+
+def draw_losses_and_scores(path):
+    """Raises: ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+    out_dir = path.parent
     events = read_log(out_dir)
     trained = [event for event in events if event['event'] == 'step']
     judged = [event for event in events if event['event'] == 'eval']
@@ -39,8 +67,8 @@ def draw_curves(out_dir):
 
     left.grid(alpha=0.3)
     right.grid(alpha=0.3)
-    figure.suptitle(str(out_dir))
-    write_whole(Path(out_dir) / 'curves.png', partial(figure.savefig, format='png', dpi=110))
+    figure.suptitle(printable(str(out_dir)))
+    write_whole(path, partial(figure.savefig, format='png', dpi=110))
 
 
 def draw(axes, events, key, style, **more):

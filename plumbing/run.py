@@ -17,8 +17,8 @@ from plumbing.machine import commit, device_name, keep_freed_memory, most_memory
 from plumbing.ranks import from_all, in_turn, rank_and_world
 
 FORMAT = 5  # of checkpoints; raised when their content changes
-FILES = ('ckpt.pt', 'metrics.json', 'encoder.pt', 'predictions.jsonl', 'vqav2_results.json', 'samples.png',
-         'curves.png')  # what a run leaves beside its log
+FILES = ('ckpt.pt', 'metrics.json', 'metrics.unfinished.json', 'encoder.pt', 'predictions.jsonl',
+         'vqav2_results.json', 'samples.png', 'curves.png')  # what a run leaves beside its log
 
 
 @dataclass
@@ -133,7 +133,8 @@ def read_checkpoint(out_dir, unfinished=False):
 
 
 def saved_run(settings, free, stage):
-    """The checkpoint to go on from, or None. `free` settings may differ from those that it began with.
+    """The checkpoint to go on from, or None. `free` settings may differ from those that it began with, and so
+    may the paths of what has a fingerprint, which `unchanged` compares.
 
     Raises: ValueError when out_dir holds a run of another stage or with other settings.
     """
@@ -145,12 +146,12 @@ def saved_run(settings, free, stage):
         if ended and settings.max_steps > before['max_steps']:  # it goes on from where it ended
             free = (*free, 'max_steps')
         other = [f'{key}={before[key]} there, {value} here' for key, value in asdict(settings).items()
-                 if key not in free and before[key] != value]
+                 if key not in free and f'{key}_fingerprint' not in saved and before[key] != value]
         if saved['stage'] != stage:
             other = [f'stage={saved["stage"]} there, {stage} here']
         if other:
             raise ValueError(f'{settings.out_dir} holds a run with other settings ({"; ".join(other)}): '
-                             f'choose another --out_dir, or start over with --fresh=true')
+                             f'choose another --out_dir, or start over with --fresh=true, which deletes it')
     if len(set(from_all(saved and saved['run']['step']))) > 1:
         raise ValueError(f'out_dir={settings.out_dir}: the processes do not all see the same run there; '
                          f'it must lie on a disk that they share')
@@ -158,10 +159,11 @@ def saved_run(settings, free, stage):
 
 
 def unchanged(settings, saved, key, fingerprint):
-    """Raises: ValueError where a run that goes on finds another dataset or encoder under the same name."""
+    """Raises: ValueError where a run that goes on finds another dataset or encoder, wherever it lies."""
     if saved and saved[f'{key}_fingerprint'] != fingerprint:
         raise ValueError(f'{key}={getattr(settings, key)}: not the one that the run in {settings.out_dir} '
-                         f'began with; start over with --fresh=true')
+                         f"began with, {saved['settings'][key]} (another fingerprint): choose another "
+                         f'--out_dir, or start over with --fresh=true, which deletes that run')
 
 
 def put_back(saved, parts, started):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plumbing.files import locked
+from plumbing.files import locked, refuse_impostor
 
 SPLITS = ('train', 'val', 'test')
 
@@ -202,6 +202,7 @@ BATCH_BYTES = 2**26  # of pictures that are read at once
 
 def open_parquet(path):
     """Raises: ValueError where the file is no parquet file or a damaged one."""
+    refuse_impostor(path)
     try:
         # page by page: by itself pyarrow reads a whole row group before it gives the first row
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)

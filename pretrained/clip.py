@@ -69,7 +69,10 @@ def read_clip(path, tensors, about, title):
         known = describe_open_clip(read_beside(path, 'open_clip_config.json'), openai)
     else:
         config = read_beside(path, 'config.json')
-        known = describe_hugging_face(path, config, read_beside(path, 'preprocessor_config.json'))
+        # transformers 5 writes the first one alone, and reads it first
+        preprocessing = read_beside(path, 'processor_config.json').get('image_processor')
+        preprocessing = preprocessing or read_beside(path, 'preprocessor_config.json')
+        known = describe_hugging_face(path, config, preprocessing)
     # two of Edge-Glass' versions pool it in
     keep_class_token = any(key.startswith('vision_encoder.attention_pool.') for key in tensors)
     weights = renamed(title, tensors)
@@ -86,9 +89,11 @@ def read_clip(path, tensors, about, title):
 
 def describe_open_clip(config, openai):
     """-> dict. config: of open_clip_config.json, {} without one; openai: whether it is OpenAI's own file."""
+    if openai:
+        return dict(activation='quick_gelu', mean=CLIP_MEAN, std=CLIP_STD)
     if not config:
-        # OpenAI trained with quick-GELU, most of open_clip's models with GELU
-        return dict(activation='quick_gelu' if openai else 'gelu')
+        # most of open_clip's models were trained with GELU
+        return dict(activation='gelu')
     model = config.get('model_cfg', {})
     vision = model.get('vision_cfg', {})
     known = dict(activation='quick_gelu' if model.get('quick_gelu') else 'gelu')
@@ -105,20 +110,17 @@ def describe_open_clip(config, openai):
 
 def describe_hugging_face(path, config, preprocessing):
     """-> dict. Of config.json and preprocessor_config.json, {} without them. Raises: ValueError."""
+    known = {key: preprocessing[f'image_{key}'] for key in ('mean', 'std') if f'image_{key}' in preprocessing}
     if not config:
-        return {}
+        return known
     vision = config.get('vision_config') or config  # files of old list only what differs from the defaults
     eps = vision.get('layer_norm_eps', 1e-5)
     activation = vision.get('hidden_act', 'quick_gelu')
     if eps != 1e-5 or activation not in ('gelu', 'quick_gelu'):
         raise ValueError(f'{path}: config.json says layer_norm_eps {eps}, hidden_act {activation}: expected '
                          '1e-5, and gelu or quick_gelu')
-    known = dict(activation=activation, n_head=vision.get('num_attention_heads', 12),
-                 n_layer=vision.get('num_hidden_layers', 12))
-    for key in ('mean', 'std'):
-        if f'image_{key}' in preprocessing:
-            known[key] = preprocessing[f'image_{key}']
-    return known
+    return known | dict(activation=activation, n_head=vision.get('num_attention_heads', 12),
+                        n_layer=vision.get('num_hidden_layers', 12))
 
 
 # ----------------------------------------------------------------------------
@@ -217,6 +219,9 @@ def config_of(title, weights, known):
     config |= after_the_trunk(weights, width)
     if not known.get('n_head'):
         print_assumed(title, config)
+    if not {'mean', 'std'} <= known.keys():
+        print(f'{title}: nothing beside the weights tells how pixels are normalised, assumed are mean '
+              f'{config["mean"]} and std {config["std"]}')
     return config
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.files import DAMAGED, safe_load
+from plumbing.files import DAMAGED, refuse_impostor, safe_load
 
 # what Hugging Face and open_clip call a file of weights in a folder, in the order that is looked for
 STEMS = ('model', 'pytorch_model', 'open_clip_model', 'open_clip_pytorch_model')
@@ -37,8 +37,9 @@ def first_few(names, most=8):
 
 def read_json(path):
     """Raises: ValueError naming the file."""
+    refuse_impostor(path)
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e:
         raise ValueError(f'{path}: not JSON: {e}') from None
 
@@ -95,6 +96,7 @@ def open_weights(path):
 
 def read_safetensors(path):
     """-> {name: function that reads the tensor}. Needs the package safetensors. Raises: ValueError."""
+    refuse_impostor(path)
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
