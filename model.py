@@ -1,19 +1,21 @@
 """
 The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs on an answer y and a latent z.
 
-    x = F's keys and values of [picture | question]    # the context: read once, never changed
-    y = embed(answer so far)                           # the answer state, one for each answer position
+    x = F's keys and values of [image | question]      # the context: read once, never changed
+    e = embed(answer so far)                           # the tokens that are written, <bos> first
+    y = e                                              # the answer state, one for each answer position
     z = a learned vector, the same at each position    # the latent state: a scratchpad
-    repeat n times:                                    # one pass
-        y, z = F([y ; z]), looking at x                # the same two blocks F in every pass
+    repeat n times:                                    # one pass, with the same two blocks F every time
+        y, z = F([y ; z]), looking at x                # recursion='concat'; answer_states has two others
     logits = head(y)
 
-Read ModelConfig, Attention, Block, Decoder.forward, Decoder.answer_states (the recursion), Decoder.generate.
+Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion), and
+generate, for which Memory and Cache keep what was computed before.
 
     B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
-    T states that go through F together: A of y, or A of y and then A of z
+    T states that go through F together: A of y, or A of y and then A of z   P the states before them
     C width (n_embd)   D vision_dim   V vocabulary   nh heads   hs head size
-    y is z_H in the paper's code, z is z_L   inner_steps: n in the paper   outer_steps: its T
+    y is z_H in the paper's code, z is z_L, e its x   inner_steps: n in the paper   outer_steps: its T
 """
 
 from dataclasses import dataclass
@@ -39,8 +41,8 @@ class ModelConfig:
     n_embd: int = 128           # C
     vision_dim: int = 128       # D, dimensions of an image token
     recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'loop': y <- F(y), without z;
-                                # 'add': z <- F(x + y + z) n times, then y <- F(y + z)
-    inner_steps: int = 4        # n, passes of a cycle
+                                # 'add': z <- F(e + y + z) n times, then y <- F(y + z)
+    inner_steps: int = 4        # n, passes of a cycle; 'add' makes one more, for y
     outer_steps: int = 1        # T, cycles
     deep_supervision: bool = False      # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False  # recompute the passes in the backward pass: less memory, more time
@@ -56,6 +58,7 @@ class ModelConfig:
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
+        # RoPE turns the numbers of a head in pairs, so its size must be even
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
         if self.kind == 'plain':  # the plain decoder is the loop, taken once
@@ -79,7 +82,8 @@ def rotations(positions, head_size):
 
     Shapes: positions (B, T) -> two (B, 1, T, hs / 2).
     """
-    freqs = 10000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)
+    # float32 even under autocast: bfloat16 could not tell far positions apart
+    freqs = 10000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)     # (hs / 2,)
     angles = positions[:, None, :, None] * freqs                       # (B, 1, T, hs / 2)
     return angles.cos(), angles.sin()
 
@@ -93,6 +97,7 @@ def rotate(x, rope):
 
 def hide(hidden, dtype):
     """A mask to add to attention scores: -inf where `hidden`, else 0."""
+    # -inf, not a large number: what is hidden gets a weight of exactly 0
     zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     return zeros.masked_fill(hidden, -torch.inf)
 
@@ -133,7 +138,7 @@ class Memory:
 
 
 class Attention(nn.Module):
-    """Multi-head attention, written out. A state sees its own stream under a mask, and the context."""
+    """Multi-head attention, written out. States see each other under a mask, and all of the context."""
 
     def __init__(self, config):
         super().__init__()
@@ -165,7 +170,9 @@ class Attention(nn.Module):
         B, T, C = h.shape
         heads = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)                         # (B, nh, T, hs) each
+        # the queries are scaled, not the scores, which are mostly more numbers
         q = rotate(q, rope) * (C // self.n_head) ** -.5
+        # values are not turned: positions decide who looks at whom, not what is read there
         return q, rotate(k, rope), v
 
     def keys_values(self, h, rope):
@@ -176,7 +183,8 @@ class Attention(nn.Module):
         return rotate(k, rope), v                                      # (B, nh, T, hs) both
 
     def weights(self, q, k, mask, context):
-        """One softmax over the context and the own stream. -> (B, nh, T, [S +] P + T)"""
+        """One softmax, so that context and states compete for the same attention.
+        -> (B, nh, T, [S +] P + T)"""
         scores = q @ k.transpose(-2, -1) + mask                        # (B, nh, T, P + T)
         if context is not None:
             keys, _, context_mask = context
@@ -201,6 +209,7 @@ class Block(nn.Module):
             h = h + self.attention(norm(h), rope, mask, context, memory)
             return h + self.mlp(norm(h))
         elif self.norm == 'post':
+            # RMS 1 after each half: any number of passes stays bounded without another norm
             h = norm(h + self.attention(h, rope, mask, context, memory))
             return norm(h + self.mlp(h))
         else:
@@ -210,7 +219,7 @@ class Block(nn.Module):
         return self.fc2(F.gelu(self.fc1(h)))                           # (B, T, C), 4 C in between
 
     def keys_values(self, h, rope):
-        """Keys and values of the block's attention, (B, nh, T, hs) both."""
+        """The keys and values that `forward` would make, (B, nh, T, hs) both."""
         return self.attention.keys_values(norm(h) if self.norm == 'pre' else h, rope)
 
 
@@ -224,7 +233,8 @@ class Context:
 class Cache:
     """What generation keeps: a Memory for every block in every pass.
 
-    Nothing in it goes out of date: what position t computes in a pass depends on positions up to t alone.
+    None of it ever has to be computed again: what position t computes in a pass depends on positions up to t
+    alone, and those do not change.
     """
 
     def __init__(self, config, max_new_tokens):
@@ -238,6 +248,7 @@ class Cache:
         """The Memories of the pass that comes next."""
         if self.next == len(self.passes):
             self.passes.append([Memory(self.room) for _ in range(self.config.n_layer)])
+        # counted as they come, so that a recursion with other passes needs nothing here
         self.next += 1
         return self.passes[self.next - 1]
 
@@ -260,14 +271,15 @@ class Decoder(nn.Module):
         self.head.weight = self.embed.weight
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
-        if config.recursion != 'loop':
+        if config.recursion != 'loop':  # there z would never get a gradient
             self.z_start = nn.Parameter(torch.randn(C))
-        if config.recursion == 'add':
+        if config.recursion == 'add':  # e comes in at every pass there; elsewhere y starts as e
             self.y_start = nn.Parameter(torch.randn(C))
 
         for p in self.parameters():
             if p.dim() == 2:  # keeps the scale of what goes through; here GPT-2's .02 would shrink it
                 nn.init.normal_(p, std=p.size(1) ** -.5)
+        # it is read through a norm, so only the head feels it: the first loss is near log V
         nn.init.normal_(self.embed.weight, std=.02)
         for block in self.blocks:  # what is added to the residual stream starts small, as in GPT-2
             for p in (block.attention.out.weight, block.fc2.weight):
@@ -287,7 +299,8 @@ class Decoder(nn.Module):
             return self.head(cycles[-1]), None
         logits = [self.head(y) for y in cycles]                        # (B, A, V) each
         losses = [cross_entropy(of_cycle, targets) for of_cycle in logits]
-        return logits[-1], sum(losses) / len(losses)
+        # the mean, not the sum: a loss of the same size however many cycles there are
+        return logits[-1], sum(losses) / len(losses)                   # (B, A, V) and a scalar
 
     def read_context(self, vision, question):
         """Runs F over x = [image | question] once. x never sees y or z: this serves every pass. -> Context"""
@@ -297,7 +310,7 @@ class Decoder(nn.Module):
         if c.use_vision:
             image = self.vision_proj(vision.type_as(x))                # (B, N, C)
             x = torch.cat([image, x], dim=1)                           # (B, S, C)
-            real = F.pad(real, (image.size(1), 0), value=True)         # (B, S)
+            real = F.pad(real, (image.size(1), 0), value=True)         # (B, S): no image token is padding
         mask = hide(~real[:, None, None, :], x.dtype)                  # (B, 1, 1, S): nobody looks at padding
         positions = torch.arange(x.size(1), device=x.device)           # padding is on the right
         own_mask = mask
@@ -305,21 +318,23 @@ class Decoder(nn.Module):
             own_mask = mask + hide(positions[:, None] < positions, x.dtype)    # (B, 1, S, S)
         rope = rotations(positions[None], x.size(2) // c.n_head)
 
-        h = norm(x)
+        # words and image start at RMS 1 alike, whatever the encoder's scale
+        h = norm(x)                                                    # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
             memory = Memory()
             h = block(h, rope, own_mask, memory=memory)
             layers.append((memory.keys, memory.values, mask))
-        keys, values = self.blocks[-1].keys_values(h, rope)            # its last block makes no more
+        # nobody reads what the last block would make of x, only its keys and values
+        keys, values = self.blocks[-1].keys_values(h, rope)            # (B, nh, S, hs) both
         layers.append((keys, values, mask))
         return Context(layers, real.sum(1))
 
     def answer_states(self, context, answer, cache=None):
         """The recursion. Runs F again and again over the states of answer positions.
 
-        y_t and z_t see all of x, and every y and z of positions up to t: the mask goes by time, not by place
-        in the sequence.
+        The states of position t see all of x and the states of positions up to t, in 'concat' y and z of each
+        ('add' has their sums): the mask goes by position, not by place in [y ; z].
         Shapes: answer (B, A), the positions after those in `cache` -> y (B, A, C) at the end of each
             supervised cycle, a list; the head predicts from the last one
         Source: 'add' is the form of Jolicoeur-Martineau 2025, arXiv 2510.04871, made causal.
@@ -327,11 +342,14 @@ class Decoder(nn.Module):
         c = self.config
         A = answer.size(1)
         start = 0 if cache is None else cache.positions
+        # RMS 1, as F hands on: the first pass meets the same scale as the others
         e = norm(self.embed(answer))                                   # (B, A, C)
 
+        # y_t and z_t are both at time t: they see each other, and neither sees t + 1
         time = torch.arange(A, device=answer.device).repeat(c.streams)         # (T,): of y, then of z again
         mask = hide(time[:, None] < time, e.dtype)                     # (T, T): states of later positions
         mask = F.pad(mask, (c.streams * start, 0))                     # (T, P + T): all earlier ones are seen
+        # counted from the last real token of x: the padding of a batch moves no answer
         rope = rotations(context.length[:, None] + start + time, c.n_embd // c.n_head)
         network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)
         if c.checkpoint_recursion and torch.is_grad_enabled():
@@ -341,7 +359,9 @@ class Decoder(nn.Module):
         z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
         supervised = []
         for cycle in range(c.outer_steps):
-            if cycle > 0:  # the gradient goes through a whole cycle and not beyond it
+            # the gradient goes through a whole cycle and not beyond it, so y_start and z_start learn from the
+            # first cycle alone, where that one is trained
+            if cycle > 0:
                 y = y.detach()
                 z = None if z is None else z.detach()
             trained = c.deep_supervision or cycle == c.outer_steps - 1
@@ -349,13 +369,13 @@ class Decoder(nn.Module):
                 for _ in range(c.inner_steps):
                     if c.recursion == 'concat':
                         y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)   # (B, A, C) both
-                    elif c.recursion == 'add':
+                    elif c.recursion == 'add':  # e every time: the written tokens come in nowhere else
                         z = network(self.bounded(e + y + z))
                     elif c.recursion == 'loop':
                         y = network(y)
                     else:
                         raise ValueError(f'recursion={c.recursion}: has no branch in answer_states')
-                if c.recursion == 'add':
+                if c.recursion == 'add':  # without e: so F can tell a pass for y from one for z
                     y = network(self.bounded(y + z))
             if trained:
                 supervised.append(y)
@@ -378,13 +398,15 @@ class Decoder(nn.Module):
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None):
         """Answers token by token, the likeliest at temperature 0, else drawn from the top_k likeliest.
 
-        A token costs one position in each pass: the keys and values of those before it are kept, exactly.
+        A token costs one position in each pass: the keys and values of those before it are kept, and the
+        tokens are those that `forward` would give, but for rounding.
         Shapes: as `forward` -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after it.
         """
         c = self.config
         B = len(question)
         context = self.read_context(vision, question)
         cache = Cache(c, max_new_tokens)
+        # padding from the start: after an early stop the rest is right
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
         answer[:, 0] = c.bos_id
         done = torch.zeros(B, dtype=torch.bool, device=question.device)
@@ -399,6 +421,7 @@ class Decoder(nn.Module):
                     logits[logits < least] = -torch.inf
                 probabilities = (logits / temperature).softmax(-1)     # (B, V)
                 token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]     # (B,)
+            # rows that are done go on beside the others: rows never meet
             answer[:, t + 1] = token.masked_fill(done, c.pad_id)
             done |= token == c.eos_id
             if done.all():

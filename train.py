@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-import eval as evaluation
+import eval as evaluation  # eval alone is Python's own
 from configurator import configure, echo, expect
 from data import Questions, Tokenizer, read_rows, train_bpe
 from encoder import open_encoder
@@ -93,8 +93,8 @@ class TrainConfig:
     n_layer: int = 2                          # blocks in the network
     n_head: int = 4                           # attention heads
     n_embd: int = 128                         # width
-    recursion: str = 'concat'                 # concat: [y ; z] together; add: x + y + z; loop: y alone
-    inner_steps: int = 4                      # passes of a cycle
+    recursion: str = 'concat'                 # concat: [y ; z] together; add: e + y + z; loop: y alone
+    inner_steps: int = 4                      # passes of a cycle; add makes one more
     outer_steps: int = 1                      # cycles
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute passes for the gradient: less memory, more time
@@ -104,7 +104,7 @@ class TrainConfig:
     # the optimizer
     optimizer: str = 'muon'                   # muon: Muon on matrices, AdamW on the rest; adamw: on all
     max_steps: int = 1800                     # optimizer steps
-    batch_size: int = 128                     # rows in a forward pass; fewer of more than 8 answer tokens
+    batch_size: int = 128                     # rows in a forward pass; fewer where answers are long
     grad_accum: int = 1                       # forward passes in an optimizer step
     learning_rate: float = 2e-3               # at its peak
     encoder_lr: float = 1.0                   # the share of it that a trained encoder takes
@@ -115,7 +115,7 @@ class TrainConfig:
     beta2: float = 0.95                       # of AdamW
     momentum: float = 0.95                    # of Muon
     grad_clip: float = 1.0                    # largest norm of the gradient; 0: no limit
-    skip_bad_steps: int = 0                   # so many steps may be not finite; they are left out
+    skip_bad_steps: int = 0                   # so many steps whose loss is nan or infinite are left out
     ema: float = 0.998                        # decay of the averaged weights, which are judged; 0: none
 
     def __post_init__(self):
@@ -143,6 +143,7 @@ def check_numbers(settings):
     """Ranges of the settings that every training has. Raises: ValueError that names the setting."""
     for f in fields(settings):
         value = getattr(settings, f.name)
+        # not isinstance: a bool is an int too
         if type(value) in (int, float) and value <= 0 and f.name not in MAY_BE_ZERO:
             raise ValueError(f'{f.name}={value}: expected more than 0')
     if settings.grad_clip < 0 or settings.skip_bad_steps < 0:
@@ -155,7 +156,7 @@ def check_numbers(settings):
             raise ValueError(f'{key}={getattr(settings, key)}: expected at least 0 and less than 1')
     if not 0 <= settings.seed < 2 ** 63:
         raise ValueError(f'seed={settings.seed}: expected 0 to 2^63 - 1')
-    if settings.wandb:
+    if settings.wandb:  # tried now, or a long start would end in an error
         try:
             importlib.import_module('wandb')
         except ImportError:
@@ -169,6 +170,7 @@ def main(argv=None):
         if Path(word).name.startswith('align') and word.endswith('.py'):
             raise ValueError(f'{word}: stage 1 is a program of its own: python -m align {word}')
     s, sources = configure(TrainConfig, argv)
+    # one process alone keeps the folder: two runs in it would overwrite each other
     with processes(s) as device, Stop() as stop:
         first = rank_and_world()[0] == 0
         with locked(Path(s.out_dir) / '.lock') if first else nullcontext():
@@ -213,6 +215,7 @@ def train(s, sources, device, stop):
     if start:
         start_from(start, model, fingerprint)
     model = model.to(device)
+    # a compiled model is not judged: its copy is, which `follow` keeps equal where there is no ema
     average = copy.deepcopy(model).requires_grad_(False).eval() if s.ema or s.compile else model
     if s.compile:
         compile_layers(model, device)  # only what is trained, not what is judged
@@ -222,6 +225,7 @@ def train(s, sources, device, stop):
     dtype = pick_dtype(s.dtype, device)
     kind = device.split(':')[0]
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    # in float16 small gradients are 0 unless the loss is scaled up
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     counts = parameter_counts(model, encoder)
     chance = math.log(config.vocab_size)  # what a guess costs, in nats per token
@@ -229,7 +233,8 @@ def train(s, sources, device, stop):
     print(f'up to {s.batch_size * s.grad_accum} examples per step | expected loss at the start {chance:.2f}')
 
     # ---- go on where a stopped run stood
-    parts = dict(model=model, ema=average, scaler=scaler)  # the whole state
+    # the whole state: batches follow from step and seed, and nothing in the model is random
+    parts = dict(model=model, ema=average, scaler=scaler)
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
         run = put_back(saved, parts, run.started)
@@ -246,7 +251,7 @@ def train(s, sources, device, stop):
     mark = time.time()
     warned = False
     stopping = False
-    stop.waits = True
+    stop.waits = True  # from here on a signal lets the step end: what is saved is whole
     while True:
         if is_due(run.step, s) and run.validated < run.step:
             vision_of = partial(images['val'], judged_encoder)
@@ -273,14 +278,16 @@ def train(s, sources, device, stop):
             chosen = questions['train'].rows_of_step(run.step * s.grad_accum + micro, s.batch_size, s.seed)
             batches.append(chosen)
             batch = questions['train'].batch(chosen)
-            batch['counted'] = batch['targets'] >= 0
+            batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
             batch = on_device(shard(batch), device)
             with autocast:
                 vision = images['train'](trained_encoder, batch['picture'])            # (B, N, D)
                 _, part = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])
+                # each part is a mean: undivided, more of them would make a larger gradient
                 part = part * batch.get('weight', 1) / s.grad_accum
             scaler.scale(part).backward()
             loss = loss + part.detach()
+        # here the processes meet: one gradient, and they stop at the same step
         losses, stopping = all_reduce(parameters, dict(answer=loss), stop.asked)
         gnorm, good = update(parameters, optimizers, scaler, losses['answer'], s.grad_clip)
         if good:
@@ -290,7 +297,7 @@ def train(s, sources, device, stop):
             names = [rows['train'].sample_id[i] for chosen in batches for i in chosen[:8]]
             values = f"loss {losses['answer']}, gradient norm {gnorm}, lr {lr:.2e}"
             problem = printable(f"step {run.step}: {values}: not finite; samples {', '.join(names)}, ...")
-            if run.bad_steps >= s.skip_bad_steps:
+            if run.bad_steps >= s.skip_bad_steps:  # `leave_out` ends the run, which can go on from here
                 save(out_dir, checkpoint, run, parts)
             leave_out(run, log, problem, s.skip_bad_steps)
         run.step += 1
@@ -356,7 +363,7 @@ def tokenized(rows, tokenizer, s, truncate):
 def decoder_config(s, tokenizer, encoder):
     """The decoder's config, with what data and encoder add to the settings. Raises: ValueError."""
     if encoder is None:
-        vision_dim = 1
+        vision_dim = 1  # never used, but a size
     elif s.vision_dim and s.vision_dim not in encoder.config.prefixes:
         raise ValueError(f'vision_dim={s.vision_dim}: expected one of the prefixes of the encoder, '
                          f'{encoder.config.prefixes}')
@@ -376,7 +383,7 @@ def better(new, old, rows):
     """Whether a validation is better than the best one so far. Captions count for the loss only."""
     if all(type == 'describe' for type in rows.type):
         return new['loss'] <= old['loss']
-    return new['em'] >= old['em']
+    return new['em'] >= old['em']  # of equals the later one, which has learnt longer
 
 
 def flops_per_row(model, encoder, image_tokens, questions, s, n=4):
@@ -422,7 +429,7 @@ def judge_test_split(decoder, encoder, tokenizer, s, device, facts):
 def learning_rate(step, s):
     """Linear warm-up, then a cosine from the peak to min_lr_ratio of it."""
     warmup = max(1, round(s.warmup_ratio * s.max_steps))
-    if step < warmup:
+    if step < warmup:  # + 1: a first step at rate 0 would be wasted
         return s.learning_rate * (step + 1) / warmup
     t = (step - warmup) / max(1, s.max_steps - warmup)
     return s.learning_rate * (s.min_lr_ratio + (1 - s.min_lr_ratio) * (1 + math.cos(math.pi * t)) / 2)
@@ -466,10 +473,10 @@ def make_optimizers(parts, s):
 def update(parameters, optimizers, scaler, loss, grad_clip):
     """A step of all optimizers with the clipped gradient -> its norm, and whether all is well.
 
-    Where loss or gradient is not finite no weight moves. In float16 that is well now and then, while the loss
-    is finite and the loss scale can be lowered.
+    Where loss or gradient is not finite no weight moves. In float16 that is no fault while the loss itself is
+    finite: the scale was too high and is lowered.
     """
-    for optimizer in optimizers:
+    for optimizer in optimizers:  # before clipping, or the limit would hold for the scaled gradient
         scaler.unscale_(optimizer)
     gnorm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
     finite = math.isfinite(loss + gnorm)
@@ -477,7 +484,7 @@ def update(parameters, optimizers, scaler, loss, grad_clip):
     if finite:
         for optimizer in optimizers:
             scaler.step(optimizer)
-    scaler.update()
+    scaler.update()  # without a step too: it lowers the scale after an overflow
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     overflow = scaler.is_enabled() and math.isfinite(loss) and scale > 1
@@ -525,7 +532,7 @@ def orthogonal(g):
     Newton and Schulz's iteration. Shapes: (m, n) -> (m, n)."""
     wide = g.size(0) <= g.size(1)  # the smaller side first: the products are smaller
     x = g.float() if wide else g.float().T
-    x = x / (x.norm() + 1e-7)
+    x = x / (x.norm() + 1e-7)  # no singular value above 1: from large ones the iteration would blow up
     for _ in range(5):  # x <- 3.4445 x - 4.7750 a x + 2.0315 a a x
         a = x @ x.T
         b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
