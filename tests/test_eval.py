@@ -164,7 +164,7 @@ def test_against_references_written_another_way():
 
 def test_summaries():
     """Captions count for their own type alone; the mean over the types is over the others."""
-    rows = [dict(type=type, em=em, f1=em, equal=em, tokens=2, hits=1, loss=3.) for type, em in (('color', 1.), ('count', 0.), ('count', 1.), ('describe', 0.))]
+    rows = [dict(type=type, em=em, f1=em, equal=em, tokens=2, hits=1, loss=3., references=['a']) for type, em in (('color', 1.), ('count', 0.), ('count', 1.), ('describe', 0.))]
     m = evaluation.summaries(rows)
     assert m['em'] == 2 / 3 and m['n'] == 3 and m['em_types'] == .75 and m['by_type']['describe']['em'] == 0 and m['loss'] == 1.5 and list(m['by_type']) == ['color', 'count', 'describe']
     alone = evaluation.summaries(rows[3:])

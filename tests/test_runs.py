@@ -255,9 +255,10 @@ def test_two_processes_train(flags, whole, tmp_path):
     validations = [[(e['loss'], e['em']) for e in events if e['event'] == 'eval'] for events in (a[1][0], b[1][0])]  # a row counted twice would show
     assert all(abs(x[0] - y[0]) < 2e-3 and abs(x[1] - y[1]) < .02 for x, y in zip(*validations))
 
-    judge = torchrun(2, 'import eval\nfrom plumbing.console import run_script\nrun_script(eval.main)\n', '--out_dir=two', '--device=cpu', cwd=tmp_path)  # it shares the work too
+    shutil.copytree(tmp_path / 'two', tmp_path / 'judged')
+    judge = torchrun(2, 'import eval\nfrom plumbing.console import run_script\nrun_script(eval.main)\n', '--out_dir=judged', '--device=cpu', cwd=tmp_path)  # it shares the work too
     assert judge.returncode == 0 and judge.stdout.count('written: ') == 1, judge.stderr
-    again = json.loads((tmp_path / 'two/metrics.json').read_text())
+    again = json.loads((tmp_path / 'judged/metrics.json').read_text())
     assert again['n'] == b[1][1]['n'] and abs(again['em'] - b[1][1]['em']) < .02
 
     for step in (10, 20):  # torchrun is killed behind the first and the second checkpoint: its processes end too, and the run goes on to the same bits
