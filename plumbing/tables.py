@@ -56,10 +56,10 @@ def write_dataset(out, rows, schema=SCHEMA, finish=None):
             files[split] = SplitFile(partial / f'{split}.parquet', schema)
             stack.enter_context(files[split].writer)
         for split, row in rows:
-            files[split].add(row)
-            if files[split].is_full():
+            if files[split].is_full(row):
                 files[split].flush()
                 show_progress(out, files, start)
+            files[split].add(row)
         for file in files.values():
             file.flush()
             file.writer.close()
@@ -100,8 +100,10 @@ class SplitFile:
             self.picture_bytes += len(row['image'])
         self.rows.append(row | dict(image=self.pictures[row['image']]))
 
-    def is_full(self):
-        return len(self.rows) == 2000 or self.picture_bytes > 2**22
+    def is_full(self, row):
+        """Whether this row begins the next row group: its picture, unless it is here already, does not fit."""
+        is_new = row['image'] not in self.pictures
+        return len(self.rows) == 2000 or self.picture_bytes > 2**22 and is_new
 
     def flush(self):
         self.writer.write_table(self.table(self.rows, self.pictures))

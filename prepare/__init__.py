@@ -194,18 +194,21 @@ class Import:
 
 def chunks(rows):
     """Yields lists of (split, row): so many that all cores have work, but at most CHUNK_BYTES of different
-    pictures, and one more."""
+    pictures, and one more. Rows that hold equal pictures hold the same one."""
     chunk = []
-    sizes = {}  # of the different pictures
+    held = {}
+    n_bytes = 0
     for split, row in rows:
         image = image_of(row)
-        if image not in sizes:
-            sizes[image] = size_of(image)
-        chunk.append((split, row))
-        if len(chunk) == 256 or sum(sizes.values()) > CHUNK_BYTES:
+        if image not in held:
+            held[image] = image
+            n_bytes += size_of(image)
+        chunk.append((split, row | dict(image=held[image])))
+        if len(chunk) == 256 or n_bytes > CHUNK_BYTES:
             yield chunk
             chunk = []
-            sizes = {}
+            held = {}
+            n_bytes = 0
     if chunk:
         yield chunk
 
