@@ -101,7 +101,7 @@ class SplitFile:
         self.rows.append(row | dict(image=self.pictures[row['image']]))
 
     def is_full(self, row):
-        """Whether this row begins the next row group: its picture, unless it is here already, does not fit."""
+        """Whether this row begins the next row group: its picture does not fit, unless it is here already."""
         is_new = row['image'] not in self.pictures
         return len(self.rows) == 2000 or self.picture_bytes > 2**22 and is_new
 
@@ -199,7 +199,7 @@ def report_bad(path, bad, n, remedy):
 # reading rows
 
 
-BATCH_BYTES = 2**26  # of pictures that are read at once
+BATCH_BYTES = 2**24  # of rows that are read at once
 
 
 def open_parquet(path):
@@ -214,39 +214,55 @@ def open_parquet(path):
 
 def stream(path, columns):
     """Yields ((row group, row in it), row as a dict) for every row of a parquet file. Raises: ValueError."""
-    for place, row in scan(path, columns):
-        yield place, {name: plain(value) for name, value in row.items()}
+    for group, start, batch in batches(path, columns):
+        try:
+            rows = plain_rows(batch)
+        except (pa.ArrowException, ValueError) as e:
+            raise damaged(path, group, start, e) from None
+        for i, row in enumerate(rows, start):
+            yield (group, i), row
 
 
-def scan(path, columns, groups=None):
-    """`stream` with Arrow's values, which cost nothing until they are asked for, of all row groups or some.
-    At most BATCH_BYTES of a row group are in memory, or one row, and what Parquet keeps of a page."""
+def batches(path, columns, groups=None):
+    """Yields (row group, number of the first row there, some rows as Arrow holds them) of all row groups or
+    some. At most BATCH_BYTES are in memory, or one row, and the page of the file that it is in. Raises:
+    ValueError."""
     file = open_parquet(path)
     columns = [key for key in columns if key in file.schema_arrow.names]
     for group in range(file.num_row_groups) if groups is None else groups:
-        # any row can be as large as all of the group: where a picture is stored once, each row has it
+        # a row can be as large as all of its group: a picture that is stored once comes in every row
         most_bytes = max(1, file.metadata.row_group(group).total_byte_size)
         at_once = max(1, min(100, BATCH_BYTES // most_bytes))
-        k = 0
+        start = 0
         try:
             for batch in file.iter_batches(at_once, [group], columns):
-                named_columns = list(zip(batch.schema.names, batch.columns))
-                for i in range(len(batch)):
-                    yield (group, k), {name: column[i] for name, column in named_columns}
-                    k += 1
+                yield group, start, batch
+                start += len(batch)
         except (pa.ArrowException, OSError, ValueError) as e:
-            reason = str(e).splitlines()[0]
-            raise ValueError(f'{path}: damaged in row group {group}, behind row {k} of it: '
-                             f'{reason}') from None
+            raise damaged(path, group, start, e) from None
+
+
+def damaged(path, group, row, error):
+    reason = str(error).splitlines()[0]
+    return ValueError(f'{path}: damaged in row group {group}, behind row {row} of it: {reason}')
+
+
+def plain_rows(batch):
+    """The rows of a record batch as dicts; texts that are not in UTF-8 come with half characters in them, see
+    `is_unicode`."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = [[plain(value) for value in column] for column in batch.columns]
+        return [dict(zip(batch.schema.names, row)) for row in zip(*columns)]
 
 
 def plain(value):
-    """Python's value of one of Arrow's; a text that is not in UTF-8 comes with half characters in it, see
-    `is_unicode`."""
+    """Python's value of one of Arrow's, whatever texts are inside."""
     try:
         return value.as_py()
     except UnicodeDecodeError:
-        if isinstance(value, pa.DictionaryScalar):
+        if isinstance(value, (pa.DictionaryScalar, pa.ExtensionScalar)):
             return plain(value.value)
         if isinstance(value, pa.StructScalar):
             return {name: plain(part) for name, part in value.items()}
@@ -422,8 +438,10 @@ class Pictures:
         self.groups = array('i')    # the row group of each picture
         self.places = array('i')    # its row there
         self.rows = array('i')      # its row in the file
-        self.at = (-1, 0)           # the row group and row there that were read last
-        self.ahead = None           # what follows there
+        self.group = None           # the row group that was read last
+        self.start = 0              # the rows that were read there, from this one on
+        self.batch = ()
+        self.ahead = None           # those behind them
         self.sums = OnDisk(bytes, bytes)
         self.digests = View(self.__len__, self.sums.__getitem__)
         self.names = View(self.__len__, self.name_of)
@@ -443,16 +461,26 @@ class Pictures:
     def __iter__(self):
         places = zip(self.groups, self.places)
         place = next(places, None)
-        for here, row in scan(self.path, ['image']):
-            if here == place:
-                yield read_image(plain(row['image']), self.path.parent)
+        for group, start, batch in batches(self.path, ['image']):
+            while place and place[0] == group and place[1] < start + len(batch):
+                yield self.picture_in(batch, place[1] - start)
                 place = next(places, None)
 
     def __getitem__(self, i):
-        place = (self.groups[i], self.places[i])
-        if self.ahead is None or place[0] != self.at[0] or place[1] <= self.at[1]:
-            self.ahead = scan(self.path, ['image'], [place[0]])
-        for self.at, row in self.ahead:
-            if self.at == place:
-                return read_image(plain(row['image']), self.path.parent)
-        return 'the file has changed since it was read first'
+        group = self.groups[i]
+        place = self.places[i]
+        if group != self.group or place < self.start:
+            self.group = group
+            self.start = 0
+            self.batch = ()
+            self.ahead = batches(self.path, ['image'], [group])
+        while place >= self.start + len(self.batch):
+            following = next(self.ahead, None)
+            if following is None:
+                self.group = None
+                return 'it is gone: the file has changed since it was read first'
+            _, self.start, self.batch = following
+        return self.picture_in(self.batch, place - self.start)
+
+    def picture_in(self, batch, i):
+        return read_image(plain(batch['image'][i]), self.path.parent)

@@ -4,7 +4,10 @@ import hashlib
 import io
 import os
 import random
+import struct
 import types
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ import encoder as encoder_module
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from plumbing import features
 from plumbing.features import PixelReader, cached_features, pixel_array
-from plumbing.pictures import open_picture
+from plumbing.pictures import open_picture, rgb_picture, seen
 
 
 def png(color=(9, 90, 9), size=(64, 64), mode='RGB'):
@@ -76,6 +79,64 @@ def test_grey_of_16_bits(file):
     assert abs(pixels - levels / 257.).max() <= .5
     with pytest.raises(ValueError, match='mode F with values from 0 to 65520: expected 8 or 16 bits a pixel'):
         small().pixels(Image.fromarray(levels.astype(np.float32)))
+
+
+def made_png(depth, color, levels, *chunks):
+    """A PNG of one row, written by hand: Pillow writes no 16-bit colour, nor 2 bits of grey."""
+    def chunk(kind, content):
+        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    bits = ''.join(f'{level:0{depth}b}' for level in levels)
+    pixels = b'\0' + int(bits, 2).to_bytes(len(bits) // 8, 'big')
+    header = struct.pack('>2I5B', len(levels) // {0: 1, 2: 3, 4: 2}[color], 1, depth, color, 0, 0, 0)
+    content = [(b'IHDR', header), *chunks, (b'IDAT', zlib.compress(pixels)), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in content)
+
+
+@pytest.mark.parametrize('depth, color, levels, transparent, expected', [
+    (16, 0, [30000, 5, 4], [5], [117, 255, 0]), (16, 0, [0x1234, 0x1235], [0x1234], [255, 18]), (8, 0, [5, 6], [5], [255, 6]),
+    (4, 0, [1, 2], [1], [255, 34]), (2, 0, [0, 1, 2, 3], [2], [0, 85, 255, 255]), (1, 0, [0, 1] * 4, [0], [255] * 8),
+    (16, 2, [0x1234] * 3 + [0x3412] * 3, [0x1234] * 3, [255, 52]), (8, 2, [7, 7, 7, 8, 8, 8], [7] * 3, [255, 8]), (16, 4, [30000, 65535, 30000, 0], [], [117, 255])])
+def test_transparency_is_judged_in_the_depth_of_the_file(depth, color, levels, transparent, expected):
+    """A level or colour that a PNG of any depth names as transparent, and no other, becomes white; grey with 16 bits keeps its levels beside it."""
+    trns = [(b'tRNS', struct.pack(f'>{len(transparent)}H', *transparent))] if transparent else []
+    assert np.array(rgb_picture(made_png(depth, color, levels, *trns)))[0, :, 0].tolist() == expected
+
+
+def exif(value, kind=3, count=1, gps=None):
+    """EXIF with an orientation, in the bytes of its value, and a GPS directory of one entry."""
+    entry = lambda tag, kind, n, v: struct.pack('<HHL', tag, kind, n) + v.ljust(4, b'\0')
+    first = struct.pack('<H', 2) + entry(0x112, kind, count, value) + entry(0x8825, 4, 1, struct.pack('<L', 38)) + bytes(4)
+    return b'Exif\0\0II*\0\x08\0\0\0' + first + struct.pack('<H', 1) + entry(*(gps or (1, 2, 2, b'N\0'))) + bytes(4)
+
+
+@pytest.mark.parametrize('form', ['PNG', 'WEBP', 'TIFF', 'JPEG'])
+def test_every_orientation(form):
+    """Pictures of every format are turned as their orientation says, once however often they are looked at; one out of range leaves them as they lie."""
+    picture = Image.fromarray(np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((16, 16))).astype(np.uint8)).convert('RGB')
+    lies = np.array(picture)
+    turns = [lies, lies, lies[:, ::-1], lies[::-1, ::-1], lies[::-1], lies.swapaxes(0, 1), np.rot90(lies, -1), lies[::-1, ::-1].swapaxes(0, 1), np.rot90(lies), lies]
+    for orientation, expected in enumerate(turns):
+        tag, file = Image.Exif(), io.BytesIO()
+        tag[0x112] = orientation
+        picture.save(file, form, exif=tag, **dict(lossless=True) if form == 'WEBP' else {})
+        seen_once = rgb_picture(file.getvalue())
+        assert seen_once.size == expected.shape[1::-1] and abs(np.array(seen_once).astype(int) - expected).max() < 9, orientation
+        assert np.array_equal(seen(seen_once), seen_once)
+
+
+@pytest.mark.parametrize('written, is_turned', [
+    (exif(b'\6\0', gps=(0, 2, 4, b'2.2\0')), True), (exif(b'\6\0\0\0', kind=4), True), (exif(b'6\0', kind=2, count=2), False), (exif(b'\6', kind=1), False),
+    (exif(b'\6\0', kind=3)[:20], False), (b'Exif\0\0II*\0', False), (exif(b'\xff\xff\xff\xff', kind=5), False), (exif(b'\6\0', kind=99), False), (exif(b'\6\0', count=2 ** 31), False)])
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_odd_exif(written, is_turned, monkeypatch):
+    """Whatever cameras write into EXIF, the orientation is used or the picture is taken as it lies; EXIF is never written."""
+    monkeypatch.setattr(Image.Exif, 'tobytes', None)
+    file = io.BytesIO()
+    Image.new('RGB', (64, 32)).save(file, 'JPEG')
+    whole = file.getvalue()
+    with_exif = whole[:2] + b'\xff\xe1' + struct.pack('>H', len(written) + 2) + written + whole[2:]
+    assert rgb_picture(with_exif).size == ((32, 64) if is_turned else (64, 32))
+    assert small().pixels(open_picture(with_exif)).shape == (3, 64, 64)
 
 
 def test_files(tmp_path):
@@ -231,6 +292,21 @@ def test_pixel_reader():
     e, pictures = small(), Files(png((10 * i, 99, 9), (30 + i, 50)) for i in range(5))
     reader, everything, order = PixelReader(e, pictures), pixel_array(e, pictures), torch.tensor([4, 1, 1])
     assert torch.equal(reader[order], everything[order])
+
+
+def test_files_ahead_are_bounded_in_bytes(monkeypatch):
+    """However large a batch is, few files wait to be decoded where they are large; a picture that comes twice in a batch is read once, and all in order."""
+    pictures, read = Files(png((10 * i, 99, 9)) for i in range(20)), []
+    monkeypatch.setattr(features, 'AHEAD_BYTES', 3 * len(pictures[0]))
+    with ThreadPoolExecutor() as pool:
+        for most, expected in ((100, 5), (2, 3)):
+            read.clear()
+            files = ((read.append(i), (i, data))[1] for i, data in enumerate(pictures))
+            waiting = [len(read) - done for done, _ in enumerate(features.decode_ahead(small(), pictures, files, most, pool))]
+            assert max(waiting) <= expected and len(waiting) == 20
+    monkeypatch.setattr(Files, '__getitem__', lambda self, i: read.append(i) or list.__getitem__(self, i), raising=False)
+    read.clear()
+    assert torch.equal(PixelReader(small(), pictures)[torch.tensor([9, 2, 9, 4])], pixel_array(small(), pictures)[[9, 2, 9, 4]]) and read == [2, 4, 9]
 
 
 def test_gigantic_pictures_are_refused():

@@ -13,9 +13,11 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
+import unicodedata
 import zlib
 
 import pyarrow as pa
@@ -28,6 +30,7 @@ import data
 import prepare
 import train
 from data import read_rows
+from plumbing import tables
 from plumbing.tables import SPLITS
 from prepare import pixmo
 
@@ -361,6 +364,136 @@ def test_parquet_in_another_encoding(tmp_path):
     (tmp_path / 'src/a.parquet').rename(tmp_path / 'src/train.parquet')
     with pytest.raises(ValueError, match='2 of 4 rows cannot be used: row 0: the question or answer is not in UTF-8; row 2: the question is no text'):
         read_rows(tmp_path / 'src', 'train')
+
+
+def test_a_bad_text_costs_its_row(tmp_path):
+    """Text in another encoding than UTF-8 costs its row and no other, whatever column it is in: large, a view, a dictionary, a struct or a list."""
+    texts = pa.array([b'caf\xe9', b'what?', b'who?'])
+    large, view = texts.cast(pa.large_binary()).view(pa.large_string()), texts.view(pa.string()).cast(pa.string_view())
+    coded = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int32()), texts.view(pa.string()))
+    listed = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), texts.view(pa.string()))
+    messages = pa.ListArray.from_arrays(pa.array([0, 2, 4, 6], pa.int32()), pa.concat_arrays([a for i in range(3) for a in (texts.view(pa.string())[i:i + 1], pa.array(['a']))]))
+    rest = dict(image=[picture(i) for i in range(3)])
+    for k, columns in enumerate((dict(question=large), dict(question=view), dict(question=coded), dict(answer=listed), dict(messages=messages))):
+        table = pa.table(rest | dict(question=['q?'] * 3, answer=['a'] * 3) | columns)
+        pq.write_table(table, put(tmp_path / f'{k}/a.parquet', b''))
+        data.main(['parquet', f"--source={tmp_path / f'{k}/a.parquet'}", f"--out={tmp_path / f'{k}_out'}", '--max_bad=0.5'])
+        n = [pq.read_metadata(tmp_path / f'{k}_out/{split}.parquet').num_rows for split in SPLITS]
+        bad = [json.loads(line) for line in (tmp_path / f'{k}_out/rejects.jsonl').read_text().splitlines()]
+        assert sum(n) == 2 and [(r['sample_id'], r['reason']) for r in bad] == [('a-0', 'the question or answer is not in UTF-8')], list(columns)
+    bad = pa.StructArray.from_arrays([texts.view(pa.string()), listed], ['a', 'b'])
+    assert tables.plain_rows(pa.record_batch([bad], ['x']))[:2] == [dict(x=dict(a='caf\udce9', b=['caf\udce9'])), dict(x=dict(a='what?', b=['what?']))]
+
+
+def test_import_takes_what_the_encoder_takes(tmp_path):
+    """A picture that the encoder would refuse is a bad row of an import, and one with odd EXIF is none."""
+    buffer, jpeg = io.BytesIO(), io.BytesIO()
+    Image.new('F', (9, 9), .5).save(buffer, 'TIFF')
+    Image.new('RGB', (9, 9)).save(jpeg, 'JPEG', exif=b'Exif\0\0nothing')
+    put(tmp_path / 'src/a.jsonl', '\n'.join(json.dumps(dict(image=name, question='q?', answer='a')) for name in ('float.tif', 'p.jpg')))
+    put(tmp_path / 'src/float.tif', buffer.getvalue())
+    put(tmp_path / 'src/p.jpg', jpeg.getvalue())
+    with pytest.raises(ValueError, match='1 of 2 rows cannot be used.*a.jsonl-0: a grey picture of mode F with values from 0.5 to 0.5: expected 8 or 16 bits'):
+        data.main(['table', f"--source={tmp_path / 'src/a.jsonl'}", f"--out={tmp_path / 'out'}", '--max_bad=0'])
+
+
+def test_links_may_leave_the_folder(tmp_path):
+    """A folder of pictures that is a link to another disk works, for import and for training; `..` and paths from elsewhere do not, and the flag that helps is named."""
+    put(tmp_path / 'disk/p.png', picture(1))
+    put(tmp_path / 'secret.png', picture(2))
+    put(tmp_path / 'src/a.jsonl', '\n'.join(json.dumps(dict(image=name, question='q?', answer='a')) for name in ('pictures/p.png', 'pictures/../pictures/p.png', 'pictures/../../secret.png', str(tmp_path / 'secret.png'))))
+    (tmp_path / 'src/pictures').symlink_to(tmp_path / 'disk')
+    data.main(['table', f"--source={tmp_path / 'src/a.jsonl'}", f"--out={tmp_path / 'out'}", '--max_bad=0.5'])
+    assert [r['sample_id'] for r in rejects(tmp_path)] == ['a.jsonl-2', 'a.jsonl-3'] and all('leaves the folder' in r['reason'] and '--images=FOLDER' in r['reason'] for r in rejects(tmp_path))
+    for split in SPLITS:
+        pq.write_table(pa.table(dict(image=['pictures/p.png'], question=['q?'], answer=['a'])), tmp_path / f'src/{split}.parquet')
+    assert list(read_rows(tmp_path / 'src', 'train').pictures) == [(tmp_path / 'disk/p.png').read_bytes()]
+    assert prepare.read_inside(tmp_path / 'src/pictures/p.png', ['', str(tmp_path / 'src')]) == (tmp_path / 'disk/p.png').read_bytes()
+    assert '--images=FOLDER' in prepare.read_inside(tmp_path / 'src/../secret.png', ['', str(tmp_path / 'src')])
+
+
+@pytest.mark.parametrize('on_disk, written', [('NFC', 'NFD'), ('NFD', 'NFC')])
+def test_both_unicode_forms_of_a_name(tmp_path, on_disk, written):
+    """A picture is found whose name has another Unicode form on the disk than in the table, its folder's too; one that is not there is still said to be missing."""
+    folder, name = (unicodedata.normalize(on_disk, text) for text in ('Gemälde', 'é è.png'))
+    put(tmp_path / 'où' / folder / name, picture(1))
+    other = unicodedata.normalize(written, 'Gemälde/é è.png')
+    assert other != f'{folder}/{name}' and tables.read_image(other, tmp_path / 'où') == (tmp_path / 'où' / folder / name).read_bytes()
+    assert tables.read_image(unicodedata.normalize(written, 'Gemälde/é.png'), tmp_path / 'où').startswith('there is no image file')
+
+
+def test_temporary_folder_is_named(tmp_path, monkeypatch):
+    """Where temporary files cannot be made, or fill the disk, the message names their folder and TMPDIR; both kinds are in the same one."""
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    known, long, message = tables.KnownPictures(), tables.OnDisk(), f'{tmp_path}: temporary files cannot be written here.*TMPDIR'
+    known.table.execute('PRAGMA max_page_count = 4')  # of 4 kB
+    with pytest.raises(OSError, match=message):
+        for i in range(999):
+            known[hashlib.sha256(bytes([i % 256, i // 256])).digest()] = 'x' * 99
+    long.file.close()
+    long.file = open('/dev/full', 'w+b', buffering=0)
+    with pytest.raises(OSError, match=message):
+        long.append('x' * 99)
+    assert known.table.execute('PRAGMA temp_store_directory').fetchone() == (str(tmp_path),)
+    monkeypatch.setattr(prepare, 'temporary_table', lambda columns: known.table)
+    with pytest.raises(OSError, match=message):
+        list(prepare.sorted_on_disk(((1, 2), 'x' * 999) for _ in range(99)))
+    monkeypatch.setattr(tempfile, 'TemporaryFile', lambda: open(tmp_path / 'no/such/folder', 'w+b'))
+    with pytest.raises(OSError, match=message):
+        tables.OnDisk()
+
+
+def test_one_large_picture_asked_often(tmp_path, monkeypatch):
+    """A picture of 0.4 MB that 300 rows ask for is held once, however it comes, in an import and in reading; and is stored once, as plain bytes."""
+    large = picture(1, (650, 650), compress_level=0)
+    put(tmp_path / 'table/p.png', large)
+    put(tmp_path / 'table/a.jsonl', '\n'.join(json.dumps(dict(image='p.png', question=f'{i}?', answer='a')) for i in range(300)))
+    for part, n in (('train', 300), ('test', 0)):
+        put(tmp_path / f'easyvqa/{part}/questions.json', [[f'{i}?', 'a', 0] for i in range(n)])
+        put(tmp_path / f'easyvqa/{part}/images/0.png', large)
+    coded = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int32()), pa.array([large]))
+    pq.write_table(pa.table(dict(image=coded, question=['q?'] * 300, answer=['a'] * 300)), put(tmp_path / 'parquet/a.parquet', b''), store_schema=False, dictionary_pagesize_limit=2 ** 24)
+    monkeypatch.setattr(tables, 'BATCH_BYTES', 10 ** 6)
+    reads, read_file = [], prepare.read_file
+    monkeypatch.setattr(prepare, 'read_file', lambda path: reads.append(path) or read_file(path))
+    for format in ('table', 'easyvqa', 'parquet'):
+        out = tmp_path / f'{format}_out'
+        tracemalloc.start()
+        data.main([format, f"--source={tmp_path / format}{'/a.jsonl' if format == 'table' else ''}", f'--out={out}'])
+        rows = {split: read_rows(out, split) for split in SPLITS}
+        assert [len(p) for r in rows.values() for p in r.pictures] == [len(large)]
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(large), format
+        tracemalloc.stop()
+        files = [out / f'{split}.parquet' for split in SPLITS]
+        assert sum(f.stat().st_size for f in files) < 1.1 * len(large) and all(pq.read_schema(f).field('image').type == pa.binary() for f in files)
+    assert len(reads) == 2  # in chunks of 256 rows
+
+
+def test_large_row_groups(tmp_path, monkeypatch):
+    """Of a row group of 15 MB, its pictures in structs, only a few are in memory while all are read, and while one is; an import reads ahead no more than it may."""
+    pictures = [picture(i, (500, 500), compress_level=0) for i in range(60)]
+    struct_of = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
+    images = pa.chunked_array([pa.array([dict(bytes=p, path=f'{i}.png')], struct_of) for i, p in enumerate(pictures)])  # a page each
+    for split, n in (('train', 60), ('val', 1), ('test', 1)):
+        pq.write_table(pa.table(dict(image=images, question=['q?'] * 60, answer=['a'] * 60)).slice(0, n), put(tmp_path / f'src/{split}.parquet', b''))
+    monkeypatch.setattr(tables, 'BATCH_BYTES', 2 ** 19)
+    monkeypatch.setattr(prepare, 'CHUNK_BYTES', 2 ** 20)
+    arrow, all_of_it, before = [], sum(map(len, pictures)), pa.total_allocated_bytes()
+    rows = read_rows(tmp_path / 'src', 'train')
+    tracemalloc.start()
+    for k, found in enumerate(rows.pictures):
+        arrow.append(pa.total_allocated_bytes() - before)
+        assert found == pictures[k]
+    for k in (50, 7, 7, 8, 59, 0):
+        assert rows.pictures[k] == pictures[k]
+        arrow.append(pa.total_allocated_bytes() - before)
+    data.main(['parquet', f"--source={tmp_path / 'src'}", f"--out={tmp_path / 'out'}"])
+    assert max(arrow) < all_of_it / 5 and tracemalloc.get_traced_memory()[1] < all_of_it * .8
+    tracemalloc.stop()
+    assert rows.pictures[59] == pictures[59]
+    (tmp_path / 'src/train.parquet').unlink()
+    pq.write_table(pa.table(dict(image=pictures[:5])), tmp_path / 'src/train.parquet')
+    assert rows.pictures[50] == 'it is gone: the file has changed since it was read first' == rows.pictures[50]
 
 
 def test_memory(tmp_path):
