@@ -1,5 +1,6 @@
 """Pictures that cost no result, and the curves of a run, drawn with matplotlib where it is installed."""
 
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,10 @@ def harmless(path):
 @contextmanager
 def plain_text():
     """Within it matplotlib draws texts as they stand: it would take $, and with LaTeX _ and \\ too, for
-    mathematics. Raises: ImportError without matplotlib."""
+    mathematics, and say at length which letters its fonts lack. Raises: ImportError without matplotlib."""
     from matplotlib import rc_context
-    with rc_context({'text.parse_math': False, 'text.usetex': False}):
+    with rc_context({'text.parse_math': False, 'text.usetex': False}), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
         yield
 
 

@@ -99,6 +99,25 @@ def test_words_without_dashes():
         given('config/nothing.py')
 
 
+@pytest.mark.parametrize('key, meant', [
+    ('lr', 'learning_rate'), ('bs', 'batch_size'), ('wd', 'weight_decay'), ('epochs', 'max_steps'), ('steps', 'max_steps'), ('batch', 'batch_size'), ('layers', 'n_layer'),
+    ('heads', 'n_head'), ('dim', 'n_embd'), ('width', 'n_embd'), ('num_epochs', 'max_steps'), ('gradient_accumulation_steps', 'grad_accum'), ('batch-size', 'batch_size'),
+    ('data_dir', 'dataset'), ('output_dir', 'out_dir'), ('LR', 'learning_rate'), ('clip', 'grad_clip')])
+def test_names_of_other_programs(key, meant):
+    """What other programs call a setting leads to its name here; a value after a space is put into the hint."""
+    with pytest.raises(ValueError, match=f'no such setting .did you mean {meant}[?]'):
+        configure(TrainConfig, [f'--{key}=1'])
+    with pytest.raises(ValueError, match=f'{meant}[?].; did you mean --{key}=1[?]'):
+        configure(TrainConfig, [f'--{key}', '1'])
+
+
+def test_paths_are_expanded(tmp_path, monkeypatch):
+    """~ and variables at the start of a text are taken as a shell takes them, in flags and files; anywhere else they stay."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for text, path in (('~/x', tmp_path / 'x'), ('$HOME/x', tmp_path / 'x'), ('${HOME}/x', tmp_path / 'x'), ('~', tmp_path), ('a~b/$HOME', 'a~b/$HOME')):
+        assert given(f'--out_dir={text}').out_dir == given(write(tmp_path, f'out_dir = {text!r}')).out_dir == str(path)
+
+
 def test_files_are_python(tmp_path):
     """A config file may compute, import and use helper names that start with an underscore."""
     assert given(write(tmp_path, 'import math\n_base = 2\nn_layer = int(math.sqrt(_base * 8))')).n_layer == 4

@@ -1,13 +1,16 @@
 """Whatever happens to a run: killed, stopped, shared by processes, out of disk, out of numbers; and what the user is then told."""
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +24,10 @@ import eval as evaluation
 import train
 from encoder import load_encoder
 from model import Decoder
-from plumbing.console import run_script
+from plumbing.console import GOES_ON, run_script
 from plumbing.files import locked, write_whole
-from plumbing.run import FORMAT, read_checkpoint
+from plumbing.ranks import processes, rank_and_world
+from plumbing.run import FORMAT, Stop, read_checkpoint
 
 TINY = ['--dtype=float32', '--max_steps=30', '--eval_interval=10', '--log_interval=4', '--batch_size=8', '--n_embd=16', '--n_head=2', '--device=cpu', '--inner_steps=2',
         '--max_question_tokens=40']
@@ -296,9 +300,11 @@ def make():
 with train.processes(settings):
     rank = rank_and_world()[0]
     assert in_turn(make) == rank and from_all(rank) == [0, 1]
+    write_whole('written', lambda f: f.write(str(rank).encode()))
 '''
-    done = torchrun(2, script, cwd=tmp_path)
+    done = torchrun(2, 'from plumbing.files import write_whole\n' + script, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / 'made').read_text() == '01', done.stderr
+    assert (tmp_path / 'written').read_text() == '0'  # of several processes only the first one writes
 
 
 def test_a_dying_process_ends_the_job(flags, tmp_path):
@@ -380,17 +386,23 @@ def test_flipped_bits(flags, tmp_path):
             read()
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    """Of several processes only the first one writes a file."""
-    monkeypatch.setenv('RANK', '1')  # as some launchers do even for one process, which then writes
-    write_whole(tmp_path / 'w', lambda f: f.write(b'1'))
-    assert (tmp_path / 'w').exists()
+def test_variables_left_in_the_environment(tmp_path, monkeypatch, capsys):
+    """Who works alone writes, whatever another program left in the environment; which process this is only the process group says (test_in_turn)."""
     monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '1')
     write_whole(tmp_path / 'x', lambda f: f.write(b'1'))
-    assert not (tmp_path / 'x').exists()
-    monkeypatch.setenv('RANK', '0')
-    write_whole(tmp_path / 'x', lambda f: f.write(b'0'))
-    assert (tmp_path / 'x').read_bytes() == b'0'
+    assert (tmp_path / 'x').exists()
+    with processes(types.SimpleNamespace(device='cpu')) as device:
+        assert device == 'cpu' and rank_and_world() == (0, 1)
+    assert 'WORLD_SIZE=2 in the environment without LOCAL_RANK, MASTER_ADDR, MASTER_PORT' in capsys.readouterr().out
+    monkeypatch.setenv('MASTER_ADDR', 'localhost')
+    for name, value, message in (('MASTER_PORT', 'http', "MASTER_PORT='http'"), ('LOCAL_RANK', '', "LOCAL_RANK=''"), ('RANK', '2', 'RANK=2 .*expected less than WORLD_SIZE=2'),
+                                 ('RANK', '-1', "RANK='-1'"), ('WORLD_SIZE', '', "WORLD_SIZE='' in the environment: expected a number"), ('WORLD_SIZE', 'two', "WORLD_SIZE='two'")):
+        for key in ('LOCAL_RANK', 'RANK', 'MASTER_PORT'):
+            monkeypatch.setenv(key, '1')
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=message), processes(types.SimpleNamespace(device='cpu')):
+            pass
 
 
 # ----------------------------------------------------------------------------
@@ -398,7 +410,19 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 MISTAKES = [  # script, arguments, what its message says; {run}: a finished run, {plain}: one of a plain decoder, {here}: a folder for rubbish
     (train, '--n_layers=3', 'n_layers: no such setting .did you mean n_layer'),
-    (train, '--batch_size 8', 'a flag is written --key=value'),
+    (train, '--batch_size 8', 'a flag is written --key=value.*did you mean --batch_size=8'),
+    (train, '--lr 8', 'did you mean learning_rate'),
+    (train, '--out_dir={here}/typo.py/x', '--out_dir: .*x: Not a directory; expected a folder'),
+    (train, '--dataset={data} --encoder={encoder} --cache_dir={here}/typo.py', '--cache_dir: .*typo.py: File exists; expected a folder'),
+    (train, '--out_dir={here}/{long}', '--out_dir: .*[.]{3}: File name too long'),
+    (train, '--dataset={long}', '--dataset: aaa.*[.]{3}: File name too long'),
+    (train, '{here}/nul.py', 'out_dir=.*without null characters'),
+    (train, '--out_dir={here}/out --dataset={here}/pointer', 'train.parquet: it is a pointer of Git LFS.*git lfs pull'),
+    (train, '--dataset={data} --encoder={here}/pointer/train.parquet', 'train.parquet: it is a pointer of Git LFS.*git lfs pull'),
+    (train, '--dataset={data} --encoder={here}/page.safetensors', 'page.safetensors: it is a web page'),
+    (encoder, '{here}/pointer/train.parquet', 'train.parquet: not a picture: it is a pointer of Git LFS'),
+    (evaluation, '--out_dir={run} --encoder={here}/none.pt', 'none.pt: no such encoder'),
+    (evaluation, '--out_dir={run} --encoder=assets/encoder_shapes.pt', 'not the encoder that this run was trained with.*--encoder=PATH'),
     (train, 'batch_size=8', 'did you mean --batch_size=8'),
     (train, 'config/trn.py', 'config/trn.py: no such config file.*config/'),
     (train, '{here}/typo.py', 'typo.py: n_layr: no such setting .did you mean n_layer'),
@@ -454,7 +478,8 @@ def rubbish(tmp_path_factory):
     import pyarrow as pa
     import pyarrow.parquet as pq
     here = tmp_path_factory.mktemp('rubbish')
-    for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'false.py': 'use_vision = false\n', 'torn.json': '', 'torn': 'out_dir = "\ud800"', 'text/train.parquet': 'words'}.items():
+    for name, text in {'typo.py': 'n_layr = 3\n', 'syntax.py': 'n_layer = 3\nn_head = = 2\n', 'false.py': 'use_vision = false\n', 'torn.json': '', 'torn': 'out_dir = "\ud800"', 'text/train.parquet': 'words', 'nul.py': 'out_dir = "a\\0b"\n',
+                       'page.safetensors': '\n<!DOCTYPE html>\n<html>', 'pointer/train.parquet': 'version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n'}.items():
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text(text, errors='surrogatepass')
     for name in ('columns', 'evil', 'no_rows', 'no_test'):
@@ -471,7 +496,7 @@ def rubbish(tmp_path_factory):
 def test_mistakes(script, argv, message, rubbish, whole, tiny_shapes, tiny_encoder, monkeypatch, capsys):
     """A mistake that a new user may make ends a script with one line that says what was wrong and what to do, without a stack trace and with exit code 1;
     --debug adds the trace."""
-    places = dict(here=rubbish, run=whole, data=tiny_shapes, encoder=tiny_encoder)
+    places = dict(here=rubbish, run=whole, data=tiny_shapes, encoder=tiny_encoder, long='a' * 5000)
     words = [word.format(**places) for word in argv.split()]
     words += [f'--out_dir={rubbish}/out'] * (script is train and '--out_dir' not in argv)
     monkeypatch.setattr(sys, 'argv', ['script', *words])
@@ -492,3 +517,112 @@ def test_control_characters(rubbish, monkeypatch, capsys):
     assert '\x1b' not in capsys.readouterr().err
     metrics = dict(n=1, em=1., f1=1., em_types=1., by_type={'\x1b[31m': dict(n=1, em=1., f1=1.)})
     assert '\x1b' not in evaluation.result_table(metrics)
+
+
+# ----------------------------------------------------------------------------
+# what is printed, and pictures, never end a run
+
+def test_a_console_that_is_gone(flags, tmp_path, monkeypatch):
+    """What is printed ends no script: its reader has gone, its file is closed or full or knows no such letters; `--help | head -1` ends quietly. A run ends as any
+    other."""
+    script = tmp_path / 'script.py'
+    script.write_text(f"""import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from plumbing.console import progress, run_script
+def main(argv):
+    for i in range(2000):
+        print('\u65e5\\udc80', i, flush=i % 7 == 0)
+    progress('reading', 1, 1, time.time())
+    print('written', file=done)
+done = open('done', 'a')
+read, write = os.pipe()
+os.close(read)
+closed = open(os.devnull, 'w')
+closed.close()
+for console in (open(write, 'w'), open('/dev/full', 'w'), closed, None, open('narrow', 'w', encoding='ascii')):
+    sys.stdout = sys.stderr = console
+    run_script(main)
+""")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / 'done').read_text().count('written') == 5, done.stderr
+    assert '?? 1999\n' in (tmp_path / 'narrow').read_text()
+    done = subprocess.run(f'{sys.executable} {ROOT}/train.py --help | head -1', shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith('usage: ') and not done.stderr
+    closed = open(tmp_path / 'narrow')
+    closed.close()
+    monkeypatch.setattr(sys, 'stdout', closed)
+    monkeypatch.setattr(sys, 'argv', ['train.py', *flags, '--max_steps=2', '--eval_interval=2', f'--out_dir={tmp_path}/\u65e5$_'])
+    run_script(train.main)
+    assert (tmp_path / '\u65e5$_/metrics.json').is_file() and (tmp_path / '\u65e5$_/curves.png').is_file()
+
+
+def test_a_closed_terminal():
+    """The SIGHUP of a terminal that is closed is taken as SIGTERM, but where nohup asked to ignore it."""
+    before = signal.getsignal(signal.SIGHUP)
+    with Stop() as stop:
+        stop.waits = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stop() as stop:
+        stop.waits = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_promises(monkeypatch, capsys):
+    """Only who does go on says so, of Ctrl-C and of a full disk."""
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    def full(argv):
+        raise OSError(errno.ENOSPC, 'No space left on device', 'x')
+
+    monkeypatch.setattr(sys, 'argv', ['script'])
+    for main in (interrupted, full):
+        for promise in ('', GOES_ON):
+            with pytest.raises(SystemExit):
+                run_script(main, promise)
+            assert ('goes on from there' in capsys.readouterr().err) == bool(promise)
+
+
+def test_a_picture_costs_nothing(whole, tmp_path, monkeypatch, capsys):
+    """Where a picture cannot be drawn, one line says so and the results are there; they lie on disk before pictures are tried. Names with $, _ and backslashes are
+    drawn as they stand."""
+    out = tmp_path / r'\a$b_c\d$e'
+    shutil.copytree(whole, out)
+    before = json.loads((out / 'metrics.json').read_text())
+    (out / 'metrics.json').unlink()
+    (out / 'curves.png').unlink()
+
+    def failing(path, rows, predictions):
+        assert (out / 'predictions.jsonl').is_file() and json.loads((out / 'metrics.unfinished.json').read_text()) == before
+        raise LookupError('no glyph')
+
+    monkeypatch.setattr(evaluation, 'draw_samples', failing)
+    predictions = [json.loads(line) for line in (out / 'predictions.jsonl').read_text().splitlines()]
+    evaluation.write_results(out, before, None, predictions)
+    assert 'samples.png: not drawn (LookupError: no glyph)' in capsys.readouterr().out
+    assert json.loads((out / 'metrics.json').read_text()) == before and not (out / 'metrics.unfinished.json').exists()
+    assert (out / 'curves.png').is_file()
+
+
+# ----------------------------------------------------------------------------
+# where things lie is not what they are
+
+def test_moved(flags, whole, tiny_shapes, tiny_encoder, tmp_path, capsys, monkeypatch):
+    """A data set and an encoder that lie elsewhere now are the ones of the run: its command, which then says that the run is finished, and eval.py, which writes its results,
+    take them; other content is refused, with advice that keeps the run."""
+    shutil.copytree(whole, tmp_path / 'run')
+    shutil.copytree(tiny_shapes, tmp_path / 'moved')
+    shutil.copy(tiny_encoder, tmp_path / 'e.pt')
+    monkeypatch.chdir(tmp_path)
+    moved = ['--dataset=./moved/', '--encoder=e.pt']
+    train.main([*flags, *moved, '--out_dir=run/'])
+    said = capsys.readouterr().out
+    assert 'run/: finished at step 30' in said and 'mean of types' in said and 'evaluating' not in said
+    evaluation.main(['--out_dir=run', '--device=cpu', *moved])
+    assert 'written: run/metrics.json' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='encoder=.*not the one .*choose another --out_dir, or .*--fresh=true, which deletes'):
+        train.main([*flags, '--out_dir=run', f'--encoder={ROOT}/assets/encoder_shapes.pt'])
