@@ -135,7 +135,19 @@ def safe_load(path):
         with torch.serialization.safe_globals(stand_ins(path) if zipped else []):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped and large)
     except (ValueError, *DAMAGED) as e:
-        raise ValueError(f'{path}: not a file that can be read safely ({telling_line(e)[:200]})') from None
+        reason = beginning_of_text(path) or telling_line(e)[:200]
+        raise ValueError(f'{path}: not a file that can be read safely ({reason})') from None
+
+
+def beginning_of_text(path):
+    """Says how a file begins that is text and nothing else, such as the answer of a server; else ''."""
+    if not os.path.isfile(path):
+        return ''
+    with open(path, 'rb') as f:
+        start = f.read(80)
+    if not start.strip() or not start.isascii() or not start.decode().replace('\n', ' ').isprintable():
+        return ''
+    return f'it is text: {start.decode().strip().splitlines()[0]!r}'
 
 
 def check_sums(path):
@@ -154,11 +166,11 @@ def stand_ins(path):
 
 def telling_line(error):
     """The line of an error's message that says most: torch names a class that it refuses (GLOBAL) further
-    down, after general advice."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    down, after its advice to read the file unsafely, which is left out."""
+    lines = [line for line in str(error).splitlines() if line.strip() and 'weights_only' not in line]
     if not lines:
         return type(error).__name__
     for line in lines:
         if 'GLOBAL' in line:
-            return line.strip()
+            return line.partition('. Please use')[0].strip()
     return lines[0]

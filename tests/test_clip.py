@@ -17,6 +17,7 @@ from PIL import Image
 
 import encoder as encoder_module
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
+from plumbing.files import safe_load
 
 
 def peers():
@@ -242,6 +243,38 @@ def test_edge_glass(version, perceiver, tmp_path, images, monkeypatch):
     same_tokens(e, seed(images), images)
 
 
+def test_training_checkpoint(tmp_path, images):
+    """What open_clip's training writes, module. before every name and optimizer, arguments, paths and NumPy's numbers beside the weights, gives the tokens of its weights;
+    what stands beside them is not built."""
+    import argparse
+    import pathlib
+    model = shaken(open_clip_model(quick_gelu=False))
+    weights = {f'module.{key}': t for key, t in model.state_dict().items()}
+    beside = argparse.Namespace(lr=np.float64(.1), logs=pathlib.PosixPath('x'), copies=[np.arange(3), np.dtype('f4'), np.bool_(True), pathlib.PureWindowsPath('x')])
+    checkpoint = dict(epoch=np.int64(1), name='x', state_dict=weights, optimizer=torch.optim.AdamW(model.parameters()).state_dict(), args=beside)
+    torch.save(checkpoint, tmp_path / 'epoch_1.pt')
+    same_tokens(load_encoder(tmp_path / 'epoch_1.pt'), patch_states(model, images), images)
+    assert type(safe_load(tmp_path / 'epoch_1.pt')['args']).__name__ == 'Inert'
+    beside.copies = Evil()
+    torch.save(checkpoint, tmp_path / 'evil.pt')
+    with pytest.raises(ValueError, match='evil.pt: not a file that can be read safely'):
+        load_encoder(tmp_path / 'evil.pt')
+
+
+def test_mean_and_std(tmp_path, capsys):
+    """Mean and std of the pixels come from preprocessor_config.json, or from the processor_config.json that transformers 5 writes in its place; where there is neither, what
+    is assumed is said once."""
+    hugging_face().save_pretrained(tmp_path)
+    assert load_encoder(tmp_path).config.mean == encoder_module.CLIP_MEAN
+    assert capsys.readouterr().out.count('assumed are mean (0.48') == 1
+    values = dict(image_mean=[.1, .2, .3], image_std=[.4, .5, .6])
+    for name, content in (('processor_config.json', dict(image_processor=values)), ('preprocessor_config.json', values)):
+        (tmp_path / name).write_text(json.dumps(content))
+        config = load_encoder(tmp_path).config
+        assert config.mean == (.1, .2, .3) and config.std == (.4, .5, .6) and 'assumed' not in capsys.readouterr().out
+        (tmp_path / name).unlink()
+
+
 def test_from_clip_to_answers(tmp_path, tiny_shapes):
     """The whole way on the command line: CLIP as Hugging Face stores it, aligned by config/align_pixmo.py, read by config/trm_pixmo.py at a Matryoshka
     prefix, evaluated; with the cache and without it the result is nearly the same."""
@@ -327,10 +360,11 @@ def test_every_tensor_counts(tmp_path):
     (tmp_path / 'short/config.json').write_text('{')
     with pytest.raises(ValueError, match='config.json: not JSON'):
         load_encoder(tmp_path / 'short')
-    for name, content in (('aborted.pt', b''), ('odd.pt', b'\x80\x02.')):
+    for name, content, reason in (('aborted.pt', b'', ''), ('odd.pt', b'\x80\x02.', ''), ('answer.pt', b'{"error": "no access"}\n', "it is text: '{.error")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match='can be read safely'):
+        with pytest.raises(ValueError, match=f'can be read safely .{reason}') as error:
             load_encoder(tmp_path / name)
+        assert 'weights_only' not in str(error.value)  # torch's advice would run what is in the file
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ValueError, match='a folder without weights'):
         load_encoder(tmp_path / 'empty')
