@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import expect
+from configurator import expanded, expect
 from plumbing.console import run_script
 from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
@@ -454,7 +454,7 @@ def main(argv):
     """Encodes pictures and shows what comes out."""
     parser = argparse.ArgumentParser(description='Encode pictures with a frozen encoder.')
     parser.add_argument('pictures', nargs='+', help='picture files')
-    parser.add_argument('--encoder', default='assets/encoder_shapes.pt',
+    parser.add_argument('--encoder', default='assets/encoder_shapes.pt', type=partial(expanded, 'encoder'),
                         help="encoder file or folder: this project's, CLIP, or a checkpoint of Edge-Glass "
                              '(default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, ...')

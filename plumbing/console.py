@@ -115,16 +115,25 @@ def what_to_mend(error, promise=''):
 
 
 def setting_of(path):
-    """'--name: ' of the setting whose value a path is, or lies in; '' where there is none."""
+    """'--name: ' of the setting whose value a path is, lies in or leads to; '' where there is none."""
     path = os.path.abspath(str(path))
-    found = ''
-    longest = 0
-    for name, value in text_settings.items():
-        place = os.path.abspath(value)
-        if len(place) > longest and (path + os.sep).startswith(place + os.sep):
-            found = f'--{name}: '
-            longest = len(place)
-    return found
+    places = {os.path.abspath(value): name for name, value in text_settings.items()}
+    around = [place for place in places if lies_in(path, place)]
+    # a folder on the way to it could not be made, or the lock beside it, .NAME.lock
+    beside = [place for place in places if lies_in(place, path) or path == lock_beside(place)]
+    if around:
+        return f'--{places[max(around, key=len)]}: '
+    return f'--{places[beside[0]]}: ' if len(beside) == 1 else ''
+
+
+def lies_in(path, folder):
+    return (path + os.sep).startswith(folder + os.sep)
+
+
+def lock_beside(path):
+    """The lock file of a folder that is not there yet."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f'.{name}.lock')
 
 
 def shortened(path, most=200):

@@ -76,6 +76,24 @@ def test_comparison(tmp_path, monkeypatch):
     assert compare([tmp_path / 'plain_0.json']).count('plain') == 2
 
 
+def test_what_else_differs(tmp_path, monkeypatch, capsys):
+    """lab.compare says where groups have other training steps, seeds or data; the same data under another path are the same. Names as matplotlib's mathematics are drawn as
+    they stand, and a picture that fails costs no table."""
+    def said(**of_two):
+        for name, more in (('one', {}), ('_$two\\$', of_two)):
+            m = metrics(.5, more.pop('seed', 0), kind=name, max_steps=more.pop('max_steps', 9), dataset=more.pop('dataset', 'd'))
+            m['by_type']['$x_'] = m['by_type'].pop('color')
+            (tmp_path / f'{name}.json').write_text(json.dumps(m | dict(dataset_fingerprint=dict(test=more.pop('sum', 'abc')))))
+        text = compare([tmp_path / '*.json'])
+        return [line.split(' | ')[0] for line in text.splitlines() if line.startswith('not the same')]
+
+    assert said() == said(dataset='e/d') == []
+    assert said(max_steps=3) == ['not the same max_steps'] and said(seed=3) == ['not the same seed'] and said(sum='x') == ['not the same dataset']
+    assert 'not drawn' not in capsys.readouterr().out
+    monkeypatch.setattr('lab.compare.draw_results', None)
+    assert said() == [] and 'comparison.png: not drawn (TypeError' in capsys.readouterr().out
+
+
 def test_spread(monkeypatch):
     """Half an interval has Student's t of the tables; without scipy a line says how to get it, and one run
     alone needs none."""
