@@ -8,7 +8,8 @@ A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a 
     answer     a string, or a list of reference answers (the first one is trained on)
     caption    optional, a string or a list; without a question a row gets one of PROMPTS, and answers it
     sample_id  optional, any string; names the row in messages and predictions
-    type       optional; results are broken down by it
+    type       optional; results are broken down by it; `describe` is the type of captions, judged apart
+    group      optional, for imports: pictures of one group (crops of one photograph) land in one split
 
 Any such folder trains: `python train.py config/trm.py --dataset=FOLDER`. This page has, in reading order,
 rows, the tokenizer, and batches; prepare/ draws the pictures of `shapes` and reads published datasets.
@@ -42,13 +43,13 @@ from plumbing.tables import (
     OnDisk,
     Pictures,
     View,
-    caption_problem,
+    as_list,
     named,
     open_split,
     read_image,
     report_bad,
+    row_problem,
     stream,
-    text_problem,
     write_dataset,
 )
 from prepare import ImportConfig, formats, import_dataset
@@ -79,26 +80,24 @@ def read_rows(folder, split):
     for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
         row_done(f'{path}: rows', i, n_rows, start)
         question = row.get('question')
-        answer = row.get('answer')
-        caption = row.get('caption')
+        references = as_list(row.get('answer'))
+        captions = as_list(row.get('caption'))
         type = row.get('type')
+        problem = row_problem(question, references, captions)
         # a picture with only a caption asks for it, so that captions and answers are learnt alike
-        if question is None and caption:
+        if question is None and captions:
             question = drawn_prompt(i)
-            answer = caption
+            references = captions
             type = 'describe'  # whatever its column says: captions are judged apart
         # a string here says what is wrong: all bad rows are named together, not the first one alone
         image = read_image(row.get('image'), folder)
-        references = [answer] if isinstance(answer, str) else answer
-        if isinstance(caption, list) and caption:
-            caption = caption[0]
         if not isinstance(image, bytes):
             bad.append((i, image))
             continue
-        problem = text_problem(question, references) or caption_problem(caption)
         if problem:
             bad.append((i, problem))
             continue
+        caption = captions[0] if captions else None
         # a picture with ten questions is decoded and encoded once
         digest = hashlib.sha256(image).digest()
         picture = known.get(digest)
@@ -438,4 +437,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    run_script(main)
+    run_script(main, 'nothing was written, and the same command starts over; pictures fetched are kept')

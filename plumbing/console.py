@@ -99,7 +99,7 @@ def what_to_mend(error, promise=''):
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror
         if error.filename:
-            message = f'{setting_of(error.filename)}{shortened(error.filename)}: {message}'
+            message = f'{setting_of(error.filename)}{cut(error.filename, 200)}: {message}'
         if error.errno in NO_FOLDER:
             message += '; expected a folder, or nothing of this name'
         if error.errno in DISK_IS_FULL:
@@ -136,10 +136,11 @@ def lock_beside(path):
     return os.path.join(folder, f'.{name}.lock')
 
 
-def shortened(path, most=200):
-    """A path for a message: the beginning of one that is longer than any should be."""
-    path = str(path)
-    return path if len(path) <= most else f'{path[:most]}...'
+def cut(value, most=80):
+    """A value of the data as a message shows it: its beginning and its end, where it is long."""
+    text = str(value)
+    half = (most - 5) // 2
+    return text if len(text) <= most else f'{text[:half]} ... {text[-half:]}'
 
 
 def end(message, code):

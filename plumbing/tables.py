@@ -1,6 +1,7 @@
 """Tables on disk: the parquet files of a dataset, row by row, what can be wrong with a row, and long lists in
 temporary files."""
 
+import base64
 import json
 import os
 import re
@@ -14,10 +15,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from os.path import abspath, exists
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from plumbing.console import cut
 from plumbing.files import locked, refuse_impostor
 
 SPLITS = ('train', 'val', 'test')
@@ -39,15 +42,14 @@ def write_dataset(out, rows, schema=SCHEMA, finish=None):
     """Writes (split, row) pairs to the folder `out`, which appears whole or not at all; `finish` may add
     files to it.
 
-    Raises: FileExistsError when `out` is there already.
+    Raises: FileExistsError when `out` is there already; ValueError where it is no name of a folder.
     """
-    out = Path(out)
+    out = folder_to_write(out)
     partial = out.with_name(f'.{out.name}.partial')
     start = time.time()
     with ExitStack() as stack:
         stack.enter_context(locked(out.with_name(f'.{out.name}.lock'), wait=True))
-        if out.exists():
-            raise FileExistsError(f'{out}: already there; delete it or choose another --out')
+        folder_to_write(out)  # another process may have made it meanwhile
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
         stack.callback(shutil.rmtree, partial, ignore_errors=True)  # it is in place by then, or of no use
@@ -71,6 +73,19 @@ def write_dataset(out, rows, schema=SCHEMA, finish=None):
             with open(path, 'r+b') as f:
                 os.fsync(f.fileno())
         os.replace(partial, out)
+
+
+def folder_to_write(out):
+    """The path of a folder that is not there yet. Raises: FileExistsError, ValueError."""
+    path = Path(out)
+    if path.name in ('', '..'):
+        raise ValueError(f'--out={out}: expected the name of a new folder, data/mine, say')
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f'{place}: already there, a file; --out={out} is to be a new folder')
+    if path.exists():
+        raise FileExistsError(f'{path}: already there; delete it or choose another --out')
+    return path
 
 
 def show_progress(out, files, start):
@@ -156,27 +171,45 @@ def check_splits(folder):
                              f'pictures, or files named train, val and test, to python data.py')
 
 
-def text_problem(question, references):
-    """What is wrong with the texts of a row, or None."""
-    if not isinstance(question, str):
-        return 'the question is no text'
-    if not question.strip():
-        return 'the question is empty'
-    is_list = isinstance(references, list) and references
-    if not is_list or not all(isinstance(answer, str) and answer.strip() for answer in references):
-        return 'the answer is empty or no text'
-    if not is_unicode(question, *references):
+MOST_SIGNS = 10**5  # of a text: gpt2's pattern breaks down at a million spaces
+
+
+def as_list(texts):
+    """What a row has in a column of one text or several, its answers or captions, as a list."""
+    if texts is None or texts == '':
+        return []
+    return texts if isinstance(texts, list) else [texts]
+
+
+def row_problem(question, answers, captions):
+    """What is wrong with the texts of a row, its kind, a colon, the details, or None. A row has a question
+    and a list of answers, or a list of captions, or both."""
+    if question is not None or not captions:
+        if not isinstance(question, str):
+            return 'the question is no text' + found([question])
+        if not question.strip():
+            return 'the question is empty'
+        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            return 'the answer is empty or no text' + found(answers)
+    if not all(isinstance(caption, str) for caption in captions):
+        return 'the caption is no text' + found(captions)
+    if question is None and not all(caption.strip() for caption in captions):
+        return 'the caption is empty'
+    asked = [] if question is None else [question, *answers]
+    longest = max(map(len, asked + captions))
+    if longest > MOST_SIGNS:
+        return f'a text has more than {MOST_SIGNS} signs: {longest}'
+    if not is_unicode(*asked):
         return 'the question or answer is not in UTF-8'
-    return None
+    return None if is_unicode(*captions) else 'the caption is not in UTF-8'
 
 
-def caption_problem(caption):
-    """What is wrong with the caption of a row, which may have none, or None."""
-    if caption is None:
-        return None
-    if not isinstance(caption, str):
-        return 'the caption is no text'
-    return None if is_unicode(caption) else 'the caption is not in UTF-8'
+def found(values):
+    """The end of a message: the first value that is no text, where there is any."""
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            return f': a {type(value).__name__}, {cut(repr(value))}'
+    return ''
 
 
 def is_unicode(*texts):
@@ -278,10 +311,16 @@ def read_image(image, folder):
         image = image.get('bytes') or image.get('path')
     if isinstance(image, str):
         if not is_unicode(image) or '\0' in image:
-            return f'the image path {image!r} is none'
+            return f'the image path {cut(repr(image))} is none'
+        if re.match(r'[A-Za-z][\w+.-]+://', image):
+            return (f'the image is a URL: {cut(image)}; python data.py pixmo fetches those of a parquet file '
+                    f'with a column image_url; or take img2dataset, and python data.py parquet')
+        written_out = picture_in_text(image)
+        if written_out is not None:
+            return written_out or 'the image is empty'
         path = inside(image, folder)
         if path is None:
-            return f'the image path {image!r} leaves the folder: {folder}: {OTHER_FOLDER}'
+            return f'the image path {cut(repr(image))} leaves the folder: {cut(folder)}: {OTHER_FOLDER}'
         image = read_file(path)
     if image and not isinstance(image, (bytes, str)):
         return f'the image is a {type(image).__name__}, expected bytes or a path'
@@ -299,14 +338,39 @@ def inside(path, folder):
     return path if is_inside else None
 
 
+# what picture files begin with, in base64, and signs of base64 alone: no path looks so
+FIRST_SIGNS = r'\s*(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|UD[UY])'
+PICTURE_IN_BASE64 = re.compile(FIRST_SIGNS + r'[\w+/=\s-]{30,}', re.ASCII)
+MOST_SIGNS_OF_PICTURE = 2**26
+
+
+def picture_in_text(text):
+    """The bytes of a picture that a text holds, as a data: URI or in base64, or a string that says what is
+    wrong with it, or None where the text is a path."""
+    is_uri = text[:5].lower() == 'data:'
+    if len(text) > MOST_SIGNS_OF_PICTURE:
+        return f'the image is a text of more than {MOST_SIGNS_OF_PICTURE} signs: {len(text)}'
+    if not is_uri and not PICTURE_IN_BASE64.fullmatch(text):
+        return None
+    head, _, body = text.partition(',') if is_uri else ('', '', text)
+    data = unquote_to_bytes(body)
+    if is_uri and not head.lower().endswith(';base64'):
+        return data
+    data = b''.join(data.split()).translate(bytes.maketrans(b'-_', b'+/'))
+    try:
+        return base64.b64decode(data + b'=' * (-len(data) % 4), validate=True)
+    except ValueError:
+        return f'the image is a data: URI that cannot be decoded: {cut(text)}'
+
+
 def read_file(path):
     """The bytes of a file, or a string that says why there are none."""
     try:
         return as_on_disk(Path(path)).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return f'there is no image file: {path}'
+        return f'there is no image file: {cut(path)}'
     except (OSError, ValueError) as e:  # a folder, no permission, a name that no file can have
-        return f'the image file cannot be read: {path} ({type(e).__name__})'
+        return f'the image file cannot be read: {cut(path)} ({type(e).__name__})'
 
 
 def as_on_disk(path):

@@ -4,14 +4,15 @@ Importing published datasets. A module of this folder reads one family of format
 
     split   train, val or test: as it was published; 'train or val', or None for any of the three: the content
             of the picture decides. Published splits come first
-    row     image (bytes, or a path), question, answer (a string or a list), caption, sample_id, type, as in
-            data.py; or sample_id and bad (why the row cannot be used); or sample_id and missing (why there is
-            no picture), which is not counted as bad
+    row     image (bytes, or a path), question, answer, caption, sample_id, type, group, as in data.py; or
+            sample_id and bad (why the row cannot be used); or sample_id and missing (why there is no
+            picture), which is not counted as bad
 
 A module that draws its pictures has a Config of its own in place of ImportConfig; its rows have their split
 and are not checked. A new format is a new module: nothing else names them.
 """
 
+import codecs
 import hashlib
 import json
 import mmap
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from plumbing.console import cut
 from plumbing.files import write_whole
 from plumbing.pictures import rgb_picture
 from plumbing.tables import (
@@ -36,11 +38,11 @@ from plumbing.tables import (
     SPLITS,
     KnownPictures,
     OnDisk,
-    caption_problem,
+    as_list,
     read_file,
+    row_problem,
     temporary_problem,
     temporary_table,
-    text_problem,
     write_dataset,
 )
 
@@ -58,7 +60,7 @@ class ImportConfig:
     images: str = ''              # folder of its pictures, where they lie apart
     out: str = ''                 # folder to write the dataset to
     max_bad: float = 0.01         # stop where more than this share of the rows is bad; 0: where any is
-    # fetching pictures by URL
+    # fetching pictures by URL, which pixmo does
     workers: int = 32             # connections at a time
     timeout_s: float = 20.0       # for a picture, in seconds
     retries: int = 3              # after a lost connection, a time-out, status 429 or 5xx
@@ -82,6 +84,8 @@ class ImportConfig:
             raise ValueError(f'max_bad={self.max_bad}: expected a share, 0 to 1')
 
 
+FETCHING = ('workers', 'timeout_s', 'retries', 'backoff_s', 'most_bytes', 'allow_private', 'retry_failed')
+
 # ----------------------------------------------------------------------------
 # checking and writing the rows
 
@@ -91,10 +95,18 @@ def import_dataset(module, config):
     with reasons.
 
     Raises: ValueError where more than `config.max_bad` of the rows are bad; their list is then beside
-        `config.out`.
+        `config.out`; FileNotFoundError.
     """
+    fetches = hasattr(module, 'fetch')
+    for key in () if fetches else FETCHING:
+        if getattr(config, key) != getattr(ImportConfig, key):
+            raise ValueError(f'--{key}: {module.__name__.split(".")[-1]} fetches no pictures, so it does not '
+                             f'read this; leave it out')
+    if config.images and not fetches and not Path(config.images).is_dir():
+        raise FileNotFoundError(f'--images={config.images}: no such folder')
     job = Import(module, config)
-    schema = SCHEMA.set(2, pa.field('answer', pa.list_(pa.string())))  # an answer is a list of references
+    texts_type = pa.list_(pa.string())  # a row may have several answers and captions
+    schema = SCHEMA.set(2, pa.field('answer', texts_type)).set(3, pa.field('caption', texts_type))
     write_dataset(config.out, job.good_rows(), schema, job.finish)
 
 
@@ -105,7 +117,8 @@ class Import:
         self.module = module
         self.config = config
         self.known = KnownPictures()  # of a picture: (why it cannot be decoded or None, its split or None)
-        self.counts = Counter()       # rows that were read, are missing, bad or shared
+        self.counts = Counter()       # rows that were read, are missing, bad, shared, divided; pictures
+        self.groups = set()           # some of the groups met
         self.written = Counter()      # rows by split
         self.rejects = OnDisk()
         self.reasons = Counter()      # how often each kind of reason was met
@@ -144,23 +157,36 @@ class Import:
             return self.reject(row, 'missing', row['missing'])
         if problem or undecodable:
             return self.reject(row, 'bad', problem or undecodable)
-        place = split_of(split, digest, earlier)
+        # where a published split has a picture of a group, its other pictures go there too
+        group = group_digest(row)
+        _, of_group = self.known.get(group) or (None, None)
+        of_both = earlier or of_group
+        shared = 'picture' if earlier else 'group'
+        place = split_of(split, group or digest, of_both)
         if place is None:
-            return self.reject(row, 'bad', 'its picture is in the test split too')
+            return self.reject(row, 'bad', f'its {shared} is in the test split too')
+        if of_both not in (None, place):
+            self.counts['shared'] += 1
+            example = f'{cut(row.get("sample_id"))} of {place} is in {of_both}'
+            self.first_shared = self.first_shared or (shared, example)
         if earlier is None:
             self.known[digest] = None, place
-        elif earlier != place:
-            self.counts['shared'] += 1
-            self.first_shared = self.first_shared or f'{row.get("sample_id")} of {place} is in {earlier}'
+            self.counts['pictures'] += 1
+        if group and of_group is None and split in SPLITS:
+            self.known[group] = None, place
+        if group and len(self.groups) < 100:
+            self.groups.add(group)
+        self.counts['divided'] += split not in SPLITS
         self.written[place] += 1
         return place
 
     def reject(self, row, kind, reason):
         self.counts[kind] += 1
-        self.reasons[re.sub(r"(?s) '.*'|(: | \().*", '', reason)] += 1  # its kind, without the details
+        kind_of_reason = re.sub(r"""(?s) '.*'| ".*"|(: | \().*""", '', reason)  # without the details
+        self.reasons[kind_of_reason] += 1
         self.rejects.append(dict(sample_id=row.get('sample_id'), reason=reason, missing=kind == 'missing'))
         if kind == 'bad' and len(self.first_bad) < 3:
-            self.first_bad.append(f'{row.get("sample_id")}: {reason}')
+            self.first_bad.append(f'{cut(row.get("sample_id"))}: {reason}')
 
     def finish(self, folder):
         """Adds rejects.jsonl to the folder and says what became of the rows. Raises: ValueError."""
@@ -176,16 +202,36 @@ class Import:
               f"picture, {n_bad} bad", end='')
         print(''.join(f' | {count} {reason}' for reason, count in self.reasons.most_common(9)))
         if self.first_shared:
-            print(f"{self.counts['shared']} rows have a picture that another split has too; splits are kept "
-                  f"as they were published: {self.first_shared}, for example")
+            shared, example = self.first_shared
+            print(f"{self.counts['shared']} rows have a {shared} that another split has too; splits are kept "
+                  f"as they were published: {example}, for example")
         lacking = [split for split in SPLITS if not self.written[split]]
         if lacking:
-            print(f'no rows for {" and ".join(lacking)}: to train takes some in each split; more pictures, '
-                  f'or files named train, val and test, give them')
+            print(f'no rows for {" and ".join(lacking)}, and training needs some in each split: '
+                  f'{self.why_lacking(lacking)}')
         if not allowed:
             raise ValueError(f'{self.config.source}: {n_bad} of {n_rows} rows cannot be used, more than '
                              f'--max_bad={self.config.max_bad} allows: {"; ".join(self.first_bad)}; all of '
                              f'them are in {path}')
+
+    def why_lacking(self, lacking):
+        """Why some splits have no rows, and what to do."""
+        n_pictures = self.counts['pictures']
+        if not self.counts['rows']:
+            return f'{self.config.source} holds no rows; give a source that does'
+        if not n_pictures:
+            return 'no row could be used, for the reasons above; mend them'
+        if self.counts['divided'] and self.groups:
+            return (f'a group of pictures stays in one split, and the {n_pictures} pictures have only '
+                    f'{len(self.groups)} different values in the column group; give more groups (50, say), '
+                    f'leave out the column, or name files train, val and test')
+        if self.counts['divided']:
+            return (f'a tenth of the pictures goes to val and to test each, by a hash of the picture, and '
+                    f'{n_pictures} are too few for that; give more (50, say), or name files train, val and '
+                    f'test')
+        there = [split for split in SPLITS if self.written[split]]
+        return (f'all files are named after {" and ".join(there)}; add files named after '
+                f'{" and ".join(lacking)}, or take the split out of the names: then rows are divided')
 
     def write_rejects(self, file):
         for entry in self.rejects:
@@ -244,12 +290,8 @@ def picture_file(image, config):
 
 def texts_problem(row):
     """What is wrong with the texts of a row, or None."""
-    caption = row.get('caption')
-    has_caption = isinstance(caption, str) and caption.strip()
-    problem = None
-    if row.get('question') is not None or not has_caption:
-        problem = text_problem(row.get('question'), texts(row)['answer'])
-    return problem or caption_problem(caption)
+    known = texts(row)
+    return row_problem(row.get('question'), known['answer'], known['caption'])
 
 
 def read_inside(path, folders):
@@ -259,7 +301,7 @@ def read_inside(path, folders):
     for folder in folders:
         if folder and path.is_relative_to(normpath(folder)):
             return read_file(path)
-    return f'the image path leaves the folder: {path}: {OTHER_FOLDER}'
+    return f'the image path leaves the folder: {cut(path)}: {OTHER_FOLDER}'
 
 
 def plain(value):
@@ -268,11 +310,15 @@ def plain(value):
 
 
 def texts(row):
-    """Texts of a row as they are written: the answers as a list, its name and type as what can be printed."""
-    answer = row.get('answer')
-    if isinstance(answer, str):
-        answer = [answer]
-    return dict(answer=answer, sample_id=plain(row.get('sample_id')), type=plain(row.get('type')))
+    """Texts of a row as they are written: its answers, the commonest first, and captions as lists, its name
+    and type as what can be printed."""
+    counts = Counter(map(repr, as_list(row.get('answer'))))
+    return dict(
+        answer=sorted(as_list(row.get('answer')), key=lambda answer: -counts[repr(answer)]),
+        caption=as_list(row.get('caption')),
+        sample_id=plain(row.get('sample_id')),
+        type=plain(row.get('type')),
+    )
 
 
 def decoding_problem(picture):
@@ -286,14 +332,27 @@ def decoding_problem(picture):
 # ----------------------------------------------------------------------------
 # splits
 
+# the words of a file's name that tell its split, parts and versions of one included (minival, val2014,
+# testdev, trainval), but not trains, contest, testimony, devices, valley or oval. `eval` is for the test, as
+# the Hugging Face take it
+PART = '(?:mini|micro|nano|sub|my|coco|pre)?'
 SPLIT_NAMES = dict(
-    train=('train', 'training'), val=('val', 'valid', 'validation', 'dev'), test=('test', 'testing'))
+    train=rf'train-val|{PART}train(?!s\b|e|sp)[a-z]*',
+    test=rf'test-dev|{PART}(?:dev-?)?(?:test(?!am|im|os|if)|eval)[a-z]*|held-?out|hold-?out',
+    val=rf'{PART}(?:val(?![aehklouv])|dev(?![aio]))[a-z]*|[a-z]*[^aeiour\W]val',
+)
+
+
+def group_digest(row):
+    """The sha256 of the name of a row's group of pictures, or None where it has none."""
+    group = row.get('group')
+    return None if group is None else hashlib.sha256(f'group {plain(group)}'.encode()).digest()
 
 
 def split_of(split, digest, earlier=None):
-    """Where a row goes. A published split is kept. Else the sha256 of the picture decides, the same for all
-    its questions, whatever else there is, but that a picture which was in another split `earlier` stays
-    there; None where that is a published test split and the row is for training."""
+    """Where a row goes. A published split is kept. Else the sha256 of the picture, or of its group, decides,
+    the same for all its questions, whatever else there is, but that a picture which was in another split
+    `earlier` stays there; None where that is a published test split and the row is for training."""
     if split in SPLITS:
         return split
     if earlier == 'test' and split is not None:
@@ -308,12 +367,14 @@ def split_of(split, digest, earlier=None):
 
 
 def split_of_name(name):
-    """The split that a file's name tells, or None."""
-    words = set(re.split(r'[^a-z]+', name.lower()))
+    """The split that a file's name tells, or None; the last word that tells one, as in turing_test_train."""
+    words = '-'.join(re.findall('[A-Z]?[a-z]+|[A-Z]+', name)).lower()
+    told = None
     for split, names in SPLIT_NAMES.items():
-        if words & set(names):
-            return split
-    return None
+        for match in re.finditer(rf'(?:^|(?<=-))(?:{names})(?=-|$)', words):
+            if told is None or match.end() > told[0]:
+                told = match.end(), split
+    return told and told[1]
 
 
 def split_of_path(path, source):
@@ -325,20 +386,69 @@ def split_of_path(path, source):
 def published_first(files, source):
     """[(file, split or None)] in order: the split that a file's name tells, else the names of its folders
     below `source`; files that tell one come first, so that the pictures of the others keep out of theirs.
-    Where all tell one, but none test, or none val, what is for training is divided, and this is said."""
+    Where all tell one, but none test, or none val, what is for training is divided. Says where each goes."""
     splits = {path: split_of_path(path, source) for path in files}
     lacking = [split for split in ('val', 'test') if split not in splits.values()]
-    if lacking and 'train' in splits.values() and None not in splits.values():
+    if None in splits.values() and len(set(splits.values())) > 1:
+        print(f'{source}: some file names tell a split, others do not; the rows of those others are divided, '
+              f'by the content of their pictures; name them after train, val or test to keep them together')
+    elif lacking and 'train' in splits.values():
         print(f'{source}: no file is named after {" or ".join(lacking)}: rows for training are divided, by '
               f'the content of their pictures')
         divided = None if 'test' in lacking else 'train or val'
         splits = {path: divided if split == 'train' else split for path, split in splits.items()}
-    return sorted(splits.items(), key=lambda both: (both[1] not in SPLITS, both[0]))
+    files = sorted(splits.items(), key=lambda both: (both[1] not in SPLITS, both[0]))
+    say_where(files, source)
+    return files
+
+
+def say_where(files, source):
+    """Says which split each file goes to: a line a file, or a split where there are many."""
+    lines = [(split or 'train, val and test', str(path.relative_to(source))) for path, split in files]
+    if len(files) > 10:
+        of_split = {}
+        for split, name in lines:
+            of_split.setdefault(split, []).append(name)
+        lines = []
+        for split, names in of_split.items():
+            lines.append((split, f'{len(names)} files, {names[0]} ... {names[-1]}'))
+    for split, name in lines:
+        print(f'{name if name != "." else source}: to {split}')
+
+
+def files_below(config, pattern, suffixes):
+    """The file --source, or the files of a folder with such suffixes, in order; none that is hidden (its name
+    or that of a folder starts with a dot) or put there by a computer of its own accord, and none that an
+    import wrote."""
+    source = Path(config.source)
+    if source.is_file():
+        return [source]
+    files = []
+    left_out = []
+    for path in sorted(source.glob(pattern)):
+        parts = path.relative_to(source).parts
+        is_being_written = any(part.endswith('.partial') for part in parts)
+        if path.suffix.lower() not in suffixes or not path.is_file() or is_being_written:
+            continue
+        is_hidden = any(part.startswith(('.', '~')) or part == '__MACOSX' for part in parts)
+        is_written = path.name.endswith('rejects.jsonl') or len(parts) > 1 and is_dataset(path.parent)
+        (left_out if is_hidden or is_written else files).append(path)
+    if left_out:
+        names = ', '.join(str(path.relative_to(source)) for path in left_out[:3])
+        print(f'{source}: {len(left_out)} files are not read, as they are hidden or written by an import: '
+              f'{cut(names)}')
+    return files
+
+
+def is_dataset(folder):
+    """Whether an import wrote this folder."""
+    return (folder / 'rejects.jsonl').is_file()
 
 
 # ----------------------------------------------------------------------------
 # reading published files
 
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what a file in UTF-16 starts with
 DEEPEST = 100    # lists and objects in one another, in a JSON file
 PIECE = 2**16    # bytes of a JSON file that are read at once
 
@@ -347,9 +457,19 @@ SECOND_HALF = rb'\\u[dD][c-fC-F]..'
 HALF_CHARACTER = re.compile(FIRST_HALF + b'(?!' + SECOND_HALF + b')|(?<!' + FIRST_HALF + b')' + SECOND_HALF)
 
 
+ROLES = dict(user='user', human='user', assistant='assistant', gpt='assistant', model='assistant')
+
+
 def turns(question, answer, messages=None):
-    """Yields (question, answer) for every turn of a talk: of `messages`, user and assistant by turns, else of
-    a question with [USER] and [ASSISTANT] tags, whose last turn the answer answers."""
+    """Yields (question, answer) for every turn of a talk: of `messages`, else of a question with [USER] and
+    [ASSISTANT] tags, whose last turn the answer answers. Messages are texts of user and assistant by turns;
+    or {role, content} or {from, value}, where what a system says is left out; or {user, assistant} each.
+    Raises: ValueError where a message has none of these forms."""
+    if isinstance(messages, dict):  # {user: [...], assistant: [...]}, as older files have it
+        messages = [dict(zip(messages, values)) for values in zip(*messages.values())]
+    if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages):
+        yield from spoken(messages)
+        return
     if not messages and isinstance(question, str) and re.search(r'\[(USER|ASSISTANT)\]', question):
         parts = [part.strip() for part in re.split(r'\[(?:USER|ASSISTANT)\]', question)]
         inner = range(1, len(parts) - 1)  # nothing before the first tag or after the last one is no turn
@@ -358,6 +478,45 @@ def turns(question, answer, messages=None):
         yield question, answer
     else:  # a question without an answer gets None, which makes it a bad row
         yield from zip_longest(messages[::2], messages[1::2])
+
+
+def spoken(messages):
+    """Yields (question, answer) of messages that are dicts; one of the two is None where the other has no
+    partner. Raises: ValueError."""
+    asked = None
+    n_turns = 0
+    for message in messages:
+        if 'user' in message and 'assistant' in message:
+            said = [('user', message['user']), ('assistant', message['assistant'])]
+        else:
+            role = message.get('role') or message.get('from')
+            said = [(str(role).lower(), message.get('content') or message.get('value'))]
+        for role, content in said:
+            if role == 'system':
+                continue
+            if role not in ROLES:
+                raise ValueError(f'a message of a talk is of no known role: {cut(repr(message))}')
+            if ROLES[role] == 'assistant':
+                yield asked, words_of(content)
+                asked = None
+            elif asked is not None:
+                yield asked, None
+                asked = words_of(content)
+            else:
+                asked = words_of(content)
+            n_turns += 1
+    if asked is not None or not n_turns:
+        yield asked, None
+
+
+def words_of(content):
+    """The text of a message, which may be a list of parts, without the mark of where its picture stands."""
+    if isinstance(content, list):
+        texts = [part.get('text') if isinstance(part, dict) else part for part in content]
+        content = ' '.join(text for text in texts if isinstance(text, str))
+    if isinstance(content, str):
+        content = re.sub(r'\s*<image>\s*', ' ', content).strip()
+    return content
 
 
 def read_json(path, key=None):
@@ -376,11 +535,16 @@ def read_json(path, key=None):
         raise ValueError(f'{path}: to read it, pip install ijson') from None
     options = dict(use_float=True, buf_size=PIECE)
     with open(path, 'rb') as f:
+        mark = f.read(3)
+        if mark.startswith(UTF16):
+            raise ValueError(f'{path}: not JSON in UTF-8: it is in UTF-16; save it as UTF-8')
+        start = 3 if mark == codecs.BOM_UTF8 else 0
+        f.seek(start)
         try:
             # the fast parser makes a ? of half a character; the slow one keeps it, and its row is bad
             parser = ijson.get_backend('python') if has_half_character(f) else ijson
             form = outer_form(parser.basic_parse(f, **options), key)
-            f.seek(0)
+            f.seek(start)
             if form == 'start_array':
                 yield from parser.items(f, 'item' if key is None else f'{key}.item', **options)
             elif form == 'start_map':
@@ -391,7 +555,7 @@ def read_json(path, key=None):
             reason = e.args[0]
             if isinstance(reason, bytes):  # ijson quotes the file
                 reason = reason.decode(errors='replace')
-            reason = str(reason).splitlines()[0]
+            reason = cut(str(reason).splitlines()[0])
             raise ValueError(f'{path}: not JSON of the published form: {reason}') from None
 
 
@@ -427,13 +591,30 @@ def read_json_lines(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: no such file; --source is the folder of the published files, see '
                                 f'prepare/')
+    for i, line in enumerate(text_lines(path)):
+        try:
+            if line.strip():
+                yield json.loads(line.encode())
+        except (ValueError, RecursionError) as e:
+            yield ValueError(f'not JSON in UTF-8: line {i + 1}: {cut(e)}')
+
+
+def text_lines(path, newline=None):
+    """Yields the lines of a text file in UTF-8, or in UTF-16 where it starts with the mark of that; what is
+    in another encoding comes as half characters, so that it costs its line and not the file. Raises:
+    ValueError."""
     with open(path, 'rb') as f:
-        for i, line in enumerate(f):
-            try:
-                if line.strip():
-                    yield json.loads(line.decode('utf-8-sig'))
-            except (ValueError, RecursionError) as e:
-                yield ValueError(f'not JSON in UTF-8: line {i + 1}: {e}')
+        start = f.read(2**10)
+    is_utf16 = start.startswith(UTF16)
+    if not is_utf16 and start.count(0) > len(start) / 4:
+        raise ValueError(f'{path}: not a text file in UTF-8: it is full of zero bytes; save it as UTF-8')
+    encoding = 'utf-16' if is_utf16 else 'utf-8-sig'
+    errors = 'surrogatepass' if is_utf16 else 'surrogateescape'
+    with open(path, newline=newline, encoding=encoding, errors=errors) as f:
+        try:
+            yield from f
+        except UnicodeDecodeError as e:
+            raise ValueError(f'{path}: not text in {encoding}: {e.reason}; save it as UTF-8') from None
 
 
 def sorted_on_disk(keyed):
@@ -462,6 +643,6 @@ def published(path, values, make, name=number):
                 raise value
             made = list(make(value))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            reason = f'not of the published form: {type(e).__name__} {e}'
+            reason = f'not of the published form: {type(e).__name__} {cut(e)}'
             made = [(None, dict(bad=reason, sample_id=f'{Path(path).name}-{name(i, value)}'))]
         yield from made

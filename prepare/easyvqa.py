@@ -10,13 +10,14 @@ from prepare import published, read_json
 
 def rows(config):
     """Yields (split, row) for every question below the folder --source, which holds train/ and test/."""
+    images = config.images or config.source
     for part, split in (('test', 'test'), ('train', 'train or val')):
         path = f'{config.source}/{part}/questions.json'
 
         def row(numbered):
             i, (question, answer, image_id) = numbered
             yield split, dict(
-                image=f'{config.source}/{part}/images/{image_id}.png',
+                image=f'{images}/{part}/images/{image_id}.png',
                 question=question,
                 answer=answer,
                 sample_id=f'{part}-{image_id}-{i}',

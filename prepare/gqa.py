@@ -36,7 +36,7 @@ def question_files(source, part):
     balanced = source / f'{part}_balanced_questions.json'
     everything = source / f'{part}_all_questions'
     if not balanced.is_file() and everything.is_dir():
-        return sorted(everything.glob('*.json'))
+        return sorted(everything.glob('[!.]*.json'))  # none that is hidden
     return [balanced]
 
 

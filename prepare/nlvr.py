@@ -13,14 +13,14 @@ from prepare import published, read_json_lines
 def rows(config):
     """Yields (split, row) for every picture of every example; the answer is true or false."""
     for part, split in (('train', 'train'), ('dev', 'val'), ('test', 'test')):
-        folder = Path(config.source) / part
-        path = folder / f'{part}.json'  # JSON lines, whatever its name says
+        path = Path(config.source) / part / f'{part}.json'  # JSON lines, whatever its name says
+        images = Path(config.images or config.source) / part / 'images'
 
         def six(example):
             for k in range(6):
                 name = f"{part}-{example['identifier']}-{k}"
                 yield split, dict(
-                    image=folder / 'images' / example['directory'] / f'{name}.png',
+                    image=images / example['directory'] / f'{name}.png',
                     question=example['sentence'],
                     answer=str(example['label']).lower(),
                     sample_id=name,

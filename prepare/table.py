@@ -1,71 +1,164 @@
 """
-Pictures of one's own: a CSV file with a header, or a file of JSON lines, with the columns image (a path
-beside the file or below --images), question and answer (in JSON lines a list of answers, too) or caption;
-sample_id and type if you like.
+Pictures of one's own: a CSV file with a header, a JSON list, or a file of JSON lines, with the columns image
+(a path beside the file or below --images, or a data: URI), question and answer or caption (in JSON lists of
+them, too); sample_id, type and group if you like. Fields of a CSV file are parted by , ; | or tabs. JSON may
+have the talks of LLaVA (conversations) in place of questions. More names of columns: _columns.py.
 
---source is one file, which is divided into train, val and test by the content of the pictures, or a folder
-with files whose names say train, val or test.
+--source is a file or a folder. A file whose name says train, val or test is of that split; others are divided
+by the content of the pictures.
 """
 
 import csv
+from collections import deque
+from itertools import chain, islice
 from pathlib import Path
 
-from plumbing.tables import named, read_image
-from prepare import published_first, read_json_lines
+from plumbing.console import cut
+from plumbing.tables import read_image
+from prepare import files_below, published_first, read_json, read_json_lines, text_lines
+from prepare._columns import check_columns, columns_of, kind_of, rows_of
+
+CSV = ('.csv', '.tsv')
+JSON = ('.json', '.jsonl', '.ndjson')
+DELIMITERS = ',;\t|'
+MOST_LINES = 1000  # of a record of a CSV file, whose texts may have lines
+csv.field_size_limit(2**26)  # signs; a picture may be written into the table
 
 
 def rows(config):
-    """Yields (split, row) for every line."""
-    for file, split in files_of(Path(config.source)):
-        lines = read_csv(file) if file.suffix == '.csv' else read_json_lines(file)
-        for i, line in enumerate(lines):
-            yield split, row_of(line, f'{file.name}-{i}', config.images or file.parent)
+    """Yields (split, row) for every line, or turn of a talk in it."""
+    for file, split in published_first(files_of(config), config.source):
+        folder = config.images or file.parent
+        lines = csv_rows(file, folder) if file.suffix.lower() in CSV else json_rows(file)
+        for i, (line, columns) in enumerate(lines):
+            for row in rows_of(line, columns, f'{file.name}-{i}', folder):
+                yield split, row
 
 
-def files_of(source):
-    """-> [(file, split or None)]. Raises: FileNotFoundError."""
-    if source.is_file():
-        return [(source, None)]
-    files = []
-    if source.is_dir():
-        files = sorted(f for f in source.iterdir() if f.suffix in ('.csv', '.jsonl'))
+def files_of(config):
+    """-> the files to read. Raises: FileNotFoundError, ValueError."""
+    files = files_below(config, '*', CSV + JSON) or files_below(config, '**/*', CSV + JSON)
     if not files:
-        raise FileNotFoundError(f'{source}: no such file, and no folder with .csv or .jsonl files')
-    return published_first(files, source)
+        raise FileNotFoundError(f'{config.source}: no such file, and no folder with .csv, .tsv, .json or '
+                                f'.jsonl files; for .parquet files: python data.py parquet')
+    for file in files:
+        if file.suffix.lower() not in CSV + JSON:
+            raise ValueError(f'{file}: expected a name that ends in {", ".join(CSV + JSON)}; for .parquet '
+                             f'files: python data.py parquet')
+    return files
 
 
-def row_of(line, place, folder):
-    """The row of a line, which is called after its place in the file unless it has a name."""
-    if isinstance(line, ValueError):
-        return dict(bad=str(line), sample_id=place)
-    if not isinstance(line, dict) or not isinstance(line.get('image'), str):
-        return dict(bad='no image path', sample_id=place)
-    name = named(line.get('sample_id'), place)
-    picture = read_image(line['image'], folder)
-    if isinstance(picture, str):
-        return dict(bad=picture, sample_id=name)
-    type = line.get('type')
-    return dict(
-        image=picture,
-        question=line.get('question') or None,  # an empty field of a CSV file is none
-        answer=line.get('answer') or None,
-        caption=line.get('caption') or None,
-        type=None if type == '' else type,      # 0 is one
-        sample_id=name,
-    )
+# ----------------------------------------------------------------------------
+# JSON
 
 
-def read_csv(path):
-    """Yields every line as a dict; a ValueError for one with more fields than the header. Raises:
+def json_rows(path):
+    """Yields (row, its columns) of a list, or of lines, as the content says; a ValueError for a line that is
+    no object. Raises: ValueError."""
+    with open(path, 'rb') as f:
+        start = f.read(2**10).lstrip(b'\xef\xbb\xbf\xfe\xff\0 \t\r\n')
+    values = read_json(path) if start.startswith(b'[') else read_json_lines(path)
+    first = list(islice(values, 20))
+    objects = [value for value in first if isinstance(value, dict)]
+    if objects:
+        names = list({name: None for value in objects for name in value})
+        kinds = [kind_of(value.get(name) for value in objects) for name in names]
+        hint = ''
+        if len(first) == 1:
+            hint = '; expected a list of objects, or one object a line, and this is a single object'
+        check_columns(path, names, kinds, hint)
+    for value in chain(first, values):
+        if isinstance(value, dict):
+            yield value, columns_of(tuple(value))
+        elif isinstance(value, ValueError):
+            yield value, {}
+        else:
+            yield ValueError(f'not an object with columns: {cut(repr(value))}'), {}
+
+
+# ----------------------------------------------------------------------------
+# CSV
+
+
+class Lines:
+    """The lines of a file, some of which can be put back; `taken` holds those since the last record."""
+
+    def __init__(self, lines):
+        self.lines = lines
+        self.again = deque()
+        self.taken = []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        line = self.again.popleft() if self.again else next(self.lines)
+        self.taken.append(line)
+        if len(self.taken) > MOST_LINES:
+            raise csv.Error(f'a quote that is open for {MOST_LINES} lines')
+        return line
+
+    def put_back(self):
+        """All that were taken but the first one."""
+        self.again.extendleft(reversed(self.taken[1:]))
+        self.taken = self.taken[:1]
+
+
+def csv_rows(path, folder):
+    """Yields (line, its columns) of a CSV file; a ValueError for a line that is not as the others. Raises:
     ValueError."""
-    # surrogateescape: a line in another encoding than UTF-8 is a bad row, not the end of the file
-    with path.open(newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
-        lines = csv.DictReader(f)
+    lines = Lines(text_lines(path, newline=''))
+    header = next((line for line in lines if line.strip() and line[:4] != 'sep='), '')  # Excel writes sep=;
+    delimiter = max(DELIMITERS, key=lambda sign: len(columns_of(tuple(split_line(header, sign)))))
+    names = split_line(header, delimiter)
+    hint = f'; its fields were taken to be parted by {delimiter!r} (of , ; | and tab)'
+    if not columns_of(tuple(names)):
+        hint += '; is there no header? The first line should be one, such as: image,question,answer'
+    columns = check_columns(path, names, ['text'] * len(names), hint)
+    for number, fields in records(lines, delimiter, names.index(columns['image']), len(names), Path(folder)):
+        if isinstance(fields, str):
+            yield ValueError(fields), {}
+        elif fields:
+            yield dict(zip(names, fields)), columns
+
+
+def split_line(line, delimiter):
+    """The fields of a line that stands alone."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error:
+        return []
+
+
+def records(lines, delimiter, image, n_fields, folder):
+    """Yields (number of its line, fields) of every record, or in their place what is wrong with it. A quote
+    that is not closed, or lines later, costs the line that it stands on: those that it swallowed are read
+    anew."""
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    number = len(lines.taken)
+    while True:
+        number += 1
+        lines.taken = []
         try:
-            for line in lines:
-                if None in line:
-                    yield ValueError(f'more fields than the header has: line {lines.line_num}')
-                else:
-                    yield line
+            fields = next(reader)
+        except StopIteration:
+            return
         except csv.Error as e:
-            raise ValueError(f'{path}, line {lines.line_num}: not CSV: {e}') from None
+            fields = f'not CSV: line {number}: {e}'
+            lines.put_back()
+        if any(is_row(line, delimiter, image, n_fields, folder) for line in lines.taken[1:]):
+            fields = f'not CSV: line {number}: a quote is open, and closed in another row'
+            lines.put_back()
+        if isinstance(fields, list) and fields and len(fields) != n_fields:
+            more = 'more' if len(fields) > n_fields else 'fewer'
+            fields = f'{more} fields than the header has: line {number}'
+        if any('\0' in line for line in lines.taken):
+            fields = f'not text: line {number}: it has a zero byte'
+        yield number, fields
+        number += len(lines.taken) - 1
+
+
+def is_row(line, delimiter, image, n_fields, folder):
+    """Whether a line that stands within quotes is itself a row, with a picture."""
+    fields = split_line(line, delimiter)
+    return len(fields) >= n_fields and isinstance(read_image(fields[image].strip(' "'), folder), bytes)

@@ -7,15 +7,14 @@ test split are not published: its val split is our test split, and train is divi
 """
 
 import re
-from collections import Counter
 from itertools import chain, groupby
 
 from prepare import published, read_json, sorted_on_disk
 
 
 def rows(config):
-    """Yields (split, row), the questions of a picture one after the other; a row's answers are the ten, the
-    commonest first; its type is VQA's answer type."""
+    """Yields (split, row), the questions of a picture one after the other; a row's answers are the ten; its
+    type is VQA's answer type."""
     images = config.images or config.source
     for part, split in (('val2014', 'test'), ('train2014', 'train or val')):
         asked = f'{config.source}/v2_OpenEnded_mscoco_{part}_questions.json'
@@ -26,12 +25,10 @@ def rows(config):
             if 'answers' not in a:
                 yield split, dict(bad='the question has no annotation', sample_id=name)
                 return
-            ten = [answer['answer'] for answer in a['answers']]
-            counts = Counter(ten)
             yield split, dict(
                 image=f"{images}/{part}/COCO_{part}_{a['image_id']:012}.jpg",
                 question=a.get('question'),
-                answer=sorted(ten, key=lambda answer: -counts[answer]),
+                answer=[answer['answer'] for answer in a['answers']],
                 sample_id=name,
                 type=a['answer_type'],
             )
