@@ -60,9 +60,9 @@ def columns_of(names, kinds=None):
 
 
 def check_columns(path, names, kinds, hint=''):
-    """-> as `columns_of`. Raises: ValueError where a file lacks columns that it takes to make rows: told once,
+    """-> as `columns_of`. Raises: ValueError where a file lacks columns that it takes to make rows, told once
     and not at every row."""
-    found = ', '.join(f'{cut(name)} ({kind})' for name, kind in zip(names[:20], kinds))
+    found = ', '.join(map(with_kind, names[:20], kinds))
     if len(names) > 20:
         found += f', ... ({len(names)} columns)'
     twice = {plain_name(name) for name in names if list(map(plain_name, names)).count(plain_name(name)) > 1}
@@ -72,28 +72,28 @@ def check_columns(path, names, kinds, hint=''):
     has_texts = 'caption' in columns or 'talk' in columns or 'messages' in columns
     has_texts = has_texts or 'question' in columns and 'answer' in columns
     if 'image' not in columns or not has_texts:
-        lacking = 'image' if 'image' not in columns else 'question and answer, or caption'
+        lacking = 'image' if 'image' not in columns else 'question with answer, and no caption,'
         has_urls = {'url', 'image_url', 'urls', 'image_urls'} & set(map(plain_name, names))
         if has_urls and lacking == 'image':
             hint = '; for URLs see python data.py pixmo, or fetch them with img2dataset'
-        raise ValueError(f'{path}: no column {lacking} that can be used; it has {found}; expected '
-                         f'{expected("image")}; and {expected("question")} and {expected("answer")}; or '
-                         f'{expected("caption")}; or {expected("talk")} or {expected("messages")}{hint}')
+        raise ValueError(f'{path}: no column {lacking} that can be used; it has {found or "none"}; expected '
+                         f'image, and question and answer, or caption, or a talk in texts, conversations or '
+                         f'messages{wrong_kinds(names, kinds, columns)}{hint}')
     return columns
 
 
-def say_unread(path, names, kinds, columns):
-    """Says which columns of a known name are not read, as they hold something else than they should."""
+def wrong_kinds(names, kinds, columns):
+    """What a message says of columns of a known name that hold something else than they should, or ''."""
+    said = ''
     for key, name in columns_of(tuple(names)).items():
         if columns.get(key) != name:
-            kind = kinds[names.index(name)]
-            print(f'{path}: the column {cut(name)} is not read: it is {kind}, expected '
-                  f'{" or ".join(COLUMNS[key][1])}')
+            _, allowed = COLUMNS[key]
+            said += f'; {cut(name)} is {kinds[names.index(name)]}, expected {" or ".join(allowed)}'
+    return said
 
 
-def expected(key):
-    aliases, kinds = COLUMNS[key]
-    return f'{aliases[0]} ({" or ".join(kinds)})'
+def with_kind(name, kind):
+    return cut(name) if kind in ('text', None) else f'{cut(name)} ({kind})'
 
 
 def kind_of_type(type):
@@ -115,15 +115,19 @@ def kind_of_type(type):
 
 
 def kind_of(values):
-    """What a column of a file of JSON holds, told by some of its values."""
-    values = [value for value in values if value is not None and value != []]
-    if not values:
-        return 'nothing'
-    value = values[0]
+    """What a column of a file of JSON holds, told by some of its values; None where they differ."""
+    kinds = {kind_of_value(value) for value in values} - {'nothing'}
+    if len(kinds) > 1:
+        return None
+    return kinds.pop() if kinds else 'nothing'
+
+
+def kind_of_value(value):
     if isinstance(value, list):
-        return f'list of {kind_of(value)}'
-    kinds = {str: 'text', dict: 'object', bytes: 'bytes', int: 'number', float: 'number', bool: 'number'}
-    return kinds.get(type(value), type(value).__name__)
+        return f'list of {kind_of(value)}' if value else 'nothing'
+    if value is None:
+        return 'nothing'
+    return {str: 'text', dict: 'object'}.get(type(value), f'number: {type(value).__name__}')
 
 
 def rows_of(values, columns, name, folder):

@@ -10,7 +10,7 @@ and lists of messages, make turns. Paths of pictures start beside the file or at
 
 from plumbing.tables import open_parquet, stream
 from prepare import files_below, published_first
-from prepare._columns import check_columns, kind_of_type, rows_of, say_unread
+from prepare._columns import check_columns, kind_of_type, rows_of, wrong_kinds
 
 
 def rows(config):
@@ -24,7 +24,8 @@ def rows(config):
         schema = open_parquet(path).schema_arrow
         kinds = [kind_of_type(type) for type in schema.types]
         columns = check_columns(path, schema.names, kinds)
-        say_unread(path, schema.names, kinds, columns)
+        if unread := wrong_kinds(schema.names, kinds, columns):
+            print(f'{path}: some columns are not read{unread}')
         for i, (_, values) in enumerate(stream(path, columns.values())):
             for row in rows_of(values, columns, f'{path.stem}-{i}', config.images or path.parent):
                 yield split, row

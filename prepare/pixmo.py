@@ -26,8 +26,8 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from plumbing.console import progress
 from plumbing.pictures import rgb_picture
-from plumbing.tables import open_parquet, stream
-from prepare import split_of_name, turns
+from plumbing.tables import KnownPictures, OnDisk, is_unicode, open_parquet, stream
+from prepare import files_below, split_of_name, turns
 
 COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')
 # what a URL may hold besides letters and digits; anything else, a space, say, is escaped
@@ -36,19 +36,19 @@ KEPT = "%/:=&?~#+!$,;'@()*[]|"
 
 def rows(config):
     """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
-    source = Path(config.source)
-    files = [source] if source.is_file() else sorted(source.rglob('*.parquet'), key=published_order)
+    files = sorted(files_below(config, '**/*', ('.parquet',)), key=published_order)
     if not files:
-        raise FileNotFoundError(f'{source}: no such file, and no folder with .parquet files')
+        raise FileNotFoundError(f'{config.source}: no such file, and no folder with .parquet files')
     if not config.images:
         raise ValueError('--images is needed: the folder that keeps the pictures that are fetched')
     folder = Path(config.images)
-    fate = fetch(urls_of(files), folder, config)
+    urls = urls_of(files)
+    fetch(urls, folder, config)
     for path in files:
         split = split_of_name(path.name) if tells_split(path) else None
         for i, (_, row) in enumerate(stream(path, COLUMNS)):
             name = f'{path.stem}-{i}'
-            reason = fate.get(row['image_url'], 'no URL')
+            reason = urls.reason(row['image_url']) if is_url(row['image_url']) else 'no URL'
             if reason:
                 yield split, dict(missing=reason, sample_id=name)
                 continue
@@ -66,18 +66,56 @@ def published_order(path):
     return not tells_split(path), path
 
 
+def is_url(url):
+    return isinstance(url, str) and url != '' and is_unicode(url)
+
+
+class Urls:
+    """The different URLs of a set, in order, the sha256 that each picture should have, or None, and why there
+    is no picture, '' where there is one, None where that is not known. In temporary files: a million take
+    little memory."""
+
+    def __init__(self):
+        self.in_order = OnDisk()
+        self.known = KnownPictures()  # of a URL, by its sha256: (sha256 of the picture, the reason)
+
+    def __iter__(self):
+        return iter(self.in_order)
+
+    def __len__(self):
+        return len(self.in_order)
+
+    def add(self, url, expected):
+        known = self.known.get(digest_of(url))
+        if known is None:
+            self.in_order.append(url)
+        if known is None or expected and not known[0]:
+            self.known[digest_of(url)] = expected, None
+
+    def expected(self, url):
+        return self.known.get(digest_of(url))[0]
+
+    def reason(self, url):
+        return self.known.get(digest_of(url))[1]
+
+    def settle(self, url, reason):
+        self.known[digest_of(url)] = self.expected(url), reason
+
+    def __contains__(self, url):
+        return self.known.get(digest_of(url)) is not None
+
+
 def urls_of(files):
-    """-> {url: sha256 of the picture, or None}. Raises: ValueError."""
-    urls = {}
+    """-> Urls. Raises: ValueError."""
+    urls = Urls()
     for path in files:
         names = open_parquet(path).schema_arrow.names
         if 'image_url' not in names:
             raise ValueError(f'{path}: no column image_url; it has {", ".join(names)}; pictures inside: '
                              f'python data.py parquet')
         for _, row in stream(path, ('image_url', 'image_sha256')):
-            url = row['image_url']
-            if url:
-                urls[url] = urls.get(url) or row.get('image_sha256')  # not every set gives it
+            if is_url(row['image_url']):
+                urls.add(row['image_url'], row.get('image_sha256'))  # not every set gives it
     return urls
 
 
@@ -97,26 +135,30 @@ def questions_of(row, name):
 # fetching
 
 
+def digest_of(url):
+    return hashlib.sha256(url.encode()).digest()
+
+
 def file_name(url):
-    return hashlib.sha256(url.encode()).hexdigest()
+    return digest_of(url).hex()
 
 
 def fetch(urls, folder, config):
-    """Fetches pictures into a folder, `config.workers` at a time. urls: {url: sha256 of the file, or None} ->
-    {url: why there is none, or ''}."""
+    """Fetches the pictures of `urls` into a folder, `config.workers` at a time, and notes there what became
+    of each."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = folder / 'manifest.jsonl'
-    fate = read_manifest(manifest, urls)
-    left = []
+    read_manifest(manifest, urls)
+    left = OnDisk()
     for url in urls:
-        is_known = url in fate
-        is_lost = is_known and not fate[url] and not (folder / file_name(url)).is_file()
-        if not is_known or is_lost or (fate[url] and config.retry_failed):
+        reason = urls.reason(url)
+        is_lost = reason == '' and not (folder / file_name(url)).is_file()
+        if reason is None or is_lost or (reason and config.retry_failed):
             left.append(url)
     start = time.time()
     n_done = 0
     with ThreadPoolExecutor(config.workers) as pool, open(manifest, 'a') as out:
-        if manifest.stat().st_size and manifest.read_bytes()[-1:] != b'\n':  # a run was killed in a line
+        if is_torn(manifest):  # a run was killed in a line
             out.write('\n')
         one = partial(fetch_one, folder=folder, config=config)
         ahead = iter(left)
@@ -124,13 +166,13 @@ def fetch(urls, folder, config):
         try:
             while True:
                 for url in islice(ahead, 4 * config.workers - len(under_way)):
-                    under_way.add(pool.submit(one, url, urls[url]))
+                    under_way.add(pool.submit(one, url, urls.expected(url)))
                 if not under_way:
                     break
                 finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in finished:
                     entry = future.result()
-                    fate[entry['url']] = entry['reason']
+                    urls.settle(entry['url'], entry['reason'])
                     out.write(json.dumps(entry) + '\n')
                 out.flush()
                 n_done += len(finished)
@@ -138,25 +180,34 @@ def fetch(urls, folder, config):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    fate = {url: fate[url] for url in urls}
-    failed = Counter(reason.split(':')[0] for reason in fate.values() if reason)
+    failed = Counter(reason.split(':')[0] for reason in map(urls.reason, urls) if reason)
     reasons = ', '.join(f'{n} {reason}' for reason, n in failed.most_common())
     print(f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
           f'{reasons or "none"}')
-    return fate
 
 
 def read_manifest(manifest, urls):
-    """What earlier runs found: {url: why there is no picture, or ''}."""
-    fate = {}
-    lines = manifest.read_text().splitlines() if manifest.is_file() else []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the end of a killed run
-            continue
-        fate[entry['url']] = entry['reason'] or wrong_sum(entry.get('sha256'), urls.get(entry['url']))
-    return fate
+    """Notes in `urls` what earlier runs found."""
+    if not manifest.is_file():
+        return
+    with open(manifest) as lines:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the end of a killed run
+                continue
+            url = entry['url']
+            if url in urls:
+                wrong = wrong_sum(entry.get('sha256'), urls.expected(url))
+                urls.settle(url, entry['reason'] or wrong)
+
+
+def is_torn(path):
+    """Whether the last line of a file has no end."""
+    with open(path, 'rb') as f:
+        n = f.seek(0, 2)
+        f.seek(max(0, n - 1))
+        return f.read() not in (b'', b'\n')
 
 
 def fetch_one(url, expected, folder, config):

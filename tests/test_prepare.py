@@ -350,7 +350,7 @@ def test_bad_texts(tmp_path, capsys):
     put(tmp_path / 'b.csv', b'image,question,answer\np.png,q?,a\np.png,what, is it?,red\np.png,caf\xe9?,a\np.png,q?\n')
     data.main(['table', f"--source={tmp_path / 'b.csv'}", f"--out={tmp_path / 'out_b'}", '--max_bad=1'])
     assert [json.loads(line)['reason'] for line in (tmp_path / 'out_b/rejects.jsonl').read_text().splitlines()] == [
-        'more fields than the header has: line 3', 'the question or answer is not in UTF-8', 'the answer is empty or no text']
+        'more fields than the header has: line 3', 'the question or answer is not in UTF-8', 'fewer fields than the header has: line 5']
 
 
 def test_parquet_in_another_encoding(tmp_path):
