@@ -222,13 +222,13 @@ class Import:
         if not n_pictures:
             return 'no row could be used, for the reasons above; mend them'
         if self.counts['divided'] and self.groups:
-            return (f'a group of pictures stays in one split, and the {n_pictures} pictures have only '
-                    f'{len(self.groups)} different values in the column group; give more groups (50, say), '
-                    f'leave out the column, or name files train, val and test')
+            return (f'a group of pictures stays in one split, and the column group has only '
+                    f'{len(self.groups)} different values in {n_pictures} pictures; give more groups (50, '
+                    f'say), leave out the column, or name files train, val and test')
         if self.counts['divided']:
             return (f'a tenth of the pictures goes to val and to test each, by a hash of the picture, and '
-                    f'{n_pictures} are too few for that; give more (50, say), or name files train, val and '
-                    f'test')
+                    f'there are too few for that, {n_pictures}; give more (50, say), or name files train, '
+                    f'val and test')
         there = [split for split in SPLITS if self.written[split]]
         return (f'all files are named after {" and ".join(there)}; add files named after '
                 f'{" and ".join(lacking)}, or take the split out of the names: then rows are divided')
@@ -411,7 +411,8 @@ def say_where(files, source):
             of_split.setdefault(split, []).append(name)
         lines = []
         for split, names in of_split.items():
-            lines.append((split, f'{len(names)} files, {names[0]} ... {names[-1]}'))
+            some = names[0] if len(names) == 1 else f'{len(names)} files, {names[0]} ... {names[-1]}'
+            lines.append((split, some))
     for split, name in lines:
         print(f'{name if name != "." else source}: to {split}')
 

@@ -27,7 +27,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from plumbing.console import progress
 from plumbing.pictures import rgb_picture
 from plumbing.tables import KnownPictures, OnDisk, is_unicode, open_parquet, stream
-from prepare import files_below, split_of_name, turns
+from prepare import files_below, say_where, split_of_name, turns
 
 COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')
 # what a URL may hold besides letters and digits; anything else, a space, say, is escaped
@@ -36,16 +36,17 @@ KEPT = "%/:=&?~#+!$,;'@()*[]|"
 
 def rows(config):
     """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
-    files = sorted(files_below(config, '**/*', ('.parquet',)), key=published_order)
+    files = files_below(config, '**/*', ('.parquet',))
     if not files:
         raise FileNotFoundError(f'{config.source}: no such file, and no folder with .parquet files')
     if not config.images:
         raise ValueError('--images is needed: the folder that keeps the pictures that are fetched')
     folder = Path(config.images)
-    urls = urls_of(files)
+    splits = published_order(files)
+    say_where(splits, config.source)
+    urls = urls_of(path for path, _ in splits)
     fetch(urls, folder, config)
-    for path in files:
-        split = split_of_name(path.name) if tells_split(path) else None
+    for path, split in splits:
         for i, (_, row) in enumerate(stream(path, COLUMNS)):
             name = f'{path.stem}-{i}'
             reason = urls.reason(row['image_url']) if is_url(row['image_url']) else 'no URL'
@@ -57,13 +58,12 @@ def rows(config):
                 yield split, picture | question
 
 
-def tells_split(path):
-    return path.name.startswith(('validation', 'test'))
-
-
-def published_order(path):
-    """Published splits come first, so that pictures of theirs keep out of training."""
-    return not tells_split(path), path
+def published_order(files):
+    """[(file, split or None)]: files for validation and test, which few of the sets have, keep their split,
+    and come first, so that their pictures keep out of training; the others are divided."""
+    told = [(path, split_of_name(path.name)) for path in files]
+    kept = [(path, None if split == 'train' else split) for path, split in told]
+    return sorted(kept, key=lambda both: (both[1] is None, both[0]))
 
 
 def is_url(url):
@@ -126,7 +126,11 @@ def questions_of(row, name):
         question = f"How many {row['label']} are there?" if row.get('label') else None
         yield dict(question=question, answer=str(row['count']), sample_id=name, type='count')
         return
-    talk = turns(row.get('question'), row.get('answer'), row.get('messages'))
+    try:
+        talk = list(turns(row.get('question'), row.get('answer'), row.get('messages')))
+    except ValueError as e:
+        yield dict(bad=str(e), sample_id=name)
+        return
     for k, (question, answer) in enumerate(talk):
         yield dict(question=question, answer=answer, sample_id=f'{name}-{k}' if k else name)
 

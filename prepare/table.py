@@ -9,6 +9,7 @@ by the content of the pictures.
 """
 
 import csv
+import re
 from collections import deque
 from itertools import chain, islice
 from pathlib import Path
@@ -109,10 +110,15 @@ def csv_rows(path, folder):
     ValueError."""
     lines = Lines(text_lines(path, newline=''))
     header = next((line for line in lines if line.strip() and line[:4] != 'sep='), '')  # Excel writes sep=;
-    delimiter = max(DELIMITERS, key=lambda sign: len(columns_of(tuple(split_line(header, sign)))))
+    if not header:
+        raise ValueError(f'{path}: the file is empty; expected a header, such as: image,question,answer')
+    delimiter = likely_delimiter(header, DELIMITERS)
     names = split_line(header, delimiter)
-    hint = f'; its fields were taken to be parted by {delimiter!r} (of , ; | and tab)'
-    if not columns_of(tuple(names)):
+    hint = f'; its fields were taken to be parted by {delimiter!r}'
+    other = likely_delimiter(header, DELIMITERS + ''.join(re.findall(r'[^\w"\r\n]', header)))
+    if other not in DELIMITERS:
+        hint = f'; its fields are likely parted by {other!r}, expected one of , ; | and tab'
+    elif not columns_of(tuple(names)):
         hint += '; is there no header? The first line should be one, such as: image,question,answer'
     columns = check_columns(path, names, ['text'] * len(names), hint)
     for number, fields in records(lines, delimiter, names.index(columns['image']), len(names), Path(folder)):
@@ -120,6 +126,11 @@ def csv_rows(path, folder):
             yield ValueError(fields), {}
         elif fields:
             yield dict(zip(names, fields)), columns
+
+
+def likely_delimiter(header, signs):
+    """The sign that parts a header into most columns of a known name."""
+    return max(signs, key=lambda sign: len(columns_of(tuple(split_line(header, sign)))))
 
 
 def split_line(line, delimiter):
