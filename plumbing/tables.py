@@ -318,6 +318,8 @@ def read_image(image, folder):
         written_out = picture_in_text(image)
         if written_out is not None:
             return written_out or 'the image is empty'
+        if len(image) > LONGEST_PATH:
+            return f'the image is a text of {len(image)} signs, no path, no data: URI: {cut(repr(image))}'
         path = inside(image, folder)
         if path is None:
             return f'the image path {cut(repr(image))} leaves the folder: {cut(folder)}: {OTHER_FOLDER}'
@@ -342,6 +344,7 @@ def inside(path, folder):
 FIRST_SIGNS = r'\s*(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk[0-3]|SUkq|TU0A|UD[UY])'
 PICTURE_IN_BASE64 = re.compile(FIRST_SIGNS + r'[\w+/=\s-]{30,}', re.ASCII)
 MOST_SIGNS_OF_PICTURE = 2**26
+LONGEST_PATH = 2**12
 
 
 def picture_in_text(text):

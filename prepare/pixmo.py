@@ -14,6 +14,7 @@ import http.client
 import ipaddress
 import json
 import socket
+import sqlite3
 import ssl
 import threading
 import time
@@ -26,7 +27,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from plumbing.console import progress
 from plumbing.pictures import rgb_picture
-from plumbing.tables import KnownPictures, OnDisk, is_unicode, open_parquet, stream
+from plumbing.tables import OnDisk, is_unicode, open_parquet, stream
 from prepare import files_below, say_where, split_of_name, turns
 
 COLUMNS = ('image_url', 'image_sha256', 'caption', 'question', 'answer', 'messages', 'label', 'count')
@@ -49,7 +50,7 @@ def rows(config):
     for path, split in splits:
         for i, (_, row) in enumerate(stream(path, COLUMNS)):
             name = f'{path.stem}-{i}'
-            reason = urls.reason(row['image_url']) if is_url(row['image_url']) else 'no URL'
+            _, reason = urls.of(row['image_url']) if is_url(row['image_url']) else (None, 'no URL')
             if reason:
                 yield split, dict(missing=reason, sample_id=name)
                 continue
@@ -71,38 +72,32 @@ def is_url(url):
 
 
 class Urls:
-    """The different URLs of a set, in order, the sha256 that each picture should have, or None, and why there
-    is no picture, '' where there is one, None where that is not known. In temporary files: a million take
-    little memory."""
+    """The different URLs of a set, in order; of each the sha256 that its picture should have, or None, and
+    why there is no picture: '' where there is one, None where that is not known. In a temporary file: a
+    million URLs take little memory."""
 
     def __init__(self):
-        self.in_order = OnDisk()
-        self.known = KnownPictures()  # of a URL, by its sha256: (sha256 of the picture, the reason)
-
-    def __iter__(self):
-        return iter(self.in_order)
-
-    def __len__(self):
-        return len(self.in_order)
+        self.table = sqlite3.connect('', isolation_level=None)
+        self.table.execute('PRAGMA cache_size = -32000')  # kB
+        self.table.execute('CREATE TABLE urls (digest BLOB UNIQUE, url, expected, reason)')
+        self.table.execute('BEGIN')
 
     def add(self, url, expected):
-        known = self.known.get(digest_of(url))
-        if known is None:
-            self.in_order.append(url)
-        if known is None or expected and not known[0]:
-            self.known[digest_of(url)] = expected, None
-
-    def expected(self, url):
-        return self.known.get(digest_of(url))[0]
-
-    def reason(self, url):
-        return self.known.get(digest_of(url))[1]
+        known = 'UPDATE SET expected = excluded.expected WHERE expected IS NULL'
+        self.table.execute(f'INSERT INTO urls VALUES (?, ?, ?, NULL) ON CONFLICT (digest) DO {known}',
+                           (digest_of(url), url, expected))
 
     def settle(self, url, reason):
-        self.known[digest_of(url)] = self.expected(url), reason
+        self.table.execute('UPDATE urls SET reason = ? WHERE digest = ?', (reason, digest_of(url)))
 
-    def __contains__(self, url):
-        return self.known.get(digest_of(url)) is not None
+    def of(self, url):
+        """-> (sha256 of the picture, why there is none), or (None, None) of an unknown URL"""
+        query = 'SELECT expected, reason FROM urls WHERE digest = ?'
+        return self.table.execute(query, (digest_of(url),)).fetchone() or (None, None)
+
+    def __iter__(self):
+        """Yields (url, why there is no picture)."""
+        return self.table.execute('SELECT url, reason FROM urls ORDER BY rowid')
 
 
 def urls_of(files):
@@ -154,8 +149,9 @@ def fetch(urls, folder, config):
     manifest = folder / 'manifest.jsonl'
     read_manifest(manifest, urls)
     left = OnDisk()
-    for url in urls:
-        reason = urls.reason(url)
+    n_urls = 0
+    for url, reason in urls:
+        n_urls += 1
         is_lost = reason == '' and not (folder / file_name(url)).is_file()
         if reason is None or is_lost or (reason and config.retry_failed):
             left.append(url)
@@ -170,7 +166,7 @@ def fetch(urls, folder, config):
         try:
             while True:
                 for url in islice(ahead, 4 * config.workers - len(under_way)):
-                    under_way.add(pool.submit(one, url, urls.expected(url)))
+                    under_way.add(pool.submit(one, url, urls.of(url)[0]))
                 if not under_way:
                     break
                 finished, under_way = wait(under_way, return_when=FIRST_COMPLETED)
@@ -184,9 +180,9 @@ def fetch(urls, folder, config):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    failed = Counter(reason.split(':')[0] for reason in map(urls.reason, urls) if reason)
+    failed = Counter(reason.split(':')[0] for _, reason in urls if reason)
     reasons = ', '.join(f'{n} {reason}' for reason, n in failed.most_common())
-    print(f'\n{len(urls)} pictures asked for, {len(urls) - failed.total()} there, {failed.total()} not: '
+    print(f'\n{n_urls} pictures asked for, {n_urls - failed.total()} there, {failed.total()} not: '
           f'{reasons or "none"}')
 
 
@@ -200,10 +196,11 @@ def read_manifest(manifest, urls):
                 entry = json.loads(line)
             except ValueError:  # the end of a killed run
                 continue
-            url = entry['url']
-            if url in urls:
-                wrong = wrong_sum(entry.get('sha256'), urls.expected(url))
-                urls.settle(url, entry['reason'] or wrong)
+            reason = entry['reason']
+            if not reason:
+                expected, _ = urls.of(entry['url'])
+                reason = wrong_sum(entry.get('sha256'), expected)
+            urls.settle(entry['url'], reason)
 
 
 def is_torn(path):

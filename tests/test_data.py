@@ -5,6 +5,8 @@ import json
 import math
 import random
 import re
+import runpy
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
+import prepare
 from data import Questions, Tokenizer, read_rows, train_bpe
 from plumbing.tables import SPLITS, write_dataset
 from prepare import shapes
@@ -233,6 +237,36 @@ def test_missing_and_torn_files(tmp_path):
     (tmp_path / 'train.parquet').write_bytes(b'hello')
     with pytest.raises(ValueError, match='not a parquet file'):
         read_rows(tmp_path, 'train')
+
+
+@pytest.mark.parametrize('out, message', [('.', 'expected the name of a new folder'), ('/', 'expected the name of a new folder'), ('..', 'expected the name of a new folder'),
+                                          ('', 'expected the name of a new folder'), ('{tmp}/file', 'already there, a file'), ('{tmp}/file/x', 'is to be a new folder'), ('{tmp}', 'already there; delete it')])
+def test_folders_to_write(tmp_path, out, message):
+    """An --out that is no new folder says what was expected, before anything is read."""
+    (tmp_path / 'file').write_text('mine')
+    with pytest.raises((ValueError, FileExistsError), match=message):
+        write_dataset(out.format(tmp=tmp_path), [('train', None)])
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_what_is_true_of_a_stopped_import(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in an import does not claim that what is finished is kept: training alone keeps it."""
+    def stopped(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, 'import_dataset', stopped)
+    monkeypatch.setattr(sys, 'argv', ['data.py', 'easyvqa', '--source=x', f"--out={tmp_path / 'x'}"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / 'data.py'), run_name='__main__')
+    assert capsys.readouterr().err.startswith('stopped; nothing was written, and the same command starts over')
+
+
+def test_long_texts(tmp_path):
+    """A text of more than 100,000 signs is a bad row: gpt2's pattern breaks down at a million spaces."""
+    for column in ('question', 'answer', 'caption'):
+        row = dict(question='q', answer='a', caption='c') | {column: ' ' * 10 ** 6 + 'x'}
+        with pytest.raises(ValueError, match='row 0: a text has more than 100000 signs: 1000001'):
+            read_rows(write(tmp_path / column, image=[png()], **{key: [text] for key, text in row.items()}), 'train')
+    assert len(read_rows(write(tmp_path / 'a', image=[png()], question=['x' * 10 ** 5], answer=['a']), 'train')) == 1
 
 
 def test_datasets_appear_whole(tmp_path):

@@ -1,5 +1,6 @@
 """prepare/: small files in the true published forms become datasets, one is drawn; bad rows are listed; pictures are fetched from a server that misbehaves."""
 
+import base64
 import csv
 import hashlib
 import http.server
@@ -230,6 +231,200 @@ def test_table(tmp_path):
     put(tmp_path / 'bad.jsonl', '{"image": \n')
     with pytest.raises(ValueError, match='bad.jsonl-0: not JSON in UTF-8: line 1'):
         data.main(['table', f"--source={tmp_path / 'bad.jsonl'}", f"--out={tmp_path / 'never'}"])
+
+
+def pictures_in(folder, n=30):
+    for i in range(n):
+        put(folder / f'p{i}.png', picture(i))
+    return [f'p{i}.png,what is it?,thing {i}' for i in range(n)]
+
+
+def tried(tmp_path, *flags):
+    """Imports a file in a folder of its own. -> (its questions and answers, what was rejected)"""
+    out = tmp_path / f'out{len(list(tmp_path.iterdir()))}'
+    data.main([*map(str, flags), f'--out={out}', '--max_bad=1'])
+    splits = [read_rows(out, split) for split in SPLITS]
+    texts = sorted((q, r) for rows in splits for q, r in zip(rows.question, rows.references))
+    return texts, [json.loads(line) for line in (out / 'rejects.jsonl').read_text().splitlines()]
+
+
+def test_malformed_csv(tmp_path):
+    """A quote that swallows lines, whether it is closed in another row or never, costs the line that it stands on, by number, and no other; so do a zero byte and
+    a field too few. A text of several lines is one."""
+    rows = pictures_in(tmp_path)
+    expected = {f'thing {i}' for i in range(30)}
+    cases = (({5: 'p5.png,"what is it?,thing 5', 20: 'p20.png,"what is it?",thing 20'}, {5}, "not CSV: line 7: ',' expected after"),
+             ({5: 'p5.png,"what is it?,thing 5', 8: 'p8.png,what is it?",thing 8'}, {5}, 'not CSV: line 7: a quote is open'),
+             ({5: '"p5.png,what is it?,thing 5'}, {5}, 'not CSV: line 7: unexpected end of data'), ({29: 'p29.png,"what,thing 29'}, {29}, 'not CSV: line 31'),
+             ({3: 'p3.png,what\0 is it?,thing 3'}, {3}, 'not text: line 5: it has a zero byte'), ({3: 'p3.png,thing 3'}, {3}, 'fewer fields than the header has: line 5'),
+             ({3: 'p3.png,"is it\nred, green, or\nblue?",thing 3'}, set(), ''))
+    for n, (changed, lost, reason) in enumerate(cases):
+        lines = [changed.get(i, row) for i, row in enumerate(rows)]
+        put(tmp_path / f'{n}.csv', '\n'.join(['image,question,answer', *lines]))
+        texts, rejected = tried(tmp_path, 'table', f"--source={tmp_path / f'{n}.csv'}")
+        assert {r[0] for _, r in texts} == expected - {f'thing {i}' for i in lost} and len(texts) == 30 - len(lost), reason
+        assert [r['reason'][:len(reason)] for r in rejected] == [reason] * len(lost)
+
+
+def test_forms_of_tables(tmp_path):
+    """Tables as spreadsheets and programs write them: other delimiters, capital letters and spaces in names, suffixes in any case, old line ends, UTF-16, lists in
+    JSON, usual names of columns. All give the same rows."""
+    rows = pictures_in(tmp_path)
+    lines = [dict(image=f'p{i}.png', question='what is it?', answer=f'thing {i}') for i in range(30)]
+    csv_of = lambda delimiter, head, end='\n': end.join([head, *(row.replace(',', delimiter) for row in rows)])
+    files = {'a.csv': csv_of(';', 'image;question;answer'), 'b.tsv': csv_of('\t', 'image\tquestion\tanswer'), 'c.CSV': csv_of('|', 'Image | Question | Answers'),
+             'd.csv': csv_of(',', ' Image, "Question", ANSWER', '\r'), 'e.csv': csv_of(',', 'file_name,prompt,answer').encode('utf-16'),
+             'f.csv': csv_of(';', 'sep=;\nimage;question;answer').encode('utf-8-sig'), 'g.json': json.dumps(lines, indent=1), 'h.Json': '\n'.join(map(json.dumps, lines)),
+             'i.NDJSON': '\r\n'.join(map(json.dumps, lines)).encode('utf-16'), 'j.jsonl': json.dumps(lines).encode('utf-8-sig')}
+    for name, content in files.items():
+        put(tmp_path / name, content)
+        texts, rejected = tried(tmp_path, 'table', f'--source={tmp_path / name}')
+        assert texts == sorted(('what is it?', [f'thing {i}']) for i in range(30)) and not rejected, name
+
+
+def test_a_fault_of_the_file_is_told_once(tmp_path):
+    """A file without the columns that it takes is one error that names those it has, their types, and what may be wrong; a text file in no known encoding, too."""
+    rows = '\n'.join(pictures_in(tmp_path, 3))
+    for name, content, message in (
+            ('a.csv', rows, 'no column image.*it has p0.png, what is it.*is there no header'), ('b.csv', 'image^question^answer\n' + rows, "likely parted by '\\^'"),
+            ('c.csv', 'url,question,answer\n' + rows, 'no column image.*python data.py pixmo.*img2dataset'), ('d.csv', 'image,text,Text\n' + rows, 'two columns have the same name'),
+            ('e.jsonl', '\n'.join(json.dumps(dict(image='p0.png', question='q', answer=k)) for k in range(30)), 'answer is number: int, expected text'),
+            ('f.json', dict(rows=[dict(image='p0.png')]), 'rows \\(list of object\\).*expected a list of objects'), ('g.csv', '', 'the file is empty'),
+            ('h.csv', rows.encode('utf-16-le'), 'full of zero bytes'), ('i.json', json.dumps([1]).encode('utf-16'), 'UTF-16; save it as UTF-8'), ('j.xlsx', b'PK', 'expected a name that ends in .csv')):
+        put(tmp_path / name, content)
+        with pytest.raises(ValueError, match=message) as error:
+            data.main(['table', f'--source={tmp_path / name}', f"--out={tmp_path / 'never'}"])
+        assert str(error.value).startswith(str(tmp_path / name)) and len(str(error.value)) < 700
+    for columns, message in ((dict(question=['q'], answer=[3]), 'answer is number: int64, expected text or list of text'), (dict(question=[['q']], answer=['a']), 'question is list of text, expected text'),
+                             (dict(caption=[dict(a='x')]), 'caption is object'), (dict(texts=['x']), 'texts is text, expected list of object')):
+        pq.write_table(pa.table(dict(image=[picture(1)]) | columns), put(tmp_path / 'a.parquet', b''))
+        with pytest.raises(ValueError, match=message):
+            data.main(['parquet', f"--source={tmp_path / 'a.parquet'}", f"--out={tmp_path / 'never'}"])
+
+
+def test_pictures_in_texts(tmp_path):
+    """Pictures written into a table, as a data: URI or in base64, are read; a URL points to what fetches it; no message quotes more than 80 signs of a value."""
+    lines, files = [], [picture(i, form=form) for i, form in enumerate(('PNG', 'JPEG', 'GIF', 'WEBP', 'BMP', 'TIFF'))]
+    for k, content in enumerate(files):
+        text = base64.b64encode(content).decode()
+        lines += [dict(image=['data:image/png;base64,' + text, text, '\n'.join(text[i:i + 76] for i in range(0, len(text), 76)), text.rstrip('=')][k % 4], question='q?', answer=f'{k}')]
+    bad = ['data:image/png;base64,' + 'A%' * 10 ** 5, 'x/' * 10 ** 5, 'https://x.org/' + 'y' * 10 ** 5, 'iVBORw0KGgo' + 'A' * 10 ** 5, 'data:image/png;base64,']
+    put(tmp_path / 'a.jsonl', '\n'.join(json.dumps(line) for line in lines + [dict(image=image, question='q?', answer='a') for image in bad] + [dict(image='p', question=['z' * 10 ** 5], answer='a')]))
+    texts, rejected = tried(tmp_path, 'table', f"--source={tmp_path / 'a.jsonl'}")
+    assert [r[0] for _, r in texts] == [f'{k}' for k in range(6)] and len(rejected) == 6 and max(len(r['reason']) for r in rejected) < 250
+    assert 'python data.py pixmo' in rejected[2]['reason'] and 'img2dataset' in rejected[2]['reason'] and rejected[4]['reason'] == 'the image is empty'
+    put(tmp_path / 'b.csv', 'image,question,answer\n' + '\n'.join(f'"{line["image"]}",q?,{line["answer"]}' for line in lines) + f'\n{base64.b64encode(picture(9, (300, 300), "RGB")).decode()},q?,6')
+    assert len(tried(tmp_path, 'table', f"--source={tmp_path / 'b.csv'}")[0]) == 7
+
+
+def test_forms_of_talks(tmp_path):
+    """Talks in the forms of LLaVA, the_cauldron and chats make a row a turn, from parquet and JSON; what a system says and the marks of pictures are left out; a turn
+    without its other half, a role unknown and a talk of nothing are bad rows."""
+    talks = dict(texts=[dict(user='what?', assistant='a cat', source='x'), dict(user='and?', assistant='a dog', source='x')],
+                 conversations=[{'from': 'human', 'value': '<image>\nwhat?'}, {'from': 'gpt', 'value': 'a cat'}, {'from': 'human', 'value': 'and?'}, {'from': 'gpt', 'value': 'a dog'}],
+                 messages=[dict(role='system', content='be brief')] + [dict(role=role, content=text) for role, text in (('user', 'what?'), ('assistant', 'a cat'), ('user', 'and?'), ('assistant', 'a dog'))])
+    parts = [dict(role=one['role'], content=[dict(type='image', text=None), dict(type='text', text=one['content'])]) for one in talks['messages']]
+    put(tmp_path / 'p.png', picture(1))
+    for name, talk in [*talks.items(), ('messages', parts), ('texts', dict(user=['what?', 'and?'], assistant=['a cat', 'a dog']))]:
+        pq.write_table(pa.table(dict(images=[[dict(bytes=picture(1), path=None)]], **{name: [talk]})), put(tmp_path / 'a.parquet', b''))
+        put(tmp_path / 'a.json', [dict(image='p.png', **{name: talk})])
+        for flags in (('parquet', f"--source={tmp_path / 'a.parquet'}"), ('table', f"--source={tmp_path / 'a.json'}")):
+            assert tried(tmp_path, *flags) == ([('and?', ['a dog']), ('what?', ['a cat'])], []), (name, flags)
+    odd = [talks['messages'][:1], talks['messages'][:2], talks['messages'][:2] + talks['messages'][3:], [dict(role='tool', content='x')], talks['messages'][2:3]]
+    put(tmp_path / 'b.json', [dict(image='p.png', messages=talk) for talk in odd] + [dict(images=['p.png', 'p.png'], messages=talks['messages'])])
+    texts, rejected = tried(tmp_path, 'table', f"--source={tmp_path / 'b.json'}")
+    assert texts == [('and?', ['a dog'])] and [r['reason'].split(':')[0] for r in rejected] == ['the question is no text', 'the answer is empty or no text', 'the answer is empty or no text',
+                                                                                             'a message of a talk is of no known role', 'the question is no text', '2 pictures in one row']
+
+
+def test_one_definition_of_a_row(tmp_path):
+    """Captions in a list, answers in a list and under their other name are taken by every importer as data.py takes them; of more than two answers the commonest
+    comes first, of equally common ones the one met first; of two the first."""
+    rows = [dict(caption=['a dog', 'a brown dog']), dict(question='q1', answers=['c', 'b', 'a', 'b', 'a']), dict(question='q2', answers=['b', 'a']), dict(question='q3', answers=['b'])]
+    expected = [['a dog', 'a brown dog'], ['b'], ['b', 'a'], ['b', 'a', 'b', 'a', 'c']]
+    put(tmp_path / 'p.png', picture(1))
+    put(tmp_path / 'a.jsonl', '\n'.join(json.dumps(row | dict(image='p.png')) for row in rows))
+    pq.write_table(pa.Table.from_pylist([dict(image='p.png', caption=row.get('caption'), question=row.get('question'), answers=row.get('answers')) for row in rows]), put(tmp_path / 'a.parquet', b''))
+    vqa = [dict(answer=answer, answer_id=i) for i, answer in enumerate(['x', 'y', 'y'])]
+    pq.write_table(pa.table(dict(image=['p.png'], question=['q'], answers=[vqa], multiple_choice_answer=['y'])), put(tmp_path / 'vqa.parquet', b''))
+    for flags in (('table', f"--source={tmp_path / 'a.jsonl'}"), ('parquet', f"--source={tmp_path / 'a.parquet'}", f'--images={tmp_path}')):
+        texts, rejected = tried(tmp_path, *flags)
+        assert sorted(references for _, references in texts) == expected and not rejected
+    assert tried(tmp_path, 'parquet', f"--source={tmp_path / 'vqa.parquet'}")[0] == [('q', ['y', 'y', 'x'])]
+
+
+def test_names_tell_splits():
+    """A file is of the split that its name tells, in the many spellings there are, and ordinary words tell none."""
+    told = dict(train='train train2014 train-00000-of-00005 TRAIN trainSet trainval training minitrain turing_test_train x_train_balanced',
+                val='val val2014 minival dev dev1 devset valid validation valMini cocoval valset pixmo_val my-val v2_val2014_questions',
+                test='test test2015 testmini testdev test-dev2015 test_std devtest eval evaluation eval2 eval_set testA minitest held_out holdout')
+    for split, names in told.items():
+        assert {name: prepare.split_of_name(name + '.parquet') for name in names.split()} == dict.fromkeys(names.split(), split)
+    plain = 'trains trainers contest latest testimony devices devotion carnival festival interval retrieval oval value valley pictures 00000 a'
+    assert {name for name in plain.split() if prepare.split_of_name(name)} == set()
+
+
+def test_where_files_go(tmp_path, capsys):
+    """An import says where each file goes, and that some names tell no split beside others that do; hidden files, and data sets that an import wrote into the source,
+    are not read, and this is said."""
+    names = ('train.parquet', 'eval.parquet', 'minival.parquet', 'more.parquet', '._train.parquet', '.ipynb_checkpoints/train-checkpoint.parquet', '__MACOSX/train.parquet')
+    for k, name in enumerate(names):
+        pq.write_table(pa.table(dict(image=[picture(4 * k + i) for i in range(4)], question=['q'] * 4, answer=['a'] * 4)), put(tmp_path / 'src' / name, b''))
+    for out in ('out', 'again', 'sub/third'):
+        data.main(['parquet', f"--source={tmp_path / 'src'}", f"--out={tmp_path / 'src' / out}"])
+        text = capsys.readouterr().out
+        for line in ('train.parquet: to train', 'eval.parquet: to test', 'minival.parquet: to val', 'more.parquet: to train, val and test', 'some file names tell a split, others do not', '16 rows read'):
+            assert line in text, (out, line)
+    assert '9 files are not read' in text and '._train.parquet' in text
+    for i in range(12):
+        put(tmp_path / f'own/train-{i}.jsonl', json.dumps(dict(image='p.png', question='q', answer='a')))
+    put(tmp_path / 'own/p.png', picture(1))
+    put(tmp_path / 'own/.~lock.train.jsonl', 'x')
+    put(tmp_path / 'own/test.jsonl', json.dumps(dict(image='p.png', question='q', answer='a')))
+    data.main(['table', f"--source={tmp_path / 'own'}", f"--out={tmp_path / 'own/out'}", '--max_bad=1'])
+    text = capsys.readouterr().out
+    assert '12 files, train-0.jsonl ... train-9.jsonl: to train or val' in text and 'test.jsonl: to test' in text and '13 rows read, 1 written' in text
+
+
+def test_groups(tmp_path, capsys):
+    """Pictures of one group land in one split, decided by the group alone; a picture in two groups follows the first; a group that a published test split has keeps
+    out of training; where groups are too few for three splits this is said."""
+    for i in range(120):
+        put(tmp_path / f'p{i}.png', picture(i))
+    row = lambda i, group: dict(image=f'p{i}.png', question='q', answer='a', group=group, sample_id=f'{group}/{i}')
+    put(tmp_path / 'a.jsonl', '\n'.join(json.dumps(row(i, i // 4)) for i in range(120)) + '\n' + json.dumps(row(0, 99)))
+    data.main(['table', f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'a'}"])
+    splits_of = {}
+    for split in SPLITS:
+        for name in read_rows(tmp_path / 'a', split).sample_id:
+            splits_of.setdefault(name.split('/')[0], set()).add(split)
+    assert all(len(splits) == 1 for splits in splits_of.values()) and set.union(*splits_of.values()) == set(SPLITS) and splits_of['99'] == splits_of['0']
+    put(tmp_path / 'own/test.jsonl', json.dumps(row(1, 'film')))
+    put(tmp_path / 'own/more.jsonl', '\n'.join(json.dumps(row(i, 'film')) for i in range(2, 20)))
+    capsys.readouterr()
+    data.main(['table', f"--source={tmp_path / 'own'}", f'--images={tmp_path}', f"--out={tmp_path / 'own_out'}"])
+    assert len(read_rows(tmp_path / 'own_out', 'test')) == 19 and 'no rows for train and val, and training needs some in each split: a group of pictures stays in one split' in capsys.readouterr().out
+
+
+def test_no_rows_for_a_split(tmp_path, capsys):
+    """A data set that cannot be trained on says what was found and what to do."""
+    put(tmp_path / 'p.png', picture(1))
+    row = json.dumps(dict(image='p.png', question='q', answer='a'))
+    for name, content, message in (('a.jsonl', row, 'there are too few for that, 1; give more'), ('test.jsonl', row, 'all files are named after test; add files named after train and val'),
+                                   ('b.jsonl', '', 'b.jsonl holds no rows'), ('c.jsonl', row.replace('p.png', 'q.png'), 'no row could be used, for the reasons above')):
+        put(tmp_path / name, content)
+        data.main(['table', f'--source={tmp_path / name}', f"--out={tmp_path / name.split('.')[0]}", '--max_bad=1'])
+        assert message in capsys.readouterr().out
+
+
+def test_flags_that_are_not_read(tmp_path):
+    """A flag that an importer does not read is refused by name, and a folder of pictures that is not there, too; --images is read by all."""
+    pq.write_table(pa.table(dict(image=['p.png'], question=['q'], answer=['a'])), put(tmp_path / 'src/a.parquet', b''))
+    put(tmp_path / 'pics/p.png', picture(1))
+    for flag, message in (('--workers=3', '--workers: parquet fetches no pictures'), ('--retry_failed=true', '--retry_failed: parquet'), ('--images=/none', '--images=/none: no such folder')):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            imported('parquet', tmp_path, flag)
+    assert sum(map(len, imported('parquet', tmp_path, f"--images={tmp_path / 'pics'}").values())) == 1
 
 
 def test_sortofclevr(tmp_path, tiny_encoder, capsys):
