@@ -208,7 +208,7 @@ def found(values):
     """The end of a message: the first value that is no text, where there is any."""
     for value in values:
         if value is not None and not isinstance(value, str):
-            return f': a {type(value).__name__}, {cut(repr(value))}'
+            return f': of type {type(value).__name__}, {cut(repr(value))}'
     return ''
 
 

@@ -122,7 +122,7 @@ class Import:
         self.written = Counter()      # rows by split
         self.rejects = OnDisk()
         self.reasons = Counter()      # how often each kind of reason was met
-        self.first_bad = []           # up to three, for the message
+        self.first_bad = []           # up to three, of different kinds, for the message
         self.first_shared = None      # a row whose picture another split has
 
     def good_rows(self):
@@ -185,7 +185,8 @@ class Import:
         kind_of_reason = re.sub(r"""(?s) '.*'| ".*"|(: | \().*""", '', reason)  # without the details
         self.reasons[kind_of_reason] += 1
         self.rejects.append(dict(sample_id=row.get('sample_id'), reason=reason, missing=kind == 'missing'))
-        if kind == 'bad' and len(self.first_bad) < 3:
+        is_new = self.reasons[kind_of_reason] == 1  # what is wrong with every row is told once
+        if kind == 'bad' and is_new and len(self.first_bad) < 3:
             self.first_bad.append(f'{cut(row.get("sample_id"))}: {reason}')
 
     def finish(self, folder):

@@ -3,6 +3,8 @@ Tables of other people, whatever the file: what their columns may be called and 
 the rows of a dataset that a row of them makes. `table` and `parquet` read files; both ask here.
 """
 
+import re
+from collections import Counter
 from functools import lru_cache
 
 import pyarrow as pa
@@ -34,8 +36,8 @@ COLUMNS = dict(
 
 @lru_cache(1000)
 def plain_name(name):
-    """The name of a column in small letters: ' Sample ID' is sample_id."""
-    return name.strip().strip('\ufeff"').lower().replace(' ', '_')
+    """The name of a column without what programs do to it: ' Sample ID' and sampleId are sample_id."""
+    return re.sub(r'[\s_"-]', '', name).lower()
 
 
 @lru_cache(1000)
@@ -52,7 +54,7 @@ def columns_of(names, kinds=None):
     columns = {}
     for key, (aliases, allowed) in COLUMNS.items():
         for alias in aliases:
-            name, kind = called.get(alias, (None, None))
+            name, kind = called.get(plain_name(alias), (None, None))
             kind = kind and kind.split(':')[0]
             if name is not None and key not in columns and kind in (None, 'nothing', *allowed):
                 columns[key] = name
@@ -65,15 +67,16 @@ def check_columns(path, names, kinds, hint=''):
     found = ', '.join(map(with_kind, names[:20], kinds))
     if len(names) > 20:
         found += f', ... ({len(names)} columns)'
-    twice = {plain_name(name) for name in names if list(map(plain_name, names)).count(plain_name(name)) > 1}
-    if twice & {alias for aliases, _ in COLUMNS.values() for alias in aliases}:
+    known = {plain_name(alias) for aliases, _ in COLUMNS.values() for alias in aliases}
+    counts = Counter(map(plain_name, names))
+    if any(counts[name] > 1 for name in known):
         raise ValueError(f'{path}: two columns have the same name; it has {found}')
     columns = columns_of(tuple(names), tuple(kinds))
     has_texts = 'caption' in columns or 'talk' in columns or 'messages' in columns
     has_texts = has_texts or 'question' in columns and 'answer' in columns
     if 'image' not in columns or not has_texts:
         lacking = 'image' if 'image' not in columns else 'question with answer, and no caption,'
-        has_urls = {'url', 'image_url', 'urls', 'image_urls'} & set(map(plain_name, names))
+        has_urls = {'url', 'imageurl', 'urls', 'imageurls'} & set(counts)
         if has_urls and lacking == 'image':
             hint = '; for URLs see python data.py pixmo, or fetch them with img2dataset'
         raise ValueError(f'{path}: no column {lacking} that can be used; it has {found or "none"}; expected '

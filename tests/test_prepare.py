@@ -273,7 +273,7 @@ def test_forms_of_tables(tmp_path):
     lines = [dict(image=f'p{i}.png', question='what is it?', answer=f'thing {i}') for i in range(30)]
     csv_of = lambda delimiter, head, end='\n': end.join([head, *(row.replace(',', delimiter) for row in rows)])
     files = {'a.csv': csv_of(';', 'image;question;answer'), 'b.tsv': csv_of('\t', 'image\tquestion\tanswer'), 'c.CSV': csv_of('|', 'Image | Question | Answers'),
-             'd.csv': csv_of(',', ' Image, "Question", ANSWER', '\r'), 'e.csv': csv_of(',', 'file_name,prompt,answer').encode('utf-16'),
+             'd.csv': csv_of(',', ' Image, "Question", ANSWER', '\r'), 'e.csv': csv_of(',', 'fileName,prompt,answer').encode('utf-16'),
              'f.csv': csv_of(';', 'sep=;\nimage;question;answer').encode('utf-8-sig'), 'g.json': json.dumps(lines, indent=1), 'h.Json': '\n'.join(map(json.dumps, lines)),
              'i.NDJSON': '\r\n'.join(map(json.dumps, lines)).encode('utf-16'), 'j.jsonl': json.dumps(lines).encode('utf-8-sig')}
     for name, content in files.items():
@@ -1014,6 +1014,23 @@ def test_fetch(tmp_path, server, capsys):
     pq.write_table(pa.table(dict(image_url=[server + '/ok?a=1'], image_sha256=['0' * 64], question=['What?'], answer=['a bus'])), tmp_path / 'more.parquet')
     data.main(['pixmo', f"--source={tmp_path / 'more.parquet'}", f"--images={tmp_path / 'pics'}", *FLAGS, f"--out={tmp_path / 'out4'}"])
     assert 'another picture than it was' in (tmp_path / 'out4/rejects.jsonl').read_text()
+
+
+def test_urls_in_little_memory(tmp_path, monkeypatch):
+    """Three times the URLs, all of them known to the manifest, take no more memory; the last line about a URL counts, and one of another set is left alone."""
+    peaks = []
+    for n in (2000, 6000):
+        folder = tmp_path / f'{n}'
+        urls = [f'https://example.org/{i:0100}' for i in range(n)]
+        put(folder / 'manifest.jsonl', '\n'.join(json.dumps(dict(url=url, sha256=None, reason=reason)) for reason in ('timed out', 'status 404') for url in urls + ['http://x/']) + '\n')
+        pq.write_table(pa.table(dict(image_url=[*urls, None, ''], caption=['c'] * (n + 2))), put(folder / 'a.parquet', b''))
+        tracemalloc.start()
+        asked = pixmo.urls_of([folder / 'a.parquet'])
+        pixmo.fetch(asked, folder, prepare.ImportConfig(source='x', out='y'))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert list(asked) == [(url, 'status 404') for url in urls] and not (folder / 'out').exists()
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 def fate(url, **options):
