@@ -26,7 +26,7 @@ from configurator import configure, echo, expect
 from data import Questions, Tokenizer, read_rows, train_bpe
 from encoder import open_encoder
 from model import ModelConfig, build_model
-from plumbing.console import GOES_ON, clock, printable, run_script
+from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
 from plumbing.features import vision_source
 from plumbing.files import locked
 from plumbing.machine import compile_layers, flops_of, most_memory, on_device, pick_dtype
@@ -193,6 +193,7 @@ def train(s, sources, device, stop):
     rows = {split: read_rows(s.dataset, split) for split in ('train', 'val')}
     rows_sum = {split: of_split.sum.hexdigest() for split, of_split in rows.items()}
     unchanged(s, saved, 'dataset', rows_sum)
+    say_if_few(len(rows['val']), 'questions')
     start = read_start(s.init_from) if s.init_from and not saved else None
     known = saved or start
     tokenizer = Tokenizer(known['tokenizer'] if known else new_tokenizer(rows['train'], s))

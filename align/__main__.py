@@ -26,7 +26,7 @@ from align.judge import report, validate
 from align.model import build, chosen, open_trunk
 from configurator import configure, echo
 from encoder import load_encoder, save_encoder
-from plumbing.console import GOES_ON, clock, printable, run_script
+from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
 from plumbing.files import locked, write_whole
 from plumbing.machine import compile_layers, most_memory, on_device, pick_dtype
 from plumbing.plots import draw_curves
@@ -58,10 +58,6 @@ def main(argv=None):
 def align(s, sources, device, stop):
     """The whole story of a run, from its settings to its result."""
     # ---- the run
-    world = rank_and_world()[1]
-    if s.batch_size % world:
-        raise ValueError(f'batch_size={s.batch_size}: {world} processes contrast as many captions each: '
-                         f'expected a multiple of {world}')
     run = Run(started=time.time())
     out_dir = Path(s.out_dir)
     saved = saved_run(s, FREE, stage='align')
@@ -71,6 +67,8 @@ def align(s, sources, device, stop):
     # ---- captions, model, pictures
     data = AlignData(s, saved)
     unchanged(s, saved, 'dataset', data.rows_sum)
+    batch_size = data.fitting(s.batch_size, world=rank_and_world()[1])
+    say_if_few(data.n_pictures('val'), 'pictures')
     trunk = open_trunk(s, device)
     fingerprint = trunk.fingerprint() if trunk else None
     unchanged(s, saved, 'trunk', fingerprint)
@@ -90,9 +88,9 @@ def align(s, sources, device, stop):
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     counts = parameter_counts(model, trunk)
     # what a guess costs, in nats: one caption of a batch, one word of all
-    chance = chosen(s, dict(contrast=math.log(s.batch_size), cloze=math.log(data.tokenizer.vocab_size)))
+    chance = chosen(s, dict(contrast=math.log(batch_size), cloze=math.log(data.tokenizer.vocab_size)))
     print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))
-    print(f'up to {s.batch_size * s.grad_accum} examples per step | '
+    print(f'up to {batch_size * s.grad_accum} examples per step | '
           f'expected loss at the start {sum(chance.values()):.2f}')
 
     # ---- go on where a stopped run stood
@@ -104,8 +102,6 @@ def align(s, sources, device, stop):
     checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
                       encoder_config=asdict(model.encoder.config), tokenizer=data.tokenizer.state,
                       dataset_fingerprint=data.rows_sum, trunk_fingerprint=fingerprint)
-    # a batch that is too large shows now and costs nobody the old run
-    data.batch('train', run.step * s.grad_accum, s.batch_size, s.seed)
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop
@@ -134,7 +130,7 @@ def align(s, sources, device, stop):
         n_rows = 0
         losses = {}
         for micro in range(s.grad_accum):
-            batch = data.batch('train', run.step * s.grad_accum + micro, s.batch_size, s.seed)
+            batch = data.batch('train', run.step * s.grad_accum + micro, batch_size, s.seed)
             names += batch.pop('names')
             n_rows += len(batch['caption'])
             batch['counted'] = batch['left_out']  # the words that the cloze is a mean of

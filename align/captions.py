@@ -44,27 +44,38 @@ class Captions:
     """The captions of a split's pictures, `n_phrases` sentences at a time, none longer than `most_tokens`:
     longer ones are cut into several. An epoch shows every picture once, but for those that fill no batch.
 
-    Raises: ValueError where pictures have no caption, naming them.
+    Raises: ValueError where pictures have no caption, naming them; when it is `late`, after the training,
+        they are left out, unless none has one.
     """
 
-    def __init__(self, rows, tokenizer, n_phrases=4, most_tokens=64):
+    def __init__(self, rows, tokenizer, n_phrases=4, most_tokens=64, late=False):
         self.n_phrases = n_phrases
         self.names = rows.pictures.names
-        self.phrases = []  # of every picture, a list of arrays of tokens
+        self.phrases = []   # of every picture, a list of arrays of tokens
+        self.usable = []    # the pictures that have some
         bad = []
-        for name, caption in zip(rows.pictures.names, rows.caption):
-            if caption and caption.strip():
-                self.phrases.append(phrases_of(caption, tokenizer, most_tokens))
+        for i, caption in enumerate(rows.caption):
+            self.phrases.append(phrases_of(caption or '', tokenizer, most_tokens))
+            if self.phrases[i]:
+                self.usable.append(i)
             else:
-                bad.append(name)
+                bad.append(self.names[i])
         if bad:
-            raise ValueError(f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, '
-                             f'which captions=dataset needs: {", ".join(bad[:3])}')
+            problem = (f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, '
+                       f'which captions=dataset needs: {", ".join(bad[:3])}')
+            if not late or not self.usable:
+                raise ValueError(f'{problem}; give them one, or leave out their rows')
+            print(f'{problem}; they are left out')
+        # sums of their files: an order that is not that of the rows
+        self.usable.sort(key=rows.pictures.digests.__getitem__)
+
+    def __len__(self):
+        return len(self.usable)
 
     def batch(self, step, batch_size, seed):
         """Shapes: -> a batch with `picture` (B,), see the top of the page.
         Raises: ValueError where there are fewer pictures than a batch has."""
-        n = len(self.phrases)
+        n = len(self)
         if batch_size > n:
             raise ValueError(f'batch_size={batch_size}: more than the {n} pictures of the split')
         epoch, k = divmod(step, n // batch_size)
@@ -73,17 +84,32 @@ class Captions:
         rng = random.Random(f'captions/{seed}/{step}')
         phrases = []
         for i in picture:
-            own = self.phrases[i]
-            sentences = rng.sample(own, min(self.n_phrases, len(own)))
-            # where a caption is short its sentences come again: all pictures have the same P
-            for tokens in islice(cycle(sentences), self.n_phrases):
-                phrases.append(tokens.tolist())
+            phrases += self.some(i, rng)
         names = [self.names[i] for i in picture[:8]]
         return dict(picture=torch.from_numpy(picture), names=names, **cloze(phrases, batch_size, rng))
 
+    def judged(self, places):
+        """The pictures at some places of an order that is not that of the rows; of equal captions the same
+        sentences. Shapes: places (B,) -> a batch with `picture` (B,), see the top of the page."""
+        picture = [self.usable[place] for place in places]
+        phrases = []
+        for i in picture:
+            content = b''.join(tokens.tobytes() for tokens in self.phrases[i])
+            phrases += self.some(i, random.Random(content))
+        gaps = random.Random(f'judged/{places[0]}')
+        return dict(picture=torch.tensor(picture), **cloze(phrases, len(picture), gaps))
+
+    def some(self, i, rng):
+        """`n_phrases` sentences of a picture, lists of tokens; where its caption is short they come again:
+        all pictures have the same P."""
+        own = self.phrases[i]
+        sentences = rng.sample(own, min(self.n_phrases, len(own)))
+        return [tokens.tolist() for tokens in islice(cycle(sentences), self.n_phrases)]
+
 
 def phrases_of(caption, tokenizer, most_tokens):
-    """The sentences of a caption, a list of arrays of tokens; int32, as all of a split stay in memory."""
+    """The sentences of a caption, a list of arrays of tokens, none where it is empty; int32, as all of a
+    split stay in memory."""
     phrases = []
     for sentence in re.split(SENTENCE_END, caption.strip()):
         tokens = tokenizer.encode(sentence)
@@ -161,6 +187,26 @@ class AlignData:
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, s.vocab_size))
         if s.captions == 'drawn':
             self.drawn = DrawnCaptions(shapes, self.tokenizer)
+        for split, rows in self.rows.items():  # before a picture is encoded: what is missing is said early
+            self.captions[split] = Captions(rows, self.tokenizer)
+
+    def fitting(self, batch_size, world):
+        """The batch size, or that of the training split where it is smaller. Raises: ValueError where the
+        processes, `world` of them, cannot share it equally."""
+        if not self.drawn:
+            n = len(self.captions['train'])
+            if n < 2:
+                raise ValueError(f'{self.settings.dataset}: one picture to train on: captions tell pictures '
+                                 f'apart, give two or more')
+            if n < batch_size:
+                print(f'batch_size={batch_size}: the {n} pictures of the training split make one batch')
+                batch_size = n
+        if batch_size % world:
+            even = batch_size - batch_size % world
+            remedy = f'--batch_size={even}' if even else 'fewer processes'
+            raise ValueError(f'batch_size={batch_size}: {world} processes contrast as many captions each: '
+                             f'expected a multiple of {world}; {remedy} will do')
+        return batch_size
 
     def open_pictures(self, trunk, encoder, device):
         """Makes the splits of the dataset ready. `trunk`: the frozen one, or None where `encoder` learns."""
@@ -172,26 +218,33 @@ class AlignData:
 
     def open(self, split):
         """What a frozen trunk makes of the pictures of a split is computed here, once, and cached."""
-        if split not in self.rows:
-            self.rows[split] = rows_to_judge(self.settings.dataset, split)
         rows = self.rows[split]
-        self.captions[split] = Captions(rows, self.tokenizer)
         settings = asdict(self.settings)
         settings |= dict(use_vision=True, vision_dim=None, train_encoder=self.trunk is None)
         self.images[split] = vision_source(settings, self.trunk or self.encoder, rows, self.device)
 
     def n_pictures(self, split):
+        """How many pictures there are to judge; opens the split where it is not open yet."""
         if self.drawn:
             return DRAWN_PICTURES
         if split not in self.captions:
+            self.rows[split] = rows_to_judge(self.settings.dataset, split)
+            self.captions[split] = Captions(self.rows[split], self.tokenizer, late=True)
             self.open(split)
-        return len(self.rows[split].pictures)
+        return len(self.captions[split])
 
     def batch(self, split, step, batch_size, seed):
         """See the top of the page."""
         if self.drawn:
             return self.drawn.batch(split, step, batch_size, seed)
         return self.captions[split].batch(step, batch_size, seed)
+
+    def judged(self, split, k, places, seed):
+        """The k-th batch of those that a split is judged on: the pictures at its places. See the top of the
+        page."""
+        if self.drawn:
+            return self.drawn.batch(split, k, len(places), seed)
+        return self.captions[split].judged(places)
 
     def tokens(self, encoder, batch, split):
         """What the encoder makes of the pictures of a batch. Shapes: -> (B, N, D)"""

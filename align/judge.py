@@ -4,9 +4,12 @@ What an aligned encoder is worth: retrieval, and what a probe reads from its tok
     python -m align.judge --out_dir=out/align --split=test    # reports on a finished run again
 """
 
+import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -14,42 +17,52 @@ from align.captions import AlignData
 from align.config import AlignConfig
 from align.model import build, chosen, open_trunk
 from configurator import configure
-from plumbing.console import run_script, table
+from plumbing.console import run_script, say_if_few, table
 from plumbing.machine import on_device, pick_device
+from plumbing.ranks import by_first, shared
 from plumbing.run import read_checkpoint
 from prepare.shapes import COLORS, SHAPES
 
-AT_ONCE = 250  # pictures in a forward pass
+AT_ONCE = 250    # pictures whose captions are told apart by the loss
+ROUNDING = 2e-6  # of a similarity: two that are closer to each other are equal
 
 
 # ----------------------------------------------------------------------------
 # retrieval
 
 @torch.no_grad()
-def retrieval(pooled, text, prefixes):
-    """Finds each caption's picture among all, and each picture's caption.
+def retrieval(pooled, text, prefixes, captions=None):
+    """Finds each caption's picture among all, and each picture's caption. `captions`: what they say, n values
+    to compare; where some are equal, each of their pictures is a right one. None: all differ.
 
     Shapes: pooled and text (n, D) -> {prefix: {'R@1', 'R@5', 'R@10', 'median rank'}}, over both directions;
         the best rank is 1.
     """
+    captions = captions or range(len(text))
+    numbers = {caption: i for i, caption in enumerate(captions)}
+    number = torch.tensor([numbers[caption] for caption in captions], device=text.device)  # (n,)
+    same = number[:, None] == number                                         # (n, n)
     results = {}
     for d in prefixes:
         pictures = F.normalize(pooled[:, :d], dim=1)
-        captions = F.normalize(text[:, :d], dim=1)
-        sims = pictures @ captions.T                                         # (n, n)
-        rank = torch.cat([rank_of_right(sims), rank_of_right(sims.T)])       # (2 n,)
+        phrases = F.normalize(text[:, :d], dim=1)
+        sims = pictures @ phrases.T                                          # (n, n)
+        rank = torch.cat([rank_of_right(sims, same), rank_of_right(sims.T, same)])  # (2 n,)
         result = {f'R@{k}': (rank <= k).float().mean().item() for k in (1, 5, 10)}
         result['median rank'] = rank.float().median().item()
         results[d] = result
     return results
 
 
-def rank_of_right(sims):
-    """The rank of the right one, which row i has in column i. Shapes: (n, n) -> (n,)"""
-    right = sims.diagonal()[:, None]                                         # (n, 1)
-    farther = sims < right
-    # what is as near as the right one counts as nearer: embeddings that are all alike, or nan, find nothing
-    return (~farther).sum(1)
+def rank_of_right(sims, same):
+    """The rank of the nearest right one in every row. Shapes: sims (n, n), same (n, n) bool, the right ones
+    -> (n,)"""
+    right = sims.masked_fill(~same, -torch.inf).amax(1, keepdim=True)        # (n, 1)
+    # what is as near as the right one counts as nearer: embeddings that are all alike, or nan, find nothing;
+    # rounding, which is another one on other threads, does not decide
+    farther = sims < right - ROUNDING
+    rank = 1 + (~farther & ~same).sum(1)                                     # (n,)
+    return rank.masked_fill(right.isnan()[:, 0], len(sims))
 
 
 @torch.no_grad()
@@ -61,26 +74,41 @@ def validate(model, data, s, device, split, most=1000):
 
 @torch.no_grad()
 def judged(model, data, s, device, split, most):
-    """-> loss and R@1, a dict; retrieval at every prefix; and among how many pictures."""
+    """Processes share the work. -> loss and R@1, a dict; retrieval at every prefix; and the captions of the
+    pictures that it is among."""
     n = min(most, data.n_pictures(split))
-    batch_size = min(AT_ONCE, n)
-    steps = n // batch_size
-    loss = 0
-    pooled = []
-    text = []
-    for step in range(steps):
-        batch = on_device(data.batch(split, step, batch_size, s.seed), device)
-        tokens = data.tokens(model.encoder, batch, split)                    # (B, N, D)
+    shares = np.array_split(np.arange(n), math.ceil(n / AT_ONCE))
+    shown = 'pixels' if data.drawn else 'picture'
+
+    def judge(k):
+        batch = on_device(data.judged(split, k, shares[k], s.seed), device)
+        # no more at a time than in training: what fits into the memory there fits here
+        parts = batch[shown].split(s.batch_size)
+        tokens = torch.cat([data.tokens(model.encoder, {shown: part}, split) for part in parts])  # (B, N, D)
         losses = chosen(s, model(tokens, batch['caption'], batch['left_out']))
-        loss += sum(losses.values()).item() / steps
         # the loss is of captions with gaps, as in training; retrieval has the whole ones
         _, embedding = model.read_text(batch['caption'])                     # (B, D)
-        pooled.append(tokens.mean(1).float())                                # (B, D)
-        text.append(embedding.float())
-    prefixes = model.encoder.config.prefixes
-    by_prefix = retrieval(torch.cat(pooled), torch.cat(text), prefixes)
+        pooled = tokens.mean(1)                                              # (B, D)
+        loss = sum(losses.values()).item()
+        return loss, pooled.float().cpu(), embedding.float().cpu(), what_is_said(batch['caption'])
+
+    losses, pooled, text, said = zip(*shared(judge, len(shares)))
+    captions = sum(said, [])
+    by_prefix = retrieval(torch.cat(pooled).to(device), torch.cat(text).to(device),
+                          model.encoder.config.prefixes, captions)
+    loss = sum(len(share) * loss for share, loss in zip(shares, losses)) / n
     scores = {'loss': loss, 'R@1': by_prefix[model.encoder.config.vision_dim]['R@1']}
-    return scores, by_prefix, steps * batch_size
+    return scores, by_prefix, captions
+
+
+def what_is_said(caption):
+    """Something that is equal for captions of the same phrases, whatever their order. Shapes: (B, P, L) -> a
+    list of B"""
+    said = []
+    for phrases in caption:
+        words = sorted(tuple(phrase[phrase >= 0].tolist()) for phrase in phrases.cpu())
+        said.append(tuple(words))
+    return said
 
 
 # ----------------------------------------------------------------------------
@@ -98,7 +126,15 @@ def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
     Units: places in pixels.
     """
     half = drawn.config.image_px / 2  # places are learnt as -1..1
-    tokens, present, place = probe_data(encoder, drawn, device, 'probe-train', n_train)
+    train = probe_data(encoder, drawn, device, 'probe-train', n_train)
+    test = probe_data(encoder, drawn, device, 'probe-test', n_test)
+    # shared, its steps would round otherwise, and it would be another probe
+    return by_first(partial(train_probe, train, test, half, steps))
+
+
+def train_probe(train, test, half, steps):
+    """Trains a `Probe` and judges it. `train`, `test`: as `probe_data`; -> as `probe`"""
+    tokens, present, place = train
     torch.manual_seed(0)
     net = Probe(tokens, half)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
@@ -114,7 +150,7 @@ def probe(encoder, drawn, device, n_train=8000, n_test=2000, steps=1000):
         loss.backward()
         optimizer.step()
 
-    tokens, present, place = probe_data(encoder, drawn, device, 'probe-test', n_test)
+    tokens, present, place = test
     with torch.no_grad():
         logit, xy = net(tokens)
     found = (logit > 0).float()
@@ -147,21 +183,22 @@ class Probe(torch.nn.Module):
 
 
 def probe_data(encoder, drawn, device, split, n):
-    """Shapes: -> tokens (n, N, D); which pairs are in each picture (n, pairs), 0 or 1; their places in pixels
-    (n, pairs, 2)"""
-    tokens = []
-    present = torch.zeros(n, len(PAIRS))
-    place = torch.zeros(n, len(PAIRS), 2)
-    for step in range(n // AT_ONCE):
+    """Processes share the work. Shapes: -> tokens (n, N, D); which pairs are in each picture (n, pairs), 0 or
+    1; their places in pixels (n, pairs, 2)"""
+
+    def part(step):
         scenes, pixels, _ = drawn.scenes(split, step, AT_ONCE, seed=0)
-        encoded = encoder.encode_images(encoder.normalise(pixels.to(device)))  # (250, N, D)
-        tokens.append(encoded.float().cpu())
-        for i, scene in enumerate(scenes, start=step * AT_ONCE):
+        tokens = encoder.encode_images(encoder.normalise(pixels.to(device)))  # (250, N, D)
+        present = torch.zeros(AT_ONCE, len(PAIRS))
+        place = torch.zeros(AT_ONCE, len(PAIRS), 2)
+        for i, scene in enumerate(scenes):
             for item in scene:
                 pair = PAIRS.index((item['color'], item['shape']))
                 present[i, pair] = 1
                 place[i, pair] = torch.tensor([item['x'], item['y']])
-    return torch.cat(tokens), present, place
+        return tokens.float().cpu(), present, place
+
+    return tuple(map(torch.cat, zip(*shared(part, n // AT_ONCE))))
 
 
 # ----------------------------------------------------------------------------
@@ -170,8 +207,10 @@ def probe_data(encoder, drawn, device, split, n):
 def report(model, data, s, device, split, most=5000):
     """Prints retrieval at every prefix and, of drawn pictures, what a probe reads from the tokens. -> both,
     and the loss"""
-    scores, by_prefix, n = judged(model, data, s, device, split, most)
-    print(f'retrieval among {n} pictures, both ways')
+    scores, by_prefix, captions = judged(model, data, s, device, split, most)
+    n = len(captions)
+    say_if_few(n, 'pictures', split)
+    print(f'retrieval among {n} pictures, both ways; {len(set(captions))} different captions')
     columns = ['R@1', 'R@5', 'R@10']
     rows = []
     for d, result in by_prefix.items():

@@ -176,6 +176,13 @@ def progress(what, done, n, start):
 progress.said = 0  # when it last said something
 
 
+def say_if_few(n, what, split='val', enough=50):
+    """Says that the scores of a split are luck where there are few questions or pictures in it."""
+    if n < enough:
+        print(f'{split}: {n} {what} only: a score of so few is mostly luck, one counts for {1 / n:.3f}; '
+              f'{enough} and more tell something')
+
+
 def row_done(what, i, n, start, every=20000):
     """Says how far a loop over rows is, now and then."""
     if (i + 1) % every == 0:

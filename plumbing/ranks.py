@@ -49,12 +49,25 @@ def in_turn(make):
 
 
 def from_all(item):
-    """-> the items of all processes, a list; items are plain Python values."""
+    """-> the items of all processes, a list; items are plain Python values, and tensors on the CPU."""
     _, world = rank_and_world()
     items = [item] * world
     if world > 1:
         torch.distributed.all_gather_object(items, item)
     return items
+
+
+def shared(work, n):
+    """-> [work(0), ..., work(n - 1)]: each is done by one process and handed to all, on the CPU."""
+    rank, world = rank_and_world()
+    by_rank = from_all([work(k) for k in range(rank, n, world)])
+    return [by_rank[k % world][k // world] for k in range(n)]
+
+
+def by_first(make):
+    """-> what make() returns in the first process, which alone calls it."""
+    first = rank_and_world()[0] == 0
+    return from_all(make() if first else None)[0]
 
 
 def number_in(variable):
