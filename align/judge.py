@@ -228,6 +228,7 @@ class JudgeConfig:
     out_dir: str = 'out/align'  # the run to report on
     split: str = 'test'         # train, val or test
     dataset: str | None = None  # another dataset folder than the one of the run
+    trunk: str | None = None    # where the frozen trunk of the run lies now, if it was moved
     device: str = 'auto'        # auto (a GPU if there is one), cpu, cuda, ...
 
     def __post_init__(self):
@@ -242,9 +243,13 @@ def main(argv=None):
     if checkpoint['stage'] != 'align':
         raise ValueError(f'{asked.out_dir}: a run that answers questions; python eval.py judges it')
     run = checkpoint['settings']
-    s = AlignConfig(**run | dict(dataset=asked.dataset or run['dataset'], wandb=False))
+    moved = dict(dataset=asked.dataset or run['dataset'], trunk=asked.trunk or run['trunk'])
+    s = AlignConfig(**run | moved | dict(wandb=False))
     data = AlignData(s, checkpoint, splits=())
     trunk = open_trunk(s, device)
+    if trunk and trunk.fingerprint() != checkpoint['trunk_fingerprint']:
+        raise ValueError(f'trunk={s.trunk}: not the one that the run was trained with; '
+                         f'--trunk says where that lies')
     model = build(s, data.tokenizer.vocab_size, trunk)
     model.load_state_dict(checkpoint['run']['best']['model'])
     data.open_pictures(trunk, model.encoder, device)

@@ -16,13 +16,14 @@ from conftest import ROOT
 from PIL import Image
 from test_runs import torchrun
 
+import train
 from align import __main__ as align_main
 from align import judge
-from align.captions import Captions, DrawnCaptions, caption_sample, cloze
+from align.captions import AlignData, Captions, DrawnCaptions, caption_sample, cloze
 from align.config import AlignConfig
-from align.model import AlignModel
+from align.model import AlignModel, build
 from data import Tokenizer, read_rows, train_bpe
-from encoder import Encoder, EncoderConfig, load_encoder
+from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from plumbing.console import run_script
 from plumbing.run import read_checkpoint
 from prepare import shapes
@@ -82,28 +83,41 @@ def test_alignment_learns():
         assert (sims.argmax(1) == torch.arange(16)).float().mean() > .3  # chance: .06
 
 
-def contrast_of_rank(rank, file, pooled, text, out):
-    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
+def of_rank(rank, folder, pooled, text, data):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    torch.save((contrast_of_rank(rank, pooled, text), judge_all(data)), f'{folder}/{rank}')
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    """-> the whole batch of a contrast, a dataset, and what each of two processes makes of its part of them."""
+    torch.manual_seed(0)
+    pooled, text = torch.randn(2, 8, 16, dtype=torch.float64)
+    folder = tmp_path_factory.mktemp('two')
+    data = captioned(folder / 'data', dict(train=texts(20), val=texts(20), test=texts(20)))
+    torch.multiprocessing.spawn(of_rank, (folder, pooled, text, data), nprocs=2)
+    return pooled, text, data, [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
+
+
+def contrast_of_rank(rank, pooled, text):
     model = AlignModel(small(), 30).double()
     mine = slice(4 * rank, 4 * rank + 4)
     a, b = pooled[mine].clone().requires_grad_(), text[mine].clone().requires_grad_()
     loss = model.contrast(a, b)
     loss.backward()
-    torch.save((loss.item(), a.grad / 2, b.grad / 2, model.log_scale.grad), f'{out}.{rank}')  # DDP takes the mean over the processes
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return loss.item(), a.grad / 2, b.grad / 2, model.log_scale.grad  # DDP takes the mean over the processes
 
 
-def test_contrast_sees_all_processes(tmp_path):
+def test_contrast_sees_all_processes(two_processes):
     """Two processes with half a batch each get the contrast and the gradients of one process with the whole batch."""
-    torch.manual_seed(0)
-    pooled, text = (torch.randn(8, 16, dtype=torch.float64).requires_grad_() for _ in 'ab')
+    pooled, text, _, results = two_processes
+    pooled, text = pooled.clone().requires_grad_(), text.clone().requires_grad_()
     model = AlignModel(small(), 30).double()
     loss = model.contrast(pooled, text)
     loss.backward()
-    torch.multiprocessing.spawn(contrast_of_rank, (tmp_path / 'meet', pooled.detach(), text.detach(), tmp_path / 'out'), nprocs=2)
-    for rank in range(2):
-        theirs, a, b, scale = torch.load(f'{tmp_path}/out.{rank}', weights_only=True)
+    for rank, ((theirs, a, b, scale), _) in enumerate(results):
         mine = slice(4 * rank, 4 * rank + 4)
         assert abs(theirs - loss.item()) < 1e-6 and torch.allclose(a, pooled.grad[mine], atol=1e-7) and torch.allclose(b, text.grad[mine], atol=1e-7)
         assert torch.allclose(scale, model.log_scale.grad, atol=1e-6)
@@ -400,3 +414,121 @@ def test_other_stage(tmp_path):
         train.main([f'--out_dir={tmp_path}'])
     with pytest.raises(ValueError, match='has no decoder.*align.judge'):
         evaluation.main([f'--out_dir={tmp_path}', '--device=cpu'])
+
+
+# ----------------------------------------------------------------------------
+# few pictures, equal captions, and several processes that judge
+
+def captioned(folder, splits):
+    """Writes a dataset: {split: [caption or None, ...]}, a picture each, with a question."""
+    folder.mkdir()
+    for k, (split, captions) in enumerate(splits.items()):
+        pictures = [png((10 * i, 80 * k, 9)) for i in range(len(captions))]
+        same = [['what?'] * len(captions), ['a'] * len(captions)]
+        pq.write_table(pa.table([pictures, *same, pa.array(captions, pa.string())], ['image', 'question', 'answer', 'caption']), folder / f'{split}.parquet')
+    return folder
+
+
+def texts(n):
+    return [f'a {"red" if i % 3 else "blue"} thing. number {i}. it is small.' for i in range(n)]
+
+
+def test_retrieval_of_equal_captions():
+    """The picture of a caption that others have too is found if any of theirs is, and rounding, which is another one with other threads, decides nothing."""
+    g = torch.Generator().manual_seed(0)
+    pictures, said = torch.randn(24, 16, generator=g), [i // 2 for i in range(24)]
+    text = pictures[[2 * caption for caption in said]]  # as the first picture of each two; the other is anywhere
+    results = []
+    for seed in range(4):
+        order = torch.randperm(24, generator=g.manual_seed(seed))
+        noise = 1e-7 * torch.randn(24, 16, generator=g)
+        results.append(judge.retrieval(pictures[order], text[order] + noise, [16], [said[i] for i in order])[16])
+    assert results[0]['R@1'] == pytest.approx((24 + 12) / 48, abs=.1) and all(result == results[0] for result in results)
+    assert judge.retrieval(torch.full((5, 4), torch.nan), torch.ones(5, 4), [4], ['a'] * 5)[4]['R@1'] == 0
+    twice = torch.cat([pictures, pictures + 1e-7])  # nobody said that these are equal: none is the right one for sure
+    assert judge.retrieval(twice, twice.flip(0).flip(0), [16])[16] == dict(judge.retrieval(twice, twice, [16])[16], **{'R@1': 0})
+
+
+def judged_of(folder, **settings):
+    torch.manual_seed(0)
+    s = AlignConfig(captions='dataset', dataset=str(folder), encoder_width=32, encoder_layers=1, encoder_dim=16, n_latents=4, **settings)
+    data = AlignData(s, None)
+    model = build(s, data.tokenizer.vocab_size, None).eval()
+    data.open_pictures(None, model.encoder, 'cpu')
+    return judge.judged(model, data, s, 'cpu', 'val', 1000)
+
+
+def test_judged_alike(tmp_path, monkeypatch):
+    """Every picture is judged, and the numbers of retrieval are the same whatever the order of the rows, the batch and the threads, with equal captions among them."""
+    captions = texts(10) + texts(4)
+    data = captioned(tmp_path / 'a', dict(train=captions, val=captions, test=captions))
+    scores, by_prefix, said = judged_of(data)
+    assert len(said) == 14 and len(set(said)) == 10
+    other = captioned(tmp_path / 'b', dict(train=captions, val=captions, test=captions))
+    rows = pq.read_table(data / 'val.parquet')
+    pq.write_table(rows.take(list(range(13, -1, -1))), other / 'val.parquet')
+    assert judged_of(other)[0] == scores
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(judge, 'AT_ONCE', 4)
+    assert judged_of(other, batch_size=3)[1] == by_prefix
+    torch.set_num_threads(threads)
+
+
+def judge_all(folder):
+    """What judging gives, and how many batches this process encoded for it."""
+    torch.set_num_threads(1)
+    judge.AT_ONCE = 5
+    calls = []
+    forward = Encoder.forward
+    Encoder.forward = lambda *args: calls.append(args) or forward(*args)
+    try:
+        scores, by_prefix, _ = judged_of(folder)
+        probed = judge.probe(small(), DrawnCaptions(ShapesConfig(), None), 'cpu', n_train=20, n_test=10, steps=5)
+    finally:
+        Encoder.forward, judge.AT_ONCE = forward, 250
+    return scores, by_prefix, probed, len(calls)
+
+
+def test_two_processes_judge(two_processes):
+    """Two processes share the validation and the probe, and each has the numbers that one alone has."""
+    _, _, data, results = two_processes
+    threads = torch.get_num_threads()
+    *alone, calls = judge_all(data)
+    torch.set_num_threads(threads)
+    for _, (*shared, mine) in results:
+        assert shared == alone and mine == calls / 2
+
+
+def test_few_pictures(tmp_path, capsys):
+    """A few pictures of one's own go the whole way without a flag for a size, on a frozen trunk and without; that scores of so few are luck is said in both stages."""
+    data = captioned(tmp_path / 'mine', dict(train=texts(5), val=texts(1), test=[*texts(2), None]))
+    save_encoder(small(n_latents=0, projection='none', vision_dim=32, prefixes=(32,)), tmp_path / 'trunk.pt')
+    runs = [f'--dataset={data}', f'--cache_dir={tmp_path}/cache', '--max_steps=1', '--device=cpu']
+    for k, trunk in enumerate(([], [f'--trunk={tmp_path}/trunk.pt'])):
+        out = tmp_path / f'align{k}'
+        align_main.main([str(ROOT / 'config/align_photos.py'), *runs, *trunk, f'--out_dir={out}'])
+        said = capsys.readouterr().out
+        assert 'batch_size=64: the 5 pictures' in said and 'val: 1 pictures only' in said and 'test: 2 pictures only' in said
+        assert re.search(r'1 of 3 pictures have no caption.*row 2; they are left out', said) and 'retrieval among 2 pictures' in said
+    train.main([*runs, f'--encoder={out}/encoder.pt', f'--out_dir={tmp_path}/answers', '--n_embd=16', '--n_head=2'])
+    assert 'val: 1 questions only' in capsys.readouterr().out
+    (tmp_path / 'trunk.pt').rename(tmp_path / 'moved.pt')
+    judge.main([f'--out_dir={out}', '--device=cpu', f'--trunk={tmp_path}/moved.pt'])
+    with pytest.raises(ValueError, match='not the one that the run was trained with'):
+        save_encoder(small(n_latents=0, projection='none', vision_dim=32, prefixes=(32,), n_layer=2), tmp_path / 'other.pt')
+        judge.main([f'--out_dir={out}', '--device=cpu', f'--trunk={tmp_path}/other.pt'])
+
+
+@pytest.mark.parametrize('splits, world, message', [
+    (dict(train=texts(5), val=[*texts(2), None]), 1, 'val.parquet: 1 of 3 pictures have no caption.*row 2'),
+    (dict(train=texts(1), val=texts(2)), 1, 'one picture to train on'),
+    (dict(train=texts(5), val=texts(2)), 2, 'batch_size=5: 2 processes .* --batch_size=4 will do'),
+])
+def test_early(splits, world, message, tmp_path, monkeypatch):
+    """What cannot work is said before a picture is decoded or encoded, with the remedy."""
+    monkeypatch.setattr('align.captions.vision_source', None)
+    monkeypatch.setattr(align_main, 'rank_and_world', lambda: (0, world))
+    data = captioned(tmp_path / 'mine', splits | dict(test=texts(2)))
+    with pytest.raises(ValueError, match=message):
+        align_main.main([str(ROOT / 'config/align_photos.py'), f'--dataset={data}', '--device=cpu', f'--out_dir={tmp_path}/out'])
