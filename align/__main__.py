@@ -3,6 +3,7 @@ Stage 1: the encoder learns from captions; from then on it is frozen.
 
     python -m align config/align.py          # the small encoder of the shapes, from drawn captions
     python -m align config/align_pixmo.py    # a resampler after a frozen CLIP, from the captions of a dataset
+    python -m align config/align_photos.py   # on photographs of one's own
     torchrun --standalone --nproc_per_node=4 -m align config/align.py
 
 The same command goes on where a stopped or killed run stood. The folder gets encoder.pt, which train.py takes

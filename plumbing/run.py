@@ -118,7 +118,7 @@ def read_checkpoint(out_dir, unfinished=False):
     path = Path(out_dir) / 'ckpt.pt'
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file; a run writes it: '
-                                f'python train.py config/trm.py --out_dir={out_dir}')
+                                f'python train.py config/trm.py --out_dir={out_dir}, or python -m align')
     checkpoint = safe_load(path)
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
     if found != FORMAT:
