@@ -313,9 +313,12 @@ def plain(value):
 def texts(row):
     """Texts of a row as they are written: its answers, the commonest first, and captions as lists, its name
     and type as what can be printed."""
-    counts = Counter(map(repr, as_list(row.get('answer'))))
+    answers = as_list(row.get('answer'))
+    if len(answers) > 2:
+        counts = Counter(map(repr, answers))
+        answers = sorted(answers, key=lambda answer: -counts[repr(answer)])
     return dict(
-        answer=sorted(as_list(row.get('answer')), key=lambda answer: -counts[repr(answer)]),
+        answer=answers,
         caption=as_list(row.get('caption')),
         sample_id=plain(row.get('sample_id')),
         type=plain(row.get('type')),
