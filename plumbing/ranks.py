@@ -2,6 +2,7 @@
 all."""
 
 import os
+import signal
 import threading
 import time
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -122,9 +123,13 @@ def processes(settings):
         # variables that are left over look the same, and nobody else will come
         print(f"waiting for {os.environ['WORLD_SIZE']} processes in all at {os.environ['MASTER_ADDR']}:"
               f"{os.environ['MASTER_PORT']}; unset WORLD_SIZE to work alone", flush=True)
+    # while torch waits for them no handler of Python's runs: Ctrl-C would do nothing
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     # patience, because all wait while one encodes the pictures; a process that dies is noticed at once all
     # the same
     torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     rank, _ = rank_and_world()
     console = nullcontext() if rank == 0 else redirect_stdout(nowhere())
     with console:

@@ -89,7 +89,9 @@ import train
 from prepare.shapes import Config as ShapesConfig
 out, kills, longest, *argv = sys.argv[1:]
 train.ShapesConfig, rng, deaths, longest = (lambda: ShapesConfig(n_train=60, n_val=20, n_test=20)), random.Random(1), 0, float(longest)
+metrics = os.path.join(out, 'run', 'metrics.json')
 while True:
+    finished = os.path.exists(metrics)  # killed when all was written: it only says so
     start, child = time.time(), os.fork()
     if not child:
         console = open(os.path.join(out, 'console'), 'a')
@@ -104,10 +106,12 @@ while True:
     if not os.WIFSIGNALED(status):
         if status:
             sys.exit(os.waitstatus_to_exitcode(status))
-        longest = time.time() - start  # with the data drawn it is quicker
+        if not finished:
+            longest = time.time() - start  # with the data drawn it is quicker
         print(longest)
         if deaths < int(kills):  # it was faster than the killer: as if it had never been started
             os.remove(os.path.join(out, 'run', 'ckpt.pt'))
+            os.remove(metrics)
             continue
         break
 '''
