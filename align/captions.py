@@ -34,7 +34,10 @@ def cloze(phrases, batch_size, rng):
     # a generator of its own: drawing does not touch the random numbers of the training
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     drawn = torch.rand(caption.shape, generator=generator) < .5              # (B, P, L)
-    return dict(caption=caption, left_out=drawn & (caption >= 0))
+    left_out = drawn & (caption >= 0)                                        # (B, P, L)
+    if not left_out.any():  # of few short captions: a mean over no word is no number
+        left_out = caption >= 0
+    return dict(caption=caption, left_out=left_out)
 
 
 # ----------------------------------------------------------------------------

@@ -133,6 +133,11 @@ def test_padding_of_phrases():
     assert all(torch.allclose(a[key], b[key], atol=1e-12) for key in ('contrast', 'cloze'))
 
 
+def test_cloze_asks_for_a_word():
+    """However few and short the captions are, a word is left out: a loss over none would be no number."""
+    assert all(cloze([[1]], 1, random.Random(seed))['left_out'].any() for seed in range(9))
+
+
 def test_contrast_is_infonce():
     """The contrast is the mean over the prefixes, the first so many dimensions, of symmetric InfoNCE with a learned scale, 100 at most."""
     model = AlignModel(small(), 30).double()
