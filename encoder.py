@@ -30,7 +30,7 @@ from plumbing.console import run_script
 from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
 from plumbing.machine import pick_device
-from plumbing.pictures import seen, squared
+from plumbing.pictures import as_seen, squared
 from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, read_clip
 from pretrained.files import as_tensor, first_few, open_weights
 
@@ -323,7 +323,7 @@ class Encoder(nn.Module):
         Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'.
         Raises: ValueError.
         """
-        picture = seen(picture, turn=self.config.upright)
+        picture = as_seen(picture, turn=self.config.upright)
         mean_color = tuple(round(255 * m) for m in self.config.mean)  # after `normalise` it is about 0
         picture = squared(picture, self.config.image_px, self.config.fit, border=mean_color)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                    # (3, S, S)

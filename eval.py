@@ -283,9 +283,12 @@ def result_table(metrics):
 
     head = ' | '.join([f"{'type':{width}}", f"{'n':>6}", *(f'{name:5}' for name in columns.values())])
     lines = [head, '-' * len(head)]
-    lines += [line(type, m) for type, m in metrics['by_type'].items() if type != 'describe']
+    types = [type for type in metrics['by_type'] if type != 'describe']
+    if types != ['all']:  # what rows without a type are called
+        lines += [line(type, metrics['by_type'][type]) for type in types]
     lines.append(line('all', metrics))
-    lines.append(f"{'mean of types':{width + 9}} | {metrics['em_types']:.3f}")
+    if len(types) > 1:
+        lines.append(f"{'mean of types':{width + 9}} | {metrics['em_types']:.3f}")
     lines += [line(type, m) for type, m in metrics['by_type'].items() if type == 'describe']
     if merged:
         lines.append(f"em takes some of these answers for equal: {printable('; '.join(merged[:3]))}"

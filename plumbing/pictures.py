@@ -33,7 +33,7 @@ TURNS = {
 def rgb_picture(data):
     """A picture file as it is looked at: decoded, upright, RGB. Import, encoder and sheets all ask here or in
     the two functions that this one is made of, so what one of them takes, all take. Raises: ValueError."""
-    return seen(open_picture(data))
+    return as_seen(open_picture(data))
 
 
 def open_picture(data, most_pixels=2 ** 26):
@@ -69,7 +69,7 @@ def in_eight_bits(picture, depth):
     return level
 
 
-def seen(picture, turn=True):
+def as_seen(picture, turn=True):
     """A Pillow picture, upright unless it shall not be turned, as RGB. Raises: ValueError, of the form of
     `open_picture`."""
     try:

@@ -19,7 +19,7 @@ import encoder as encoder_module
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from plumbing import features
 from plumbing.features import PixelReader, cached_features, pixel_array
-from plumbing.pictures import open_picture, rgb_picture, seen
+from plumbing.pictures import as_seen, open_picture, rgb_picture
 
 
 def png(color=(9, 90, 9), size=(64, 64), mode='RGB'):
@@ -121,7 +121,7 @@ def test_every_orientation(form):
         picture.save(file, form, exif=tag, **dict(lossless=True) if form == 'WEBP' else {})
         seen_once = rgb_picture(file.getvalue())
         assert seen_once.size == expected.shape[1::-1] and abs(np.array(seen_once).astype(int) - expected).max() < 9, orientation
-        assert np.array_equal(seen(seen_once), seen_once)
+        assert np.array_equal(as_seen(seen_once), seen_once)
 
 
 @pytest.mark.parametrize('written, is_turned', [
