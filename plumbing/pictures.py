@@ -97,7 +97,7 @@ def as_rgb(picture):
     8 bits, 16 are read. Raises: ValueError."""
     if picture.mode.startswith(('I', 'F')):
         picture = eight_bits(picture)
-    elif picture.has_transparency_data:
+    elif {'A', 'a'} & set(picture.getbands()) or 'transparency' in picture.info:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
     return picture.convert('RGB')
