@@ -154,6 +154,8 @@ def check_numbers(settings):
     for key in ('ema', 'warmup_ratio', 'beta1', 'beta2', 'momentum', 'weight_decay'):
         if not 0 <= getattr(settings, key) < 1:
             raise ValueError(f'{key}={getattr(settings, key)}: expected at least 0 and less than 1')
+    if not settings.out_dir.strip():  # an unset variable, say: --fresh=true would clear the current folder
+        raise ValueError('out_dir is empty: expected the name of a folder')
     if not 0 <= settings.seed < 2 ** 63:
         raise ValueError(f'seed={settings.seed}: expected 0 to 2^63 - 1')
     if settings.wandb:  # tried now, or a long start would end in an error
@@ -206,8 +208,6 @@ def train(s, sources, device, stop):
     images = {split: vision_source(asdict(s), encoder, of_split, device)  # a frozen encoder's are cached
               for split, of_split in rows.items()}
 
-    fixed_tokens = partial(images['train'], encoder) if encoder and not s.train_encoder else None
-
     # ---- model and optimizers; the average of the weights is what is judged
     config = decoder_config(s, tokenizer, encoder)
     model = torch.nn.ModuleDict(dict(decoder=build_model(config)))
@@ -240,6 +240,7 @@ def train(s, sources, device, stop):
     if saved:
         run = put_back(saved, parts, run.started)
         say_where(s, saved, learning_rate)
+    fixed_tokens = partial(images['train'], encoder) if encoder and not s.train_encoder else None
     checkpoint = dict(format=FORMAT, stage='answer', settings=asdict(s), environment=about,
                       model_config=asdict(config), encoder_config=asdict(encoder.config) if encoder else None,
                       encoder_fingerprint=fingerprint, dataset_fingerprint=rows_sum,
