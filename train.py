@@ -419,7 +419,8 @@ def judge_test_split(decoder, encoder, tokenizer, s, device, facts):
     rows = read_rows(s.dataset, 'test')
     questions = tokenized(rows, tokenizer, s, truncate=True)  # too late to refuse what is too long
     vision_of = partial(vision_source(asdict(s), encoder, rows, device), encoder)
-    metrics, predictions = evaluation.evaluate(decoder, questions, vision_of, device)
+    batch_size = min(256, s.batch_size)  # training had the memory for it
+    metrics, predictions = evaluation.evaluate(decoder, questions, vision_of, device, batch_size)
     metrics['dataset_fingerprint'] = facts['dataset_fingerprint'] | dict(test=rows.sum.hexdigest())
     print(evaluation.result_table(metrics))
     evaluation.write_results(s.out_dir, facts | metrics, rows, predictions)
