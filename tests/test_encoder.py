@@ -168,7 +168,7 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     torch.save({'weights': {}}, 'other.pt')
     with pytest.raises(ValueError, match='not an encoder of this project, not CLIP'):
         load_encoder('other.pt')
-    with pytest.raises(FileNotFoundError, match='none.pt: no such encoder file or folder; expected CLIP'):
+    with pytest.raises(FileNotFoundError, match='none.pt: no such encoder file or folder; --encoder=PATH takes CLIP'):
         load_encoder('none.pt')
     torch.save({'kind': 'encoder'}, 'bare.pt')
     with pytest.raises(ValueError, match='bare.pt: an encoder file of format None'):

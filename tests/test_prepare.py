@@ -985,7 +985,7 @@ def test_fetch(tmp_path, server, capsys):
     sha = hashlib.sha256(Server.good).hexdigest()
     fates = {'/ok': '', '/ok?a=1': '', '/ok?caf\xe9 au lait': '', '/busy': '', '/moved': '', '/gone': 'status 404', '/broken': 'status 503', '/loop': 'more than 5 redirects',
              '/file': 'neither http nor https', '/slow': 'timed out', '/drip': 'timed out', '/reset': 'no connection', '/cut': 'cut off', '/chunks': 'cut off',
-             '/html': 'not a picture: of no known format', '/other': 'another picture than it was (sha256)'}
+             '/html': 'not a picture: it is a web page, not the file itself: download that again, by its direct link', '/other': 'another picture than it was (sha256)'}
     urls = [server + path for path in fates] + ['ftp://x/y', 'http://', 'no url', 'http://x:y/']
     put(tmp_path / 'src/train-00000-of-00001.parquet', b'')
     pq.write_table(pa.table(dict(image_url=urls, image_sha256=[sha.upper() if u.endswith('/ok') else sha if u.endswith('/other') else None for u in urls],
