@@ -137,12 +137,12 @@ def grouped(paths):
 
 def depth(m):
     """How many blocks an answer position goes through, one after the other: counted on a tiny decoder that
-    has the run's settings."""
+    has the run's settings; 0 where that cannot be made any more."""
     form = {key: m['settings'][key] for key in ('kind', 'recursion', 'n_layer', 'inner_steps', 'outer_steps')}
     try:
         decoder = build_model(ModelConfig(**form, n_embd=2, n_head=1, vocab_size=4, use_vision=False))
     except ValueError:  # a form of another time, which this code does not know
-        return math.nan
+        return 0
     context = decoder.read_context(None, torch.ones(1, 1, dtype=torch.long))
     calls = []
 
