@@ -65,6 +65,9 @@ class EvalConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
         if self.top_k and not self.temperature:
             raise ValueError('--top_k goes with a --temperature above 0')
+        for key in ('image', 'question', 'dataset', 'encoder'):
+            if getattr(self, key) == '':  # an unset variable, say
+                raise ValueError(f'--{key} is empty')
         if (self.image is None) != (self.question is None):
             raise ValueError('--image and --question belong together: both or neither')
         for key, least in dict(batch_size=1, temperature=0, top_k=1, inner_steps=1, outer_steps=1).items():
@@ -85,8 +88,9 @@ def normalize_answer(text):
 
 
 def comparable(text):
-    """`normalize_answer`, but an answer of signs alone keeps them: + is not -."""
-    return normalize_answer(text) or ' '.join(re.sub(ARTICLES, ' ', text.lower()).split())
+    """`normalize_answer`, but what that would empty keeps its words, or signs: A is not the, + is not -."""
+    words = ''.join(ch for ch in text.lower() if ch not in string.punctuation)
+    return normalize_answer(text) or ' '.join(words.split()) or ' '.join(text.lower().split())
 
 
 def gold_answers(references):
@@ -367,7 +371,10 @@ def already_finished(saved, settings):
     file = Path(settings.out_dir) / 'metrics.json'
     if not saved or saved['run']['step'] < settings.max_steps or not file.is_file():
         return False
-    print(result_table(json.loads(file.read_text())))
+    result = json.loads(file.read_text())
+    if result['step'] != saved['run']['step']:  # it ended before, and went on past that
+        return False
+    print(result_table(result))
     print(f'{settings.out_dir}: finished at step {settings.max_steps}, this is its result; to evaluate it '
           f'again: python eval.py --out_dir={settings.out_dir}; --fresh=true deletes it and trains anew')
     return True
@@ -492,7 +499,7 @@ def judge(s, device):
         usual.dataset = s.dataset
     if s != usual:
         print('nothing written: these are not the settings of the run itself')
-    elif not before.is_file() or checkpoint['run']['step'] < run['max_steps']:
+    elif known.get('step') != checkpoint['run']['step'] or checkpoint['run']['step'] < run['max_steps']:
         print('nothing written: the run is not finished; the command that began it goes on')
     else:  # the run's own test result
         first = rank_and_world()[0] == 0

@@ -160,19 +160,20 @@ class Import:
         # where a published split has a picture of a group, its other pictures go there too
         group = group_digest(row)
         _, of_group = self.known.get(group) or (None, None)
-        of_both = earlier or of_group
-        shared = 'picture' if earlier else 'group'
-        place = split_of(split, group or digest, of_both)
+        place = split_of(split, group or digest, earlier or of_group)
         if place is None:
+            shared = 'picture' if earlier else 'group'
             return self.reject(row, 'bad', f'its {shared} is in the test split too')
-        if of_both not in (None, place):
-            self.counts['shared'] += 1
-            example = f'{cut(row.get("sample_id"))} of {place} is in {of_both}'
-            self.first_shared = self.first_shared or (shared, example)
+        for what, where in (('picture', earlier), ('group', of_group)):
+            if where not in (None, place):
+                self.counts['shared'] += 1
+                example = f'{cut(row.get("sample_id"))} of {place} is in {where}'
+                self.first_shared = self.first_shared or (what, example)
+                break
         if earlier is None:
             self.known[digest] = None, place
             self.counts['pictures'] += 1
-        if group and of_group is None and split in SPLITS:
+        if group and of_group is None:  # where its first picture went, its others go
             self.known[group] = None, place
         if group and len(self.groups) < 100:
             self.groups.add(group)

@@ -151,6 +151,8 @@ def rows_of(values, columns, name, folder):
             yield dict(bad=f'{len(image)} pictures in one row', sample_id=name)
             return
         image = image[0] if image else None
+    if isinstance(image, str):  # beside another delimiter than a comma there often is a space
+        image = image.strip()
     if image is None and row['status'] not in (None, 'success'):
         yield dict(missing=f'not fetched by img2dataset: {cut(row["status"])}', sample_id=name)
         return

@@ -38,7 +38,13 @@ def rows(config):
 
 def files_of(config):
     """-> the files to read. Raises: FileNotFoundError, ValueError."""
-    files = files_below(config, '*', CSV + JSON) or files_below(config, '**/*', CSV + JSON)
+    files = files_below(config, '**/*', CSV + JSON)
+    on_top = [file for file in files if file.parent == Path(config.source)]
+    if on_top and len(on_top) < len(files):  # those below may belong to the pictures
+        deeper = next(file for file in files if file not in on_top)
+        print(f'{config.source}: {len(files) - len(on_top)} files in folders below it are not read, '
+              f'{deeper}, for example; give their folder as --source to read them')
+    files = on_top or files
     if not files:
         raise FileNotFoundError(f'{config.source}: no such file, and no folder with .csv, .tsv, .json or '
                                 f'.jsonl files; for .parquet files: python data.py parquet')

@@ -406,6 +406,28 @@ def test_groups(tmp_path, capsys):
     assert len(read_rows(tmp_path / 'own_out', 'test')) == 19 and 'no rows for train and val, and training needs some in each split: a group of pictures stays in one split' in capsys.readouterr().out
 
 
+def test_a_group_follows_its_first_picture(tmp_path):
+    """Of a group whose first picture another group has put into a split, the other pictures follow it there."""
+    for i in range(60):
+        put(tmp_path / f'p{i}.png', picture(i))
+    row = lambda i, group: json.dumps(dict(image=f'p{i}.png', question='q', answer='a', group=group, sample_id=group))
+    put(tmp_path / 'a.jsonl', '\n'.join([row(i, f'A{i}') for i in range(30)] + [row(i + k, f'B{i}') for i in range(30) for k in (0, 30)]))
+    data.main(['table', f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'a'}"])
+    where = {split: {name for name in read_rows(tmp_path / 'a', split).sample_id if name[0] == 'B'} for split in SPLITS}
+    assert sum(map(len, where.values())) == 30 and all(where.values())
+
+
+def test_tables_in_folders_below(tmp_path, capsys):
+    """Tables below others are not read, as they may belong to the pictures, and this is said."""
+    put(tmp_path / 'p.png', picture(1))
+    row = json.dumps(dict(image='p.png', question='q', answer='a'))
+    put(tmp_path / 'a.jsonl', row)
+    put(tmp_path / 'sub/b.jsonl', row)
+    data.main(['table', f'--source={tmp_path}', f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr().out
+    assert '1 files in folders below it are not read' in said and 'sub/b.jsonl' in said and '1 rows read' in said
+
+
 def test_no_rows_for_a_split(tmp_path, capsys):
     """A data set that cannot be trained on says what was found and what to do."""
     put(tmp_path / 'p.png', picture(1))

@@ -290,6 +290,12 @@ def test_more_steps(flags, tmp_path, capsys):
     assert 'going on after step 12, where the run ended, up to 20: the learning rate was 2.0e-04 and is 8.8e-04 now' in said
     events = read_log(tmp_path)
     assert [e['step'] for e in events if e['event'] == 'eval'] == [4, 8, 12, 16, 20] and not same(before, weights(tmp_path))
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    (tmp_path / 'metrics.json').write_text(json.dumps(metrics | dict(step=12)))  # as it is where the run is killed before its second evaluation
+    evaluation.main([f'--out_dir={tmp_path}', '--device=cpu'])
+    assert 'the run is not finished' in capsys.readouterr().out
+    train.main([*again, '--max_steps=20'])
+    assert 'this is its result' not in capsys.readouterr().out
     assert json.loads((tmp_path / 'metrics.json').read_text())['step'] == 20 == read_checkpoint(tmp_path)['settings']['max_steps']
 
 
