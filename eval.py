@@ -83,14 +83,18 @@ ARTICLES = r'\b(a|an|the)\b'
 
 def normalize_answer(text):
     """Lower case, without ASCII punctuation, articles, extra space. Source: SQuAD, evaluate-v2.0.py."""
-    text = ''.join(ch for ch in text.lower() if ch not in string.punctuation)
-    return ' '.join(re.sub(ARTICLES, ' ', text).split())
+    return ' '.join(re.sub(ARTICLES, ' ', without_signs(text)).split())
+
+
+def without_signs(text):
+    """Lower case, without ASCII punctuation."""
+    return ''.join(ch for ch in text.lower() if ch not in string.punctuation)
 
 
 def comparable(text):
     """`normalize_answer`, but what that would empty keeps its words, or signs: A is not the, + is not -."""
-    words = ''.join(ch for ch in text.lower() if ch not in string.punctuation)
-    return normalize_answer(text) or ' '.join(words.split()) or ' '.join(text.lower().split())
+    kept = normalize_answer(text) or without_signs(text).strip() or text.lower()
+    return ' '.join(kept.split())
 
 
 def gold_answers(references):

@@ -38,6 +38,7 @@ from plumbing.run import (
     Run,
     Stop,
     begin,
+    end_early,
     leave_out,
     put_back,
     read_start,
@@ -267,9 +268,7 @@ def train(s, sources, device, stop):
             save(out_dir, checkpoint, run, parts)
             mark = time.time()  # the clock of the log lines stands still while evaluating
         if stopping:
-            fresh = ' without --fresh' if s.fresh else ''
-            raise KeyboardInterrupt(f'stopped at step {run.step} of {s.max_steps}, which is saved; '
-                                    f'the same command{fresh} goes on from there')
+            end_early(run, s)
         if run.step >= s.max_steps:
             break
 

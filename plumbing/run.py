@@ -229,6 +229,13 @@ def say_where(settings, saved, learning_rate):
           f'was {then:.1e} and is {now:.1e} now, what a run of that length has there', flush=True)
 
 
+def end_early(run, settings):
+    """Raises: KeyboardInterrupt, always, that says where a run that was asked to stop stands."""
+    fresh = ' without --fresh' if settings.fresh else ''
+    raise KeyboardInterrupt(f'stopped at step {run.step} of {settings.max_steps}, which is saved; '
+                            f'the same command{fresh} goes on from there')
+
+
 def leave_out(run, log, problem, most):
     """Counts a step that was not finite and moved nothing. Raises: FloatingPointError after `most`."""
     if run.bad_steps >= most:

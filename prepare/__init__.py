@@ -422,7 +422,7 @@ def say_where(files, source):
         print(f'{name if name != "." else source}: to {split}')
 
 
-def files_below(config, pattern, suffixes):
+def files_below(config, suffixes):
     """The file --source, or the files of a folder with such suffixes, in order; none that is hidden (its name
     or that of a folder starts with a dot) or put there by a computer of its own accord, and none that an
     import wrote."""
@@ -431,7 +431,7 @@ def files_below(config, pattern, suffixes):
         return [source]
     files = []
     left_out = []
-    for path in sorted(source.glob(pattern)):
+    for path in sorted(source.glob('**/*')):
         parts = path.relative_to(source).parts
         is_being_written = any(part.endswith('.partial') for part in parts)
         if path.suffix.lower() not in suffixes or not path.is_file() or is_being_written:

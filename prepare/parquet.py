@@ -16,7 +16,7 @@ from prepare._columns import check_columns, kind_of_type, rows_of, wrong_kinds
 def rows(config):
     """Yields (split, row) for every row, and turn, of every file; a picture that img2dataset could not fetch
     is a missing one."""
-    files = files_below(config, '**/*', ('.parquet', '.parq', '.pq'))
+    files = files_below(config, ('.parquet', '.parq', '.pq'))
     if not files:
         raise FileNotFoundError(f'{config.source}: no such file, and no folder with .parquet files; for .csv '
                                 f'and .json files: python data.py table')

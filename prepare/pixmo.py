@@ -37,7 +37,7 @@ KEPT = "%/:=&?~#+!$,;'@()*[]|"
 
 def rows(config):
     """Fetches the pictures, then yields (split, row) for every caption, question, turn and count."""
-    files = files_below(config, '**/*', ('.parquet',))
+    files = files_below(config, ('.parquet',))
     if not files:
         raise FileNotFoundError(f'{config.source}: no such file, and no folder with .parquet files')
     if not config.images:

@@ -38,7 +38,7 @@ def rows(config):
 
 def files_of(config):
     """-> the files to read. Raises: FileNotFoundError, ValueError."""
-    files = files_below(config, '**/*', CSV + JSON)
+    files = files_below(config, CSV + JSON)
     on_top = [file for file in files if file.parent == Path(config.source)]
     if on_top and len(on_top) < len(files):  # those below may belong to the pictures
         deeper = next(file for file in files if file not in on_top)
