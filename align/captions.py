@@ -17,6 +17,7 @@ import torch
 from data import Tokenizer, padded, read_rows, train_bpe
 from eval import rows_to_judge
 from plumbing.features import vision_source
+from plumbing.pictures import rgb_picture, squared
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_picture, draw_scene, locate
@@ -137,8 +138,14 @@ class DrawnCaptions:
         Shapes: pixels (B, 3, S, S) uint8
         """
         rng = random.Random(f'align/{seed}/{split}/{step}')
-        scenes = [draw_scene(rng, self.config) for _ in range(batch_size)]
-        pictures = [np.array(draw_picture(scene, rng, self.config.image_px)) for scene in scenes]
+        side = self.config.image_px
+        scenes = []
+        pictures = []
+        for _ in range(batch_size):
+            scene, file = draw_picture(rng, self.config, self.config.variety)
+            scenes.append(scene)
+            # files, not drawings: JPEG leaves its traces, and varied pictures have any size
+            pictures.append(np.array(squared(rgb_picture(file), side, 'squash', border=None)))
         pixels = torch.from_numpy(np.stack(pictures))                        # (B, S, S, 3)
         return scenes, pixels.permute(0, 3, 1, 2), rng
 
@@ -176,7 +183,8 @@ class AlignData:
         self.captions = {}  # Captions
         self.images = {}    # image tokens, see plumbing.features
         if s.captions == 'drawn':
-            shapes = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, seed=s.seed)
+            shapes = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, variety=s.variety,
+                                  seed=s.seed)
             texts = caption_sample(shapes)
         elif s.captions == 'dataset':
             if splits:  # who only judges needs no more than what is judged

@@ -23,6 +23,7 @@ class AlignConfig:
     # pictures and captions
     captions: str = 'drawn'         # drawn: shapes, as they are needed; dataset: those of the dataset
     max_objects: int = 6            # objects in a drawn picture, at most
+    variety: float = 0.7            # share of the drawn pictures that look like no other
     dataset: str = 'data/shapes'    # with captions=dataset: folder of parquet files
     cache_dir: str = 'data/cache'   # where what a frozen trunk makes of pictures is kept
     cache: bool = True              # false: decode and encode pictures anew in every step

@@ -7,7 +7,6 @@ gains little; the data set, drawn on all cores. `python data.py shapes --show=tr
 look at. A new type of question is a function and an entry in ASK.
 """
 
-import io
 import math
 import multiprocessing
 import os
@@ -21,23 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import permutations, repeat
 
-from PIL import Image, ImageDraw
-
 from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.tables import write_dataset
+from prepare._looks import COLORS, as_file, draw_plain, draw_varied
 
-COLORS = {  # name -> RGB; the eight colours of CLEVR
-    'red': (220, 40, 40),
-    'green': (40, 160, 60),
-    'blue': (45, 75, 215),
-    'yellow': (235, 205, 40),
-    'purple': (140, 50, 180),
-    'cyan': (50, 200, 205),
-    'brown': (130, 80, 40),
-    'gray': (125, 125, 125),
-}
 SHAPES = ('circle', 'square', 'triangle', 'cross')
-SIZES = {'small': 4.5, 'big': 7.5}  # name -> half width in pixels
+SIZES = {'small': 4.5, 'big': 7.5}  # name -> half width in pixels; in a varied picture in proportion
+SCALES = 0.55, 3.0                  # of all objects of a varied picture
 SIDES = ('left of', 'right of', 'above', 'below')
 
 
@@ -54,15 +43,19 @@ class Config:
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
+    variety: float = 0.5      # share of the training pictures that look like no other: see prepare/_looks.py
     describe: float = 0.1     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
     show: bool = False        # draw a contact sheet, shapes.png, and nothing else
 
     def __post_init__(self):
         objects = f'min_objects={self.min_objects}, max_objects={self.max_objects}'
-        if min(self.n_train, self.n_val, self.n_test) < 0 or not 0 <= self.describe <= 1:
-            raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, '
-                             f'describe={self.describe}: expected 0 or more, and a share of 0 to 1')
+        if min(self.n_train, self.n_val, self.n_test) < 0:
+            raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}: expected 0 '
+                             f'or more')
+        for key in ('variety', 'describe'):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f'{key}={getattr(self, key)}: expected a share, 0 to 1')
         if not 1 <= self.min_objects <= self.max_objects <= len(COLORS) * len(SHAPES):
             raise ValueError(f'{objects}: expected 1 <= min_objects <= max_objects <= '
                              f'{len(COLORS) * len(SHAPES)}')
@@ -91,9 +84,10 @@ class Config:
 # scenes, pictures and captions
 
 
-def draw_scene(rng, config):
+def draw_scene(rng, config, varied=False):
     """A random scene: objects with unique (colour, shape) pairs, at free positions, two pixels apart at
-    least; with types='swaps' of different colours and in columns of their own.
+    least; with types='swaps' of different colours and in columns of their own. In a `varied` one all objects
+    are larger or smaller than in others, and so that small and big can be told apart, both are there.
 
     Units: x, y (centre) and r (half width) in pixels.
     Raises: ValueError when `max_objects` do not fit into `image_px`.
@@ -103,22 +97,28 @@ def draw_scene(rng, config):
         pairs = [(color, rng.choice(SHAPES)) for color in rng.sample(tuple(COLORS), n)]
     else:
         pairs = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], n)
-    for _ in range(100):  # a crowded draw starts over
+    scale = 1
+    if varied and config.types != 'swaps':  # their columns leave no room for larger ones
+        smallest, largest = SCALES
+        scale = rng.uniform(smallest, max(smallest, min(largest, 4 * n ** -0.5)))
+    for _ in range(100):  # a crowded draw starts over, of varied sizes with smaller ones
         scene = []
         for k, (color, shape) in enumerate(pairs):
-            place = free_place(scene, rng, config, k, n)
+            size = tuple(SIZES)[k] if varied and k < 2 else rng.choice(tuple(SIZES))
+            place = free_place(scene, rng, config, k, n, size, scale)
             if place:
                 scene.append(dict(color=color, shape=shape, **place))
         if len(scene) == n:
             return scene
+        if scale != 1:
+            scale *= 0.9
     raise ValueError(f'max_objects={config.max_objects} objects do not fit into image_px={config.image_px}: '
                      f'lower max_objects or raise image_px')
 
 
-def free_place(scene, rng, config, k, n):
+def free_place(scene, rng, config, k, n, size, scale):
     """The size and place of object k of n, where no other object is, or None where none was found."""
-    size = rng.choice(tuple(SIZES))
-    r = SIZES[size]
+    r = SIZES[size] * scale
     for _ in range(50):
         x = rng.uniform(r + 1, config.image_px - r - 1)
         y = rng.uniform(r + 1, config.image_px - r - 1)
@@ -129,33 +129,13 @@ def free_place(scene, rng, config, k, n):
     return None
 
 
-def draw_picture(scene, rng, image_px):
-    """Draws a scene with Pillow, at twice the size and reduced, on a pale ground, colours a little off."""
-    ground = off((236, 236, 236), 16, rng)
-    picture = Image.new('RGB', (2 * image_px, 2 * image_px), ground)
-    draw = ImageDraw.Draw(picture)
-    for o in scene:
-        x = 2 * o['x']
-        y = 2 * o['y']
-        r = 2 * o['r']
-        fill = off(COLORS[o['color']], 10, rng)
-        if o['shape'] == 'circle':
-            draw.ellipse((x - r, y - r, x + r, y + r), fill)
-        elif o['shape'] == 'square':
-            draw.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), fill)
-        elif o['shape'] == 'triangle':
-            draw.polygon((x, y - r, x - r, y + 0.8 * r, x + r, y + 0.8 * r), fill)
-        elif o['shape'] == 'cross':
-            draw.rectangle((x - r, y - 0.35 * r, x + r, y + 0.35 * r), fill)
-            draw.rectangle((x - 0.35 * r, y - r, x + 0.35 * r, y + r), fill)
-        else:
-            raise ValueError(f"shape {o['shape']!r} cannot be drawn")
-    return picture.reduce(2)
-
-
-def off(rgb, by, rng):
-    """A colour, each part a little off."""
-    return tuple(min(255, max(0, part + rng.randint(-by, by))) for part in rgb)
+def draw_picture(rng, config, variety):
+    """Draws a scene, with `variety` so many of them in a look of their own. -> the scene, a picture file"""
+    if variety and rng.random() < variety:
+        scene = draw_scene(rng, config, varied=True)
+        return scene, as_file(draw_varied(scene, rng, config.image_px), rng)
+    scene = draw_scene(rng, config)
+    return scene, as_file(draw_plain(scene, rng, config.image_px))
 
 
 def name(o):
@@ -366,10 +346,9 @@ def shapes_rows(config, split, start, n):
     rows = []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
-        scene = draw_scene(rng, config)
-        buffer = io.BytesIO()
-        draw_picture(scene, rng, config.image_px).save(buffer, 'PNG', compress_level=1)
-        picture = dict(image=buffer.getvalue(), caption=describe(scene))
+        share = config.variety if split == 'train' else 0
+        scene, file = draw_picture(rng, config, share)
+        picture = dict(image=file, caption=describe(scene))
         for type, questions in ask.items():
             candidates = questions(scene)
             n_asked = 2 if re.match('[2-9] hops|. swap', type) else 1
