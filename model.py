@@ -10,11 +10,11 @@ The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs 
     logits = head(y)
 
 Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion), and
-generate, for which Memory and Cache keep what was computed before.
+generate, for which Cache keeps what was computed before.
 
     B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
     T states that go through F together: A of y, or A of y and then A of z   P the states before them
-    C width (n_embd)   D vision_dim   V vocabulary   nh heads   hs head size
+    C width (n_embd)   D vision_dim   V vocabulary   nh heads, kv of them with keys and values   hs head size
     y is z_H in the paper's code, z is z_L, e its x   inner_steps: n in the paper   outer_steps: its T
 """
 
@@ -37,7 +37,8 @@ class ModelConfig:
     kind: str = 'trm'           # 'plain': F once over y; 'trm': F again and again over y and z
     vocab_size: int = 512       # V
     n_layer: int = 2            # blocks in F
-    n_head: int = 4             # attention heads
+    n_head: int = 4             # nh, attention heads
+    n_kv_head: int | None = None    # kv, of keys and values, which heads share; None: as many as n_head
     n_embd: int = 128           # C
     vision_dim: int = 128       # D, dimensions of an image token
     recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'loop': y <- F(y), without z;
@@ -61,6 +62,10 @@ class ModelConfig:
         # RoPE turns the numbers of a head in pairs, so its size must be even
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(f'n_kv_head={self.n_kv_head}: expected a divisor of n_head={self.n_head}')
         if self.kind == 'plain':  # the plain decoder is the loop, taken once
             self.recursion = 'loop'
             self.inner_steps = 1
@@ -80,19 +85,24 @@ def norm(x):
 def rotations(positions, head_size):
     """RoPE: cosines and sines that turn queries and keys by their positions.
 
-    Shapes: positions (B, T) -> two (B, 1, T, hs / 2).
+    Shapes: positions (B, T) -> two (B, 1, T, hs).
     """
     # float32 even under autocast: bfloat16 could not tell far positions apart
     freqs = 10000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)     # (hs / 2,)
     angles = positions[:, None, :, None] * freqs                       # (B, 1, T, hs / 2)
-    return angles.cos(), angles.sin()
+    # scores are divided by the root of hs: queries and keys take half of that each
+    scale = head_size ** -.25
+    cos = scale * angles.cos()
+    sin = scale * angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)   # (B, 1, T, hs) both
 
 
 def rotate(x, rope):
-    """Turns queries or keys (B, nh, T, hs) by the angles of `rotations`."""
+    """Turns queries or keys (B, any, T, hs) by the angles of `rotations`."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)                                          # (B, nh, T, hs / 2) both
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+    # number i of the first half and number i of the second are a point in the plane
+    other = x.roll(x.size(-1) // 2, dims=-1)                           # (B, any, T, hs)
+    return torch.addcmul(x * cos.type_as(x), other, sin.type_as(x))
 
 
 def hide(hidden, dtype):
@@ -111,86 +121,63 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())    # (B * A, V) and (B * A,)
 
 
-class Memory:
-    """The keys and values of one layer that later states look at."""
-
-    def __init__(self, room=None):
-        self.room = room  # states of an answer that grows; None: a context, which comes whole
-        self.filled = 0
-        self.keys = None
-        self.values = None
-
-    def add(self, k, v):
-        """Shapes: those of new states, (B, nh, T, hs) both -> all so far, (B, nh, filled, hs) both."""
-        if self.room is None:
-            self.keys = k
-            self.values = v
-            return k, v
-        if self.keys is None:  # room for the whole answer at once: nothing is copied again as it grows
-            B, nh, _, hs = k.shape
-            self.keys = k.new_empty(B, nh, self.room, hs)
-            self.values = v.new_empty(B, nh, self.room, hs)
-        end = self.filled + k.size(2)
-        self.keys[:, :, self.filled:end] = k
-        self.values[:, :, self.filled:end] = v
-        self.filled = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 class Attention(nn.Module):
-    """Multi-head attention, written out. States see each other under a mask, and all of the context."""
+    """Multi-head attention, written out. Heads may share keys and values. Source: Ainslie 2023, 2305.13245."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.n_kv_head = config.n_kv_head
+        self.head_size = config.n_embd // config.n_head
+        n_heads = self.n_head + 2 * self.n_kv_head  # of queries, keys and values
+        self.qkv = nn.Linear(config.n_embd, n_heads * self.head_size, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, h, rope, mask, context=None, memory=None):
+    def forward(self, h, rope, mask, past=None):
         """
-        Shapes: h (B, T, C); mask, added to the scores, (T, P + T) or (B, 1, 1 or T, T);
-            context, of this layer: keys (B, nh, S, hs), values (B, nh, S, hs), mask (B, 1, 1, S);
-            memory: a Memory with the P states before these, which are added -> (B, T, C)
+        Shapes: h (B, T, C); mask, added to the scores, (B or 1, 1, T or 1, P + T); past, keys and values of P
+            states before these, (B, kv, P, hs) both -> (B, T, C), and keys and values, (B, kv, P + T, hs) both
         """
         B, T, C = h.shape
-        q, k, v = self.queries_keys_values(h, rope)                    # (B, nh, T, hs) each
-        if memory is not None:
-            k, v = memory.add(k, v)                                    # (B, nh, P + T, hs) both
-        att = self.weights(q, k, mask, context)                        # (B, nh, T, [S +] P + T)
-        if context is None:
-            y = att @ v                                                # (B, nh, T, hs)
-        else:  # the two parts are multiplied apart, which spares copying the context
-            values = context[1]                                        # (B, nh, S, hs)
-            S = values.size(2)
-            y = att[..., :S] @ values + att[..., S:] @ v               # (B, nh, T, hs)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))            # (B, T, C)
+        q, k, v = self.queries_keys_values(h, rope)                    # (B, nh, T, hs), (B, kv, T, hs) both
+        if past is not None:
+            k = torch.cat([past[0], k], dim=2)                         # (B, kv, P + T, hs)
+            v = torch.cat([past[1], v], dim=2)                         # (B, kv, P + T, hs)
+        att = self.weights(q, k, mask)                                 # (B, nh, T, P + T)
+        y = shared_product(att, v)                                     # (B, nh, T, hs)
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), (k, v)    # (B, T, C)
 
     def queries_keys_values(self, h, rope):
-        """Shapes: h (B, T, C) -> queries, keys and values, (B, nh, T, hs) each."""
-        B, T, C = h.shape
-        heads = self.qkv(h).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)                         # (B, nh, T, hs) each
-        # the queries are scaled, not the scores, which are mostly more numbers
-        q = rotate(q, rope) * (C // self.n_head) ** -.5
+        """Shapes: h (B, T, C) -> queries (B, nh, T, hs), keys and values, (B, kv, T, hs) both."""
+        heads = self.heads_of(self.qkv(h))                             # (B, nh + 2 kv, T, hs)
+        turned, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         # values are not turned: positions decide who looks at whom, not what is read there
-        return q, rotate(k, rope), v
+        q, k = rotate(turned, rope).split((self.n_head, self.n_kv_head), dim=1)
+        return q, k, v
 
     def keys_values(self, h, rope):
-        """Keys and values alone: all that the context's last layer is asked for. -> (B, nh, T, hs) both"""
-        B, T, C = h.shape
-        kv = F.linear(h, self.qkv.weight[C:])                          # (B, T, 2 C), without queries
-        k, v = kv.view(B, T, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        return rotate(k, rope), v                                      # (B, nh, T, hs) both
+        """Keys and values alone: all that the context's last layer is asked for. -> (B, kv, T, hs) both"""
+        C = h.size(-1)
+        kv = F.linear(h, self.qkv.weight[C:])                          # (B, T, 2 kv hs), without queries
+        k, v = self.heads_of(kv).chunk(2, dim=1)
+        return rotate(k, rope), v                                      # (B, kv, T, hs) both
 
-    def weights(self, q, k, mask, context):
-        """One softmax, so that context and states compete for the same attention.
-        -> (B, nh, T, [S +] P + T)"""
-        scores = q @ k.transpose(-2, -1) + mask                        # (B, nh, T, P + T)
-        if context is not None:
-            keys, _, context_mask = context
-            to_context = q @ keys.transpose(-2, -1) + context_mask     # (B, nh, T, S)
-            scores = torch.cat([to_context, scores], dim=-1)           # (B, nh, T, S + P + T)
+    def heads_of(self, x):
+        """Shapes: (B, T, n * hs) -> (B, n, T, hs)."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2).contiguous()
+
+    def weights(self, q, k, mask):
+        """Who looks at whom, and how much. Shapes: q (B, nh, T, hs), k (B, kv, T', hs) -> (B, nh, T, T')."""
+        scores = shared_product(q, k.mT) + mask                        # (B, nh, T, T')
         return scores.softmax(-1)
+
+
+def shared_product(a, b):
+    """a @ b, where several heads of a have the same b. Shapes: (B, nh, T, m), (B, kv, m, n) -> (B, nh, T, n)"""
+    B, nh, T, m = a.shape
+    # the heads that share one are rows of one product
+    rows = a.reshape(B, b.size(1), -1, m)                              # (B, kv, nh / kv * T, m)
+    return (rows @ b).view(B, nh, T, -1)                               # (B, nh, T, n)
 
 
 class Block(nn.Module):
@@ -203,15 +190,17 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, h, rope, mask, context=None, memory=None):
-        """Shapes: as Attention -> (B, T, C)."""
+    def forward(self, h, rope, mask, past=None):
+        """Shapes: as Attention."""
         if self.norm == 'pre':
-            h = h + self.attention(norm(h), rope, mask, context, memory)
-            return h + self.mlp(norm(h))
+            attended, seen = self.attention(norm(h), rope, mask, past)
+            h = h + attended
+            return h + self.mlp(norm(h)), seen
         elif self.norm == 'post':
+            attended, seen = self.attention(h, rope, mask, past)
             # RMS 1 after each half: any number of passes stays bounded without another norm
-            h = norm(h + self.attention(h, rope, mask, context, memory))
-            return norm(h + self.mlp(h))
+            h = norm(h + attended)
+            return norm(h + self.mlp(h)), seen
         else:
             raise ValueError(f'norm={self.norm}: expected pre or post')
 
@@ -219,35 +208,34 @@ class Block(nn.Module):
         return self.fc2(F.gelu(self.fc1(h)))                           # (B, T, C), 4 C in between
 
     def keys_values(self, h, rope):
-        """The keys and values that `forward` would make, (B, nh, T, hs) both."""
+        """The keys and values that `forward` would make of h alone, (B, kv, T, hs) both."""
         return self.attention.keys_values(norm(h) if self.norm == 'pre' else h, rope)
 
 
 @dataclass
 class Context:
     """x = [image | question], run through F once: what the states of the answer look at in every pass."""
-    layers: list          # for each block keys (B, nh, S, hs), values (B, nh, S, hs), mask (B, 1, 1, S)
+    layers: list          # for each block keys and values, (B, kv, S, hs) both
+    mask: torch.Tensor    # to add to attention scores, (B, 1, 1, S): -inf at padding
     length: torch.Tensor  # tokens that are not padding (B,)
 
 
 class Cache:
-    """What generation keeps: a Memory for every block in every pass.
+    """What generation keeps: for every pass the keys and values of each block, those of the context first.
 
     None of it ever has to be computed again: what position t computes in a pass depends on positions up to t
     alone, and those do not change.
     """
 
-    def __init__(self, config, max_new_tokens):
-        self.config = config
-        self.room = config.streams * max_new_tokens
+    def __init__(self):
         self.positions = 0  # answer positions that are in it
-        self.passes = []    # a list of Memories for each pass, made when the first token gets there
+        self.passes = []    # a list of keys and values for each pass, made when the first token gets there
         self.next = 0
 
-    def next_pass(self):
-        """The Memories of the pass that comes next."""
+    def next_pass(self, context):
+        """The list of the pass that comes next."""
         if self.next == len(self.passes):
-            self.passes.append([Memory(self.room) for _ in range(self.config.n_layer)])
+            self.passes.append(list(context.layers))
         # counted as they come, so that a recursion with other passes needs nothing here
         self.next += 1
         return self.passes[self.next - 1]
@@ -322,13 +310,11 @@ class Decoder(nn.Module):
         h = norm(x)                                                    # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
-            memory = Memory()
-            h = block(h, rope, own_mask, memory=memory)
-            layers.append((memory.keys, memory.values, mask))
+            h, seen = block(h, rope, own_mask)                         # (B, S, C)
+            layers.append(seen)
         # nobody reads what the last block would make of x, only its keys and values
-        keys, values = self.blocks[-1].keys_values(h, rope)            # (B, nh, S, hs) both
-        layers.append((keys, values, mask))
-        return Context(layers, real.sum(1))
+        layers.append(self.blocks[-1].keys_values(h, rope))            # (B, kv, S, hs) both
+        return Context(layers, mask, real.sum(1))
 
     def answer_states(self, context, answer, cache=None):
         """The recursion. Runs F again and again over the states of answer positions.
@@ -349,6 +335,8 @@ class Decoder(nn.Module):
         time = torch.arange(A, device=answer.device).repeat(c.streams)         # (T,): of y, then of z again
         mask = hide(time[:, None] < time, e.dtype)                     # (T, T): states of later positions
         mask = F.pad(mask, (c.streams * start, 0))                     # (T, P + T): all earlier ones are seen
+        mask = torch.cat([context.mask.expand(-1, -1, len(time), -1),
+                          mask.expand(len(answer), 1, -1, -1)], dim=-1)    # (B, 1, T, S + P + T)
         # counted from the last real token of x: the padding of a batch moves no answer
         rope = rotations(context.length[:, None] + start + time, c.n_embd // c.n_head)
         network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)
@@ -385,9 +373,11 @@ class Decoder(nn.Module):
 
     def network(self, states, rope, mask, context, cache):
         """F: one pass of the states through all blocks. Shapes: (B, T, C) -> (B, T, C)."""
-        memories = [None] * len(self.blocks) if cache is None else cache.next_pass()
-        for block, layer, memory in zip(self.blocks, context.layers, memories):
-            states = block(states, rope, mask, layer, memory)
+        past = context.layers if cache is None else cache.next_pass(context)
+        for i, block in enumerate(self.blocks):
+            states, seen = block(states, rope, mask, past[i])
+            if cache is not None:
+                past[i] = seen
         return self.bounded(states)
 
     def bounded(self, states):
@@ -405,7 +395,7 @@ class Decoder(nn.Module):
         c = self.config
         B = len(question)
         context = self.read_context(vision, question)
-        cache = Cache(c, max_new_tokens)
+        cache = Cache()
         # padding from the start: after an early stop the rest is right
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
         answer[:, 0] = c.bos_id

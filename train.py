@@ -93,6 +93,7 @@ class TrainConfig:
     kind: str = 'trm'                         # plain or trm
     n_layer: int = 2                          # blocks in the network
     n_head: int = 4                           # attention heads
+    n_kv_head: int | None = 1                 # heads of keys and values, shared by the others; None: all
     n_embd: int = 128                         # width
     recursion: str = 'concat'                 # concat: [y ; z] together; add: e + y + z; loop: y alone
     inner_steps: int = 4                      # passes of a cycle; add makes one more
@@ -222,9 +223,9 @@ def train(s, sources, device, stop):
     if s.compile:
         compile_layers(model, device)  # only what is trained, not what is judged
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizers = make_optimizers([(s.encoder_lr if name == 'encoder' else 1.0, part)
-                                  for name, part in model.items()], s)
     dtype = pick_dtype(s.dtype, device)
+    optimizers = make_optimizers([(s.encoder_lr if name == 'encoder' else 1.0, part)
+                                  for name, part in model.items()], s, dtype)
     kind = device.split(':')[0]
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     # in float16 small gradients are 0 unless the loss is scaled up
@@ -446,11 +447,11 @@ def set_learning_rate(optimizers, step, s):
     return lr
 
 
-def make_optimizers(parts, s):
+def make_optimizers(parts, s, dtype=torch.float32):
     """-> [AdamW], or [AdamW, Muon], which then has the matrices of the linear layers.
 
     parts: [(share of the learning rate, module), ...]. Weight decay is on matrices and the kernels of
-    convolutions; biases, norms, start states and scales have none.
+    convolutions; biases, norms, start states and scales have none. dtype: of Muon's products.
     """
     layers = [module for _, part in parts for module in part.modules()]
     embeddings = {m.weight for m in layers if isinstance(m, torch.nn.Embedding)}  # tied with the head
@@ -469,7 +470,9 @@ def make_optimizers(parts, s):
         matrices.append(dict(params=[p for p in trained if p in muon], share=share))
     on_gpu = next(parts[0][1].parameters()).is_cuda
     adamw = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=on_gpu)
-    return [adamw, Muon(matrices, s.learning_rate, s.momentum, s.weight_decay)] if muon else [adamw]
+    if not muon:
+        return [adamw]
+    return [adamw, Muon(matrices, s.learning_rate, s.momentum, s.weight_decay, dtype)]
 
 
 def update(parameters, optimizers, scaler, loss, grad_clip):
@@ -505,41 +508,51 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, for the matrices of linear layers: a matrix moves as far along the
     directions that its gradient rarely points to as along the others.
 
-    In float32, where torch.optim.Muon always takes bfloat16, which many CPUs only emulate.
+    Its products are in `dtype`: torch.optim.Muon always takes bfloat16, which many CPUs only emulate.
     Source: Jordan 2024, kellerjordan.github.io/posts/muon; the scale, with which AdamW's learning rates fit,
     Liu 2025, arXiv 2502.16982.
     """
 
-    def __init__(self, params, lr, momentum, weight_decay):
+    def __init__(self, params, lr, momentum, weight_decay, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            same_shape = {}  # few large products are faster than many small ones
             for p in group['params']:
-                if p.grad is None:
-                    continue
-                if 'average' not in self.state[p]:
-                    self.state[p]['average'] = torch.zeros_like(p)
-                average = self.state[p]['average']
-                average.lerp_(p.grad, 1 - group['momentum'])
-                ahead = p.grad.lerp(average, group['momentum'])  # Nesterov: one step ahead
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                rate = -group['lr'] * .2 * max(p.shape) ** .5  # RMS of the step: .2 lr, about AdamW's
-                p.add_(orthogonal(ahead), alpha=rate)
+                if p.grad is not None:
+                    same_shape.setdefault(p.shape, []).append(p)
+            for shape, params in same_shape.items():
+                grads = [p.grad for p in params]
+                averages = [self.average_of(p) for p in params]
+                torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
+                ahead = torch._foreach_lerp(grads, averages, group['momentum'])  # Nesterov: one step ahead
+                moves = orthogonal(torch.stack(ahead), self.dtype)     # (n, rows, columns)
+                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+                rate = -group['lr'] * .2 * max(shape) ** .5  # RMS of the step: .2 lr, about AdamW's
+                torch._foreach_add_(params, moves.unbind(), alpha=rate)
+
+    def average_of(self, p):
+        """The mean of a matrix's gradients so far."""
+        if 'average' not in self.state[p]:
+            self.state[p]['average'] = torch.zeros_like(p)
+        return self.state[p]['average']
 
 
-def orthogonal(g):
-    """The matrix with the singular vectors of g and singular values near 1 (.7 to 1.2; tiny ones less), by
-    Newton and Schulz's iteration. Shapes: (m, n) -> (m, n)."""
-    wide = g.size(0) <= g.size(1)  # the smaller side first: the products are smaller
-    x = g.float() if wide else g.float().T
-    x = x / (x.norm() + 1e-7)  # no singular value above 1: from large ones the iteration would blow up
+def orthogonal(g, dtype):
+    """Matrices with the singular vectors of g and singular values near 1 (.7 to 1.2; tiny ones less), by
+    Newton and Schulz's iteration in `dtype`. Shapes: (n, rows, columns) -> the same, in g's dtype."""
+    wide = g.size(1) <= g.size(2)  # the smaller side first: the products are smaller
+    x = g if wide else g.mT
+    # no singular value above 1: from large ones the iteration would blow up
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)      # (n, small, large)
     for _ in range(5):  # x <- 3.4445 x - 4.7750 a x + 2.0315 a a x
-        a = x @ x.T
-        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, b, x, beta=3.4445)
-    return x if wide else x.T
+        a = x @ x.mT                                                   # (n, small, small)
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)                        # (n, small, large)
+    return (x if wide else x.mT).to(g.dtype)
 
 
 if __name__ == '__main__':

@@ -34,6 +34,7 @@ class AlignConfig:
     fit: str | None = None          # pictures become square: crop, squash or pad; None: its own way
     upright: bool | None = None     # turn pictures as EXIF says; None: as it was made for
     activation: str | None = None   # of CLIP, quick_gelu or gelu; None: what its files say
+    init_from: str | None = None    # encoder file to start from, with its sizes; None: fresh weights
     image_px: int = 64              # side of the picture, without a trunk
     encoder_width: int = 128        # width, without a trunk
     encoder_layers: int = 2         # layers, without a trunk
@@ -85,5 +86,7 @@ class AlignConfig:
                              'give --captions=dataset')
         if self.encoder_px and not self.trunk:
             raise ValueError('encoder_px without a trunk: the side of the pictures is then --image_px')
+        if self.init_from and self.trunk:
+            raise ValueError(f'init_from={self.init_from} with trunk={self.trunk}: one of the two')
         if self.prefixes and not re.fullmatch(r'\d+(,\d+)*', self.prefixes):
             raise ValueError(f'prefixes={self.prefixes}: expected numbers, separated by commas')

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from encoder import Block, Encoder, EncoderConfig, Reader, open_encoder
+from encoder import Block, Encoder, EncoderConfig, Reader, open_encoder, load_encoder
 from plumbing.ranks import gathered
 
 MOST_SCALE = 100  # of the similarities, as in CLIP: a larger one makes the contrast unstable
@@ -147,7 +147,8 @@ def encoder_config(s, trunk):
 def build(s, vocab_size, trunk):
     """The model that the settings ask for. With a frozen trunk it has none of its own: what the trunk makes
     of the pictures is computed once, before training."""
-    encoder = Encoder(encoder_config(s, trunk))
+    encoder = load_encoder(s.init_from) if s.init_from else Encoder(encoder_config(s, trunk))
+    encoder.train().requires_grad_(True)
     model = AlignModel(encoder, vocab_size, s.text_width, s.text_layers)
     if trunk:
         model.encoder.trunk = nn.Identity()

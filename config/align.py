@@ -1,7 +1,8 @@
-# Stage 1: aligns the small encoder with captions of drawn pictures. The file that it writes,
-# out/align/encoder.pt, is shipped as assets/encoder_shapes.pt.
+# Stage 1: aligns the small encoder with captions of drawn pictures. What it writes, out/align/encoder.pt, was
+# shipped as assets/encoder_shapes.pt until config/align_wild.py went on from it.
 out_dir = 'out/align'
-max_steps = 10000
+variety = 0.0
+max_steps = 8000
 batch_size = 64
 learning_rate = 1.2e-3
 min_lr_ratio = 0.03

@@ -30,7 +30,7 @@ def naive_logits(decoder, vision, question, answer):
         rope = rotations(position[None], c.n_embd // c.n_head)
         both = torch.cat([x, h], dim=1)                                # (B, S + T, C)
         for block in decoder.blocks:
-            both = block(both, rope, mask)
+            both, _ = block(both, rope, mask)
         return carry(both[:, S:])                                      # (B, T, C)
 
     def carry(h):

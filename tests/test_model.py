@@ -102,7 +102,7 @@ def test_cache_is_exact(settings, prefix_lm):
     question[1, 4:], question[2, 1:] = PAD, PAD
     whole, _ = decoder(vision, question, answer)
     context = decoder.read_context(vision, question)
-    cache = Cache(decoder.config, A)
+    cache = Cache()
     for t in range(A):
         y = decoder.answer_states(context, answer[:, t:t + 1], cache)[-1]
         assert torch.allclose(decoder.head(y)[:, 0], whole[:, t], atol=1e-10, rtol=0)
