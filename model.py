@@ -9,12 +9,12 @@ The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs 
         y, z = F([y ; z]), looking at x                # recursion='concat'; answer_states has two others
     logits = head(y)
 
-Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion), and
+Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion) and
 generate, for which Cache keeps what was computed before.
 
     B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
     T states that go through F together: A of y, or A of y and then A of z   P the states before them
-    C width (n_embd)   D vision_dim   V vocabulary   nh heads, kv of them with keys and values   hs head size
+    C width (n_embd)   D vision_dim   V vocabulary   hs size of a head   nh heads   kv of keys and values
     y is z_H in the paper's code, z is z_L, e its x   inner_steps: n in the paper   outer_steps: its T
 """
 
@@ -122,7 +122,8 @@ def cross_entropy(logits, targets):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, written out. Heads may share keys and values. Source: Ainslie 2023, 2305.13245."""
+    """Attention, written out; heads of queries may share keys and values. Source: Ainslie 2023 (grouped-query
+    attention, arXiv 2305.13245); kv = 1 is Shazeer's multi-query attention, 2019."""
 
     def __init__(self, config):
         super().__init__()
@@ -135,11 +136,11 @@ class Attention(nn.Module):
 
     def forward(self, h, rope, mask, past=None):
         """
-        Shapes: h (B, T, C); mask, added to the scores, (B or 1, 1, T or 1, P + T); past, keys and values of P
-            states before these, (B, kv, P, hs) both -> (B, T, C), and keys and values, (B, kv, P + T, hs) both
+        Shapes: h (B, T, C); mask, added to the scores, (B or 1, 1, T or 1, P + T); past, keys and values of
+            P states before these, (B, kv, P, hs) both -> (B, T, C); all keys and values, (B, kv, P + T, hs)
         """
         B, T, C = h.shape
-        q, k, v = self.queries_keys_values(h, rope)                    # (B, nh, T, hs), (B, kv, T, hs) both
+        q, k, v = self.queries_keys_values(h, rope)                    # (B, nh or kv, T, hs) each
         if past is not None:
             k = torch.cat([past[0], k], dim=2)                         # (B, kv, P + T, hs)
             v = torch.cat([past[1], v], dim=2)                         # (B, kv, P + T, hs)
@@ -150,9 +151,9 @@ class Attention(nn.Module):
     def queries_keys_values(self, h, rope):
         """Shapes: h (B, T, C) -> queries (B, nh, T, hs), keys and values, (B, kv, T, hs) both."""
         heads = self.heads_of(self.qkv(h))                             # (B, nh + 2 kv, T, hs)
-        turned, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         # values are not turned: positions decide who looks at whom, not what is read there
-        q, k = rotate(turned, rope).split((self.n_head, self.n_kv_head), dim=1)
+        q, k = rotate(qk, rope).split((self.n_head, self.n_kv_head), dim=1)
         return q, k, v
 
     def keys_values(self, h, rope):
@@ -173,7 +174,8 @@ class Attention(nn.Module):
 
 
 def shared_product(a, b):
-    """a @ b, where several heads of a have the same b. Shapes: (B, nh, T, m), (B, kv, m, n) -> (B, nh, T, n)"""
+    """a @ b, where heads of a share those of b.
+    Shapes: a (B, nh, T, m), b (B, kv, m, n) -> (B, nh, T, n)"""
     B, nh, T, m = a.shape
     # the heads that share one are rows of one product
     rows = a.reshape(B, b.size(1), -1, m)                              # (B, kv, nh / kv * T, m)
@@ -335,8 +337,8 @@ class Decoder(nn.Module):
         time = torch.arange(A, device=answer.device).repeat(c.streams)         # (T,): of y, then of z again
         mask = hide(time[:, None] < time, e.dtype)                     # (T, T): states of later positions
         mask = F.pad(mask, (c.streams * start, 0))                     # (T, P + T): all earlier ones are seen
-        mask = torch.cat([context.mask.expand(-1, -1, len(time), -1),
-                          mask.expand(len(answer), 1, -1, -1)], dim=-1)    # (B, 1, T, S + P + T)
+        of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
+        mask = torch.cat([of_context, mask.expand(len(answer), 1, -1, -1)], dim=-1)    # (B, 1, T, S + P + T)
         # counted from the last real token of x: the padding of a batch moves no answer
         rope = rotations(context.length[:, None] + start + time, c.n_embd // c.n_head)
         network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)

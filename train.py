@@ -56,7 +56,7 @@ from prepare.shapes import draw_shapes
 # what is learnt is the same whatever these are, but for rounding
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
 MAY_BE_ZERO = ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay', 'min_lr_ratio', 'warmup_ratio',
-               'beta1', 'beta2', 'momentum')
+               'beta1', 'beta2', 'momentum', 'variety')
 
 
 @dataclass
@@ -513,7 +513,7 @@ class Muon(torch.optim.Optimizer):
     Liu 2025, arXiv 2502.16982.
     """
 
-    def __init__(self, params, lr, momentum, weight_decay, dtype):
+    def __init__(self, params, lr, momentum, weight_decay, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
 

@@ -24,7 +24,7 @@ import torch
 from align.captions import AlignData
 from align.config import AlignConfig
 from align.judge import report, validate
-from align.model import build, chosen, open_trunk
+from align.model import build, chosen, open_trunk, start_from
 from configurator import configure, echo
 from encoder import load_encoder, save_encoder
 from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
@@ -75,6 +75,8 @@ def align(s, sources, device, stop):
     fingerprint = trunk.fingerprint() if trunk else None
     unchanged(s, saved, 'trunk', fingerprint)
     model = build(s, data.tokenizer.vocab_size, trunk)
+    if s.init_from and not saved:
+        start_from(s.init_from, model.encoder)
     data.open_pictures(trunk, model.encoder, device)
 
     # ---- optimizers; the average of the weights is what is judged

@@ -34,7 +34,7 @@ class AlignConfig:
     fit: str | None = None          # pictures become square: crop, squash or pad; None: its own way
     upright: bool | None = None     # turn pictures as EXIF says; None: as it was made for
     activation: str | None = None   # of CLIP, quick_gelu or gelu; None: what its files say
-    init_from: str | None = None    # encoder file to start from, with its sizes; None: fresh weights
+    init_from: str | None = None    # encoder file to start from, of these sizes; None: fresh weights
     image_px: int = 64              # side of the picture, without a trunk
     encoder_width: int = 128        # width, without a trunk
     encoder_layers: int = 2         # layers, without a trunk

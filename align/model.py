@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from encoder import Block, Encoder, EncoderConfig, Reader, open_encoder, load_encoder
+from encoder import Block, Encoder, EncoderConfig, Reader, load_encoder, open_encoder
 from plumbing.ranks import gathered
 
 MOST_SCALE = 100  # of the similarities, as in CLIP: a larger one makes the contrast unstable
@@ -125,6 +125,19 @@ def open_trunk(s, device):
     return trunk
 
 
+def start_from(path, encoder):
+    """Gives the encoder the weights of a file. Raises: ValueError where its sizes are others."""
+    other = load_encoder(path)
+    sizes = []
+    for e in (other, encoder):
+        shapes = {name: tuple(p.shape) for name, p in e.state_dict().items()}
+        sizes.append((shapes, e.config.n_head, e.config.inner_heads, e.config.image_px))
+    if sizes[0] != sizes[1]:
+        raise ValueError(f'init_from={path}: an encoder of other sizes than these settings ask for')
+    encoder.load_state_dict(other.state_dict())
+    print(f'starting from {path}, fingerprint {other.fingerprint()}')
+
+
 def encoder_config(s, trunk):
     """The EncoderConfig that the settings ask for, with the trunk's part taken over where there is one."""
     if trunk:
@@ -147,8 +160,7 @@ def encoder_config(s, trunk):
 def build(s, vocab_size, trunk):
     """The model that the settings ask for. With a frozen trunk it has none of its own: what the trunk makes
     of the pictures is computed once, before training."""
-    encoder = load_encoder(s.init_from) if s.init_from else Encoder(encoder_config(s, trunk))
-    encoder.train().requires_grad_(True)
+    encoder = Encoder(encoder_config(s, trunk))
     model = AlignModel(encoder, vocab_size, s.text_width, s.text_layers)
     if trunk:
         model.encoder.trunk = nn.Identity()

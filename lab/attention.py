@@ -49,9 +49,10 @@ def attention_of(decoder, context, answer):
     seen = []
 
     def note(attention, args):
-        h, rope, mask, layer, *_ = args
-        q, k, _ = attention.queries_keys_values(h, rope)               # (B, nh, T, hs) each
-        seen.append(attention.weights(q, k, mask, layer))              # (B, nh, T, S + T)
+        h, rope, mask, past = args
+        q, k, _ = attention.queries_keys_values(h, rope)               # (B, nh or kv, T, hs) each
+        k = torch.cat([past[0], k], dim=2)                             # (B, kv, S + T, hs)
+        seen.append(attention.weights(q, k, mask))                     # (B, nh, T, S + T)
 
     hooks = [block.attention.register_forward_pre_hook(note) for block in decoder.blocks]
     decoder.answer_states(context, answer)

@@ -2,12 +2,14 @@
 How large and how fast: parameters, FLOPs, milliseconds of a training step, tokens a second, memory.
 
     python -m lab.bench                                        # plain, concat and add beside the naive loop
+    python -m lab.bench --scale=main                           # a training step of config/trm.py
     python -m lab.bench --profile=true                         # the costliest operations of a training step
     python -m lab.bench --memory=true                          # memory of a training step, by passes
     python -m lab.bench --encoder=random --pictures=16         # an encoder of Edge-Glass' shapes
     python -m lab.bench --encoder=assets/encoder_shapes.pt     # the encoder of a file or folder
 """
 
+import copy
 import io
 import math
 import sys
@@ -15,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from statistics import median
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ from model import ModelConfig, build_model, cross_entropy
 from plumbing.console import run_script, table
 from plumbing.machine import fast_dtypes, flops_of, keep_freed_memory, most_memory, pick_device, seconds
 from plumbing.pictures import open_picture
+from train import TrainConfig, follow, make_optimizers, update
 
 SCALE = ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')
 
@@ -51,6 +55,7 @@ class BenchConfig:
     compile: bool = False    # time a compiled training step too (torch.compile; with CUDA graphs on a GPU)
     device: str = 'auto'     # auto (a GPU if there is one), cpu, cuda, ...
     # something else instead
+    scale: str | None = None  # main: a training step of config/trm.py, its parts and costliest operations
     memory: bool = False     # the memory of a training step, by passes, with and without checkpoint_recursion
     profile: bool = False    # the costliest operations of a training step of concat
     encoder: str | None = None  # the speed of this encoder file or folder; random: of Edge-Glass' shapes
@@ -60,8 +65,10 @@ class BenchConfig:
         for key, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f'{key}={value}: expected at least 1')
-        if bool(self.memory) + bool(self.profile) + bool(self.encoder) > 1:
-            raise ValueError('--memory, --profile and --encoder: one at a time')
+        if self.scale not in (None, 'main'):
+            raise ValueError(f'scale={self.scale}: expected main')
+        if bool(self.memory) + bool(self.profile) + bool(self.encoder) + bool(self.scale) > 1:
+            raise ValueError('--memory, --profile, --encoder and --scale: one at a time')
 
 
 def autocast_to(dtype, device):
@@ -211,9 +218,14 @@ def show_profile(b, most=8):
     loop = 'compiled' if b.compile else 'cached'
     contender = Contender(b, 'concat', loop, fast_dtypes(b.device)[-1], decoder, batch)
     contender.step()  # it asks for memory that is not there yet
+    print(costliest(contender.step, b.device, most))
+
+
+def costliest(function, device, most):
+    """A table of the operations in a call that cost most."""
     with torch.profiler.profile() as profiler:
-        contender.step()
-    on_gpu = b.device.startswith('cuda')
+        function()
+    on_gpu = device.startswith('cuda')
     costs = []  # (microseconds of its own, event)
     for event in profiler.key_averages():
         # operations alone: a GPU's kernels, whose time they have, are listed too
@@ -223,7 +235,55 @@ def show_profile(b, most=8):
     total = sum(own for own, _ in costs)
     costs.sort(key=lambda cost: cost[0], reverse=True)
     rows = [[e.key[:60], e.count, f'{own / 1e3:.1f}', f'{own / total:.0%}'] for own, e in costs[:most]]
-    print(table(['operation', 'calls', 'ms', 'share'], rows))
+    return table(['operation', 'calls', 'ms', 'share'], rows)
+
+
+def main_job(b, steps=30, most=12):
+    """Prints what a training step of config/trm.py takes, of questions of 14 tokens and answers of two."""
+    s = TrainConfig()
+    torch.manual_seed(0)
+    dtype = fast_dtypes(b.device)[-1]
+    decoder = build_model(s.model_config(vision_dim=128)).to(b.device)
+    average = copy.deepcopy(decoder)
+    parameters = list(decoder.parameters())
+    optimizers = make_optimizers([(1.0, decoder)], s, dtype)
+    scaler = torch.amp.GradScaler(b.device.split(':')[0], enabled=False)
+    tokens = torch.randint(3, s.vocab_size, (s.batch_size, 18), device=b.device)
+    question, answer, targets = tokens.split((14, 2, 2), dim=1)        # (B, 14), (B, 2) and (B, 2)
+    vision = torch.randn(s.batch_size, 16, 128, device=b.device)
+    losses = []
+
+    def forward():
+        with autocast_to(dtype, b.device):
+            losses[:] = [decoder(vision, question, answer, targets)[1]]
+
+    def backward():
+        losses[0].backward()
+
+    def optimize():
+        update(parameters, optimizers, scaler, losses[0].item(), s.grad_clip)
+        follow(average, decoder, 1, s.ema)
+
+    def step():
+        forward()
+        backward()
+        optimize()
+
+    parts = dict(forward=forward, backward=backward, optimizers=optimize)
+    times = {name: [] for name in parts}
+    for _ in range(steps):
+        for name, part in parts.items():
+            times[name].append(seconds(part, b.device))
+    fastest = {name: min(of_part) for name, of_part in times.items()}
+    whole = [sum(of_step) for of_step in zip(*times.values())]
+    flops = flops_of(step)
+    peak = peak_flops(b, dtype)
+    rows = [[name, f'{1e3 * took:.1f}', f'{took / min(whole):.0%}'] for name, took in fastest.items()]
+    print(table(['part', 'ms', 'share'], rows))
+    print(f'a step: {1e3 * min(whole):.1f} ms at best, {1e3 * median(whole):.1f} in the middle of {steps}')
+    print(f'{flops / 1e9:.1f} GFLOP, {flops / min(whole) / peak:.0%} of the {name_of(dtype)} peak, '
+          f'{peak / 1e9:.0f} GFLOP/s: at peak {1e3 * flops / peak:.1f} ms')
+    print(costliest(step, b.device, most))
 
 
 def show_memory(b, steps=(1, 2, 4, 8, 16)):
@@ -308,6 +368,8 @@ def main(argv=None):
         show_memory(b)
     elif b.profile:
         show_profile(b)
+    elif b.scale:
+        main_job(b)
     elif b.encoder:
         encoder, about = open_for_timing(b.encoder)
         print(about)

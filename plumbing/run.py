@@ -1,5 +1,6 @@
 """A run on disk: its checkpoint, its log, how far it is, and how it is stopped. Both stages share it."""
 
+import gc
 import json
 import math
 import os
@@ -77,6 +78,7 @@ class Stop:
 def begin(settings, device):
     """Seeds torch and says on which commit and machine the run runs. -> these facts, a dict"""
     keep_freed_memory()
+    gc.freeze()  # the imports' objects stay: Python need not look through them for garbage in every few steps
     torch.manual_seed(settings.seed)
     if settings.deterministic:
         # cuBLAS asks for it

@@ -1,6 +1,6 @@
 """
-How a scene of shapes is drawn: plainly, always the same way; or with variety, so that a model that learns from
-it also knows pictures that somebody else has drawn.
+How a scene of shapes is drawn: plainly, always the same way; or with variety, so that a model that learns
+from it also knows pictures that somebody else has drawn.
 
 Plain pictures have a pale ground. Varied ones have 48 to 512 pixels, a ground of any colour, even, sloping or
 grainy, objects of any size that fits, turned a little, some with an outline, and half of them are JPEG files.
@@ -46,17 +46,21 @@ def off(rgb, by, rng):
 
 
 def outline_of(o, zoom, turn=0):
-    """The corners of a shape in a picture, or the box of a circle. Units: `zoom`, pixels of the picture for each
-    of the scene; `turn` in degrees, clockwise."""
-    if o['shape'] not in CORNERS:
+    """The corners of a shape in a picture, or those of the box around a circle. Units: `zoom`, pixels of the
+    picture for each of the scene; `turn` in degrees, clockwise."""
+    if o['shape'] == 'circle':
         corners = [(-1, -1), (1, 1)]
-        turn = 0
+        turn = 0  # or the box would turn
     else:
         corners = CORNERS[o['shape']]
     cos = math.cos(math.radians(turn))
     sin = math.sin(math.radians(turn))
-    return [(zoom * (o['x'] + o['r'] * (cos * x - sin * y)), zoom * (o['y'] + o['r'] * (sin * x + cos * y)))
-            for x, y in corners]
+    places = []
+    for x, y in corners:
+        across = o['x'] + o['r'] * (cos * x - sin * y)
+        down = o['y'] + o['r'] * (sin * x + cos * y)
+        places.append((zoom * across, zoom * down))
+    return places
 
 
 def draw_object(draw, o, zoom, fill, turn=0, outline=None, width=0):

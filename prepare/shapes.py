@@ -44,7 +44,7 @@ class Config:
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
     variety: float = 0.5      # share of the training pictures that look like no other: see prepare/_looks.py
-    describe: float = 0.1     # share of the pictures that also ask for their caption
+    describe: float = 0.4     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
     show: bool = False        # draw a contact sheet, shapes.png, and nothing else
 
@@ -129,8 +129,9 @@ def free_place(scene, rng, config, k, n, size, scale):
     return None
 
 
-def draw_picture(rng, config, variety):
-    """Draws a scene, with `variety` so many of them in a look of their own. -> the scene, a picture file"""
+def draw_picture(rng, config, split):
+    """-> a scene, and the bytes of its picture"""
+    variety = config.variety if split == 'train' else 0
     if variety and rng.random() < variety:
         scene = draw_scene(rng, config, varied=True)
         return scene, as_file(draw_varied(scene, rng, config.image_px), rng)
@@ -337,7 +338,7 @@ def questions_of(config, split):
     return ask
 
 
-def shapes_rows(config, split, start, n):
+def shapes_rows(config, split, start, n, draw=draw_picture):
     """The rows of pictures `start` to `start + n` of a split: one question of every type that the scene
     allows, and the caption of some. Fewer scenes have long chains, so those that do are asked for two of
     them; two stories of swaps are told of each length."""
@@ -346,8 +347,7 @@ def shapes_rows(config, split, start, n):
     rows = []
     for i in range(start, start + n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
-        share = config.variety if split == 'train' else 0
-        scene, file = draw_picture(rng, config, share)
+        scene, file = draw(rng, config, split)
         picture = dict(image=file, caption=describe(scene))
         for type, questions in ask.items():
             candidates = questions(scene)

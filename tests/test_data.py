@@ -1,5 +1,6 @@
 """data.py: the drawn pictures and their questions, datasets on disk, the tokenizer, batches."""
 
+import hashlib
 import io
 import json
 import math
@@ -21,7 +22,8 @@ import data
 import prepare
 from data import Questions, Tokenizer, read_rows, train_bpe
 from plumbing.tables import SPLITS, write_dataset
-from prepare import shapes
+from prepare import shapes, wild
+from prepare._looks import ALSO, COLORS, draw_plain, draw_varied
 from prepare.shapes import Config as ShapesConfig
 
 
@@ -50,12 +52,76 @@ def test_pictures_show_the_scene():
     """The pixel at an object's centre has the object's colour, a corner of the picture has none."""
     for i in range(20):
         scene = scene_of(i)
-        pixels = np.array(shapes.draw_picture(scene, random.Random(i), 64)).astype(int)
+        pixels = np.array(draw_plain(scene, random.Random(i), 64)).astype(int)
         assert pixels.shape == (64, 64, 3)
         for o in scene:
             color = pixels[int(o['y']), int(o['x'])]
             nearest = min(shapes.COLORS, key=lambda c: abs(color - shapes.COLORS[c]).sum())
             assert nearest == o['color']
+
+
+def stands_out(scene, picture):
+    """Whether the middle of every object has a colour that goes by its name, and another one than the corner nearest to it."""
+    pixels = np.array(picture.convert('RGB').resize((256, 256), Image.BOX)).astype(int)
+    for o in scene:
+        x, y = int(4 * o['x']), int(4 * o['y'])
+        color = pixels[y - 1:y + 2, x - 1:x + 2].mean((0, 1))
+        corner = pixels[-3 if y > 128 else 3, -3 if x > 128 else 3]
+        names = {name: min(np.abs(color - rgb).sum() for rgb in (COLORS[name], *ALSO[name])) for name in COLORS}
+        # a blend of two names of a colour is one of its names too
+        if names[o['color']] > min(names.values()) + 60 or np.abs(color - corner).sum() < 40:
+            return False
+    return True
+
+
+def test_variety():
+    """Varied scenes have both sizes, in the proportion of plain ones, at a third to three times theirs; their pictures have 48 to
+    512 pixels and show the scene; a share of the training pictures is varied, and none of the others."""
+    scales, sides, seen = [], [], []
+    for i in range(150):
+        rng = random.Random(i)
+        scene = shapes.draw_scene(rng, ShapesConfig(), varied=True)
+        picture = draw_varied(scene, rng, 64)
+        assert {o['size'] for o in scene} == {'small', 'big'}
+        r = {o['size']: o['r'] for o in scene}
+        assert math.isclose(r['big'] / r['small'], 7.5 / 4.5)
+        scales.append(r['big'] / 7.5)
+        sides.append(picture.width)
+        seen.append(stands_out(scene, picture))
+    assert .55 <= min(scales) < .7 and 2.2 < max(scales) <= 3 and 48 <= min(sides) < 60 and 350 < max(sides) <= 512
+    assert np.mean(seen) > .97, np.mean(seen)
+    for variety, split, share in ((1, 'train', 1), (.5, 'train', .5), (0, 'train', 0), (1, 'val', 0), (1, 'test', 0)):
+        files = {row['image'] for row in shapes.shapes_rows(ShapesConfig(variety=variety), split, 0, 60)}
+        varied = [Image.open(io.BytesIO(file)).size != (64, 64) for file in files]
+        assert abs(np.mean(varied) - share) < .2 and (share not in (0, 1) or np.mean(varied) > share - .1)
+    assert {Image.open(io.BytesIO(f)).format for f in {row['image'] for row in shapes.shapes_rows(ShapesConfig(variety=1), 'train', 0, 20)}} == {'JPEG', 'PNG'}
+
+
+def test_plain_pictures_stay_as_they_were():
+    """Without variety the pictures and questions are those that results/ was measured on, byte for byte."""
+    rows = shapes.shapes_rows(ShapesConfig(variety=0, describe=.1), 'train', 0, 200)
+    told = hashlib.sha256(''.join(f"{row['sample_id']} {row['question']} {row['answer']} {row['caption']}" for row in rows).encode())
+    pixels = hashlib.sha256()
+    for file in dict.fromkeys(row['image'] for row in rows):
+        pixels.update(Image.open(io.BytesIO(file)).tobytes())
+    assert (told.hexdigest()[:16], pixels.hexdigest()[:16]) == ('afeaccee46c5b3ba', '565c2c16aaf3d86e')
+
+
+def test_wild(tmp_path, monkeypatch):
+    """Wild pictures show their scenes, drawn by another program for each split; none are to train on; matplotlib is asked for where it is missing."""
+    data.main(['wild', f'--out={tmp_path}/wild', '--n_val=12', '--n_test=12'])
+    val, test = (read_rows(tmp_path / 'wild', split) for split in ('val', 'test'))
+    assert len(read_rows(tmp_path / 'wild', 'train')) == 0 and len(val.pictures) == len(test.pictures) == 12
+    assert not set(val.pictures.digests) & set(test.pictures.digests) and {'color', 'count', 'relation'} <= set(val.type)
+    for split in ('wild val', 'wild test'):
+        seen = []
+        for i in range(40):
+            scene, file = wild.draw_wild(random.Random(i), ShapesConfig(), split)
+            seen.append(stands_out(scene, Image.open(io.BytesIO(file))))
+        assert np.mean(seen) > .9, (split, np.mean(seen))
+    monkeypatch.setattr(wild, 'matplotlib', None)
+    with pytest.raises(ValueError, match='pip install matplotlib'):
+        wild.Config()
 
 
 def answer_by_looking(question, scene):

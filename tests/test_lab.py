@@ -12,7 +12,7 @@ from test_model import decoder_of, sample
 from test_train import TINY
 
 from lab import attention, bench, guess, states
-from lab.bench import BenchConfig, benchmark, show_memory, show_profile
+from lab.bench import BenchConfig, benchmark, main_job, show_memory, show_profile
 from lab.compare import alike, compare, depth, grouped, labels, paired, spread
 from lab.compare import main as compare_main
 from model import RECURSIONS, ModelConfig, build_model
@@ -209,6 +209,9 @@ def test_benchmark(capsys):
     assert 'checkpoint_recursion' in capsys.readouterr().out
     show_profile(b)
     assert 'mm' in capsys.readouterr().out
+    main_job(b, steps=2)
+    text = capsys.readouterr().out
+    assert all(word in text for word in ('forward', 'backward', 'optimizers', 'GFLOP', 'aten::'))
 
 
 def test_benchmark_compiled(capsys, monkeypatch):
@@ -235,7 +238,7 @@ def test_bad_bench_settings():
     """A setting out of range, or two things to do at once, is an error that names it."""
     with pytest.raises(ValueError, match='repeats=0'):
         BenchConfig(repeats=0)
-    with pytest.raises(ValueError, match='--memory, --profile and --encoder: one at a time'):
+    with pytest.raises(ValueError, match='--memory, --profile, --encoder and --scale: one at a time'):
         BenchConfig(memory=True, profile=True)
 
 
@@ -243,7 +246,7 @@ def test_bad_bench_settings():
 def test_attention_is_the_decoders(recursion):
     """What is noted of attention is what the decoder does: with it the output of every layer in every pass is
     made again; the hooks are off afterwards."""
-    decoder = decoder_of(dict(recursion=recursion))
+    decoder = decoder_of(dict(recursion=recursion, n_kv_head=1))
     vision, question, answer = sample()
     context = decoder.read_context(vision, question)
     calls = []  # the attention, what goes in and what comes out
@@ -251,8 +254,9 @@ def test_attention_is_the_decoders(recursion):
         block.attention.register_forward_hook(lambda *call: calls.append(call))
     seen = attention.attention_of(decoder, context, answer)
     assert len(seen) == len(calls) >= decoder.config.n_layer * decoder.config.inner_steps
-    for att, (module, (h, rope, _, layer, _), out) in zip(seen, calls):
-        values = torch.cat([layer[1], module.queries_keys_values(h, rope)[2]], dim=2)  # (B, nh, S + T, hs)
+    for att, (module, (h, rope, _, past), (out, _)) in zip(seen, calls):
+        values = torch.cat([past[1], module.queries_keys_values(h, rope)[2]], dim=2)   # (B, kv, S + T, hs)
+        values = values.repeat_interleave(att.size(1) // values.size(1), dim=1)        # (B, nh, S + T, hs)
         again = module.out((att @ values).transpose(1, 2).flatten(2))                  # (B, T, C)
         assert torch.allclose(again, out, atol=1e-5)
     assert not any(block.attention._forward_pre_hooks for block in decoder.blocks)

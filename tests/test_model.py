@@ -15,6 +15,8 @@ for recursion in RECURSIONS:  # whoever adds one finds it here
     DECODERS += [dict(recursion=recursion, inner_steps=1, norm='pre'), dict(recursion=recursion, inner_steps=3, norm='pre'),
                  dict(recursion=recursion, inner_steps=2, norm='post'), dict(recursion=recursion, inner_steps=2, outer_steps=2, norm='pre'),
                  dict(recursion=recursion, inner_steps=2, outer_steps=2, norm='post', deep_supervision=True)]
+DECODERS += [dict(recursion='concat', inner_steps=2, norm='post', n_kv_head=1), dict(recursion='add', inner_steps=2, norm='pre', n_kv_head=2),
+             dict(kind='plain', norm='pre', n_kv_head=1)]  # heads that share their keys and values
 CONCAT = dict(recursion='concat', inner_steps=3, norm='pre')
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
@@ -22,7 +24,7 @@ every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 
 
 def decoder_of(settings, **more):
     torch.manual_seed(0)
-    decoder = build_model(ModelConfig(vocab_size=V, n_head=2, n_embd=16, vision_dim=8, **settings, **more)).double()
+    decoder = build_model(ModelConfig(vocab_size=V, n_head=4, n_embd=16, vision_dim=8, **settings, **more)).double()
     for p in decoder.parameters():  # larger weights than at the start, so that every path carries something
         torch.nn.init.normal_(p, std=.3)
     return decoder
@@ -282,7 +284,7 @@ def test_test_time_depth(recursion):
         assert not torch.allclose(seen[-1], seen[-2]) and torch.equal(first, decoder.generate(vision, question, 1))
 
 
-@pytest.mark.parametrize('bad, message', [(dict(kind='trn'), 'kind=trn'), (dict(n_embd=30, n_head=4), 'n_embd=30'),
+@pytest.mark.parametrize('bad, message', [(dict(kind='trn'), 'kind=trn'), (dict(n_embd=30, n_head=4), 'n_embd=30'), (dict(n_head=4, n_kv_head=3), 'n_kv_head=3'),
                                           (dict(inner_steps=0), 'inner_steps=0'), (dict(recursion='sum'), 'recursion=sum: expected one of concat, add, loop'), (dict(norm='unbounded'), 'norm=unbounded')])
 def test_bad_settings(bad, message):
     """A setting out of range is an error that names it."""

@@ -455,22 +455,31 @@ def test_learning_rate():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
+def orthogonal(matrix):
+    return train.orthogonal(matrix[None], torch.float32)[0]
+
+
 def test_muon():
     """Muon's step is orthogonal: it keeps the singular vectors of a matrix and brings its singular values to about 1; its RMS is
     .2 of the learning rate whatever the gradient's scale. Embeddings, the tied head, biases and the start state are AdamW's."""
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(32, 48), full_matrices=False)
     for g in (u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v, v.T @ torch.diag(torch.logspace(0, -1.5, 32)) @ u.T):
-        x = train.orthogonal(g)
+        x = orthogonal(g)
         assert x.shape == g.shape and ((.6 < torch.linalg.svdvals(x)) & (torch.linalg.svdvals(x) < 1.3)).all()
-        assert torch.allclose(train.orthogonal(1e3 * g), x, atol=1e-4)
-    back = u.T @ train.orthogonal(u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v) @ v.T
+        assert torch.allclose(orthogonal(1e3 * g), x, atol=1e-4)
+    back = u.T @ orthogonal(u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v) @ v.T
     assert torch.allclose(back, back.diag().diag(), atol=1e-4)
 
     p = torch.nn.Parameter(torch.randn(48, 32))
     start, p.grad = p.detach().clone(), 100 * torch.randn(48, 32)
     train.Muon([p], lr=.01, momentum=.95, weight_decay=0.).step()
     assert .15 < (p - start).pow(2).mean().sqrt() / .01 < .25
+
+    # matrices of one shape go through together, and each as if it were alone; in bfloat16 nearly so
+    stack = torch.randn(3, 48, 32)
+    assert torch.allclose(train.orthogonal(stack, torch.float32), torch.stack([orthogonal(g) for g in stack]), atol=1e-5)
+    assert (train.orthogonal(stack, torch.bfloat16) - train.orthogonal(stack, torch.float32)).abs().max() < .05
 
     model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
     adamw, muon = train.make_optimizers([(1.0, model)], train.TrainConfig())
@@ -667,6 +676,11 @@ def test_another_encoder_under_the_same_name(flags, tiny_encoder, tmp_path):
 
 def test_optimizers_step_by_hand():
     """Weight decay shrinks matrices, those of Muon too, and nothing else; Muon's momentum is a running mean and looks one step ahead."""
+    # matrices of one shape go through together, and each as if it were alone; in bfloat16 nearly so
+    stack = torch.randn(3, 48, 32)
+    assert torch.allclose(train.orthogonal(stack, torch.float32), torch.stack([orthogonal(g) for g in stack]), atol=1e-5)
+    assert (train.orthogonal(stack, torch.bfloat16) - train.orthogonal(stack, torch.float32)).abs().max() < .05
+
     model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
     adamw, muon = train.make_optimizers([(1.0, model)], train.TrainConfig(weight_decay=.05))
     names = {p: name for name, p in model.named_parameters()}
@@ -684,5 +698,5 @@ def test_optimizers_step_by_hand():
         p.grad, before = g.clone(), p.detach().clone()
         optimizer.step()
         average = .9 * average + .1 * g
-        direction = train.orthogonal(.9 * average + .1 * g)
+        direction = orthogonal(.9 * average + .1 * g)
         assert torch.allclose(p, before * (1 - .005) - .01 * .2 * 6 ** .5 * direction, atol=1e-6)
