@@ -93,7 +93,7 @@ class TrainConfig:
     kind: str = 'trm'                         # plain or trm
     n_layer: int = 2                          # blocks in the network
     n_head: int = 4                           # attention heads
-    n_kv_head: int | None = 1                 # heads of keys and values, shared by the others; None: all
+    n_kv_head: int | None = None              # heads of keys and values, which others share; None: n_head
     n_embd: int = 128                         # width
     recursion: str = 'concat'                 # concat: [y ; z] together; add: e + y + z; loop: y alone
     inner_steps: int = 4                      # passes of a cycle; add makes one more

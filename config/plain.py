@@ -1,5 +1,5 @@
 # The baseline: a plain decoder of four blocks, twice the core parameters of config/trm.py. A step of it
-# costs one and a half times the FLOPs, so it gets fewer steps: both train with about the same FLOPs.
+# costs twice the FLOPs, so it gets half the steps: both train with about the same FLOPs.
 out_dir = 'out/plain'
 kind = 'plain'
 n_layer = 4

@@ -1,4 +1,4 @@
-# A TRM of four steps, with the norms before the blocks, trained more than six times as long as the one of
+# A TRM of four passes, with the norms before the blocks, trained five times as long as the one of
 # config/trm.py.
 out_dir = 'out/trm_long'
 max_steps = 12000

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -240,7 +241,8 @@ def costliest(function, device, most):
 
 def main_job(b, steps=30, most=12):
     """Prints what a training step of config/trm.py takes, of questions of 14 tokens and answers of two."""
-    s = TrainConfig()
+    config = Path(__file__).parent.parent / 'config/trm.py'
+    s, _ = configure(TrainConfig, [str(config)])
     torch.manual_seed(0)
     dtype = fast_dtypes(b.device)[-1]
     decoder = build_model(s.model_config(vision_dim=128)).to(b.device)

@@ -9,6 +9,8 @@
 #
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
 # NAME_SEED.json in RESULTS, which is results/runs unless it says otherwise, and a run that is there counts as finished.
+# results/runs was made up to commit 6d0df7b. Since then pictures are varied (--variety=0 draws those of before), the shipped encoder is another one, and config/trm.py
+# has two passes: make those runs again at that commit, or take these as new ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-1}

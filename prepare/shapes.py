@@ -33,7 +33,7 @@ SIDES = ('left of', 'right of', 'above', 'below')
 @dataclass
 class Config:
     out: str = 'data/shapes'  # folder to write the dataset to
-    n_train: int = 24000      # pictures in train.parquet; about eight questions each
+    n_train: int = 16000      # pictures in train.parquet; about eight questions each
     n_val: int = 1000         # pictures in val.parquet
     n_test: int = 1000        # pictures in test.parquet
     image_px: int = 64        # side of the square picture, in pixels
@@ -44,7 +44,7 @@ class Config:
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
     variety: float = 0.5      # share of the training pictures that look like no other: see prepare/_looks.py
-    describe: float = 0.4     # share of the pictures that also ask for their caption
+    describe: float = 0.3     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
     show: bool = False        # draw a contact sheet, shapes.png, and nothing else
 
