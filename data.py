@@ -309,7 +309,9 @@ class Questions:
         self.max_answer_tokens = max_answer_tokens
         self.few_shapes = few_shapes
         self.tokens = OnDisk(pack, unpack)  # (question, answer) of a row
+        self.question_lengths = array('h')
         lengths = self.tokenize(truncate)
+        self.question_lengths = np.array(self.question_lengths)
         # by table, from length to bucket: one look-up for a million rows
         buckets = np.array([bucket_of(length) for length in range(max(lengths, default=0) + 1)], np.int32)
         bucket = buckets[np.array(lengths)]
@@ -335,6 +337,7 @@ class Questions:
                 del tokens[most:]
             self.tokens.append((row['question'], row['answer']))
             lengths.append(len(row['answer']))
+            self.question_lengths.append(len(row['question']))
             row_done(f'{self.rows.path}: tokens', i, len(self.rows), start)
         report_bad(self.rows.path, bad, len(self.rows), 'raise the limit, or cut them with --truncate=true')
         if self.cut:
@@ -349,6 +352,10 @@ class Questions:
         for length, bucket in self.buckets.items():
             size = fitting(batch_size, length)
             order = rng.permutation(bucket)
+            # of four batches at a time the rows with like questions go together: half of the padding goes
+            for i in range(0, len(order), 4 * size):
+                window = order[i:i + 4 * size]
+                order[i:i + 4 * size] = window[np.argsort(self.question_lengths[window], kind='stable')]
             # rows that fill no batch wait for the next shuffle; a bucket smaller than a batch is one
             batches += [order[i:i + size] for i in range(0, max(1, len(order) - size + 1), size)]
         # else all captions would come at the end

@@ -2,6 +2,7 @@
 # question.
 out_dir = 'out/blind'
 inner_steps = 2
-max_steps = 2400
+n_kv_head = 1
+max_steps = 2600
 eval_interval = 400
 use_vision = False
