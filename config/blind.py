@@ -2,7 +2,6 @@
 # question.
 out_dir = 'out/blind'
 inner_steps = 2
-n_kv_head = 1
-max_steps = 2600
+max_steps = 2800
 eval_interval = 400
 use_vision = False

@@ -3,6 +3,5 @@
 # (results/minutes.md).
 out_dir = 'out/trm'
 inner_steps = 2
-n_kv_head = 1                         # the four heads share keys and values: faster, and no worse
-max_steps = 2600
+max_steps = 2800
 eval_interval = 400
