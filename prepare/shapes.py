@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import permutations, repeat
 
-from plumbing.pictures import picture_sheet, rgb_picture
+from plumbing.pictures import picture_sheet, rgb_picture, squared
 from plumbing.tables import write_dataset
 from prepare._looks import COLORS, as_file, draw_plain, draw_varied
 
@@ -411,10 +411,16 @@ def end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def contact_sheet(config, columns=6, rows=4):
+def contact_sheet(config):
     """Draws pictures with their questions and answers under them, to look at -> a Pillow picture."""
+    return sheet_of(shapes_rows(config, 'train', 0, 24), config.image_px)
+
+
+def sheet_of(rows, side):
+    """A sheet of the pictures of some rows, all of one size."""
     tiles = {}
-    for row in shapes_rows(config, 'train', 0, columns * rows):
-        _, lines = tiles.setdefault(row['image'], (rgb_picture(row['image']), []))
+    for row in rows:
+        picture = squared(rgb_picture(row['image']), side, 'squash', border=None)
+        _, lines = tiles.setdefault(row['image'], (picture, []))
         lines.append(f"{row['question']} {row['answer']}" if row['question'] else row['caption'])
-    return picture_sheet(list(tiles.values()), columns, scale=3)
+    return picture_sheet(list(tiles.values()), columns=6, scale=3)

@@ -9,13 +9,13 @@ Against the varied pictures that train.py draws, forms, colours, shading, ground
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from prepare.shapes import Config as ShapesConfig
-from prepare.shapes import draw_scene, shapes_rows
+from prepare.shapes import draw_scene, shapes_rows, sheet_of
 
 try:
     import matplotlib
@@ -63,6 +63,12 @@ def rows(config):
     for split, n in dict(val=config.n_val, test=config.n_test).items():
         for row in shapes_rows(shapes, f'wild {split}', 0, n, draw=draw_wild):
             yield split, row
+
+
+def contact_sheet(config):
+    """Draws pictures of both splits with their questions and answers, to look at -> a Pillow picture."""
+    few = replace(config, n_val=12, n_test=12)
+    return sheet_of([row for _, row in rows(few)], ShapesConfig().image_px)
 
 
 def draw_wild(rng, shapes, split):

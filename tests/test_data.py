@@ -109,6 +109,9 @@ def test_plain_pictures_stay_as_they_were():
 
 def test_wild(tmp_path, monkeypatch):
     """Wild pictures show their scenes, drawn by another program for each split; none are to train on; matplotlib is asked for where it is missing."""
+    monkeypatch.chdir(tmp_path)
+    data.main(['wild', '--show=true'])
+    assert Image.open('wild.png').size > (600, 600)
     data.main(['wild', f'--out={tmp_path}/wild', '--n_val=12', '--n_test=12'])
     val, test = (read_rows(tmp_path / 'wild', split) for split in ('val', 'test'))
     assert len(read_rows(tmp_path / 'wild', 'train')) == 0 and len(val.pictures) == len(test.pictures) == 12
