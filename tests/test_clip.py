@@ -302,7 +302,7 @@ def test_from_clip_to_answers(tmp_path, tiny_shapes):
     ems = []
     for name, flags in (('cached', []), ('fresh', ['--cache=false'])):
         run('train.py', 'config/trm_pixmo.py', *common, *flags, f'--out_dir={tmp_path}/{name}', f'--encoder={tmp_path}/align/encoder.pt', '--tokenizer=bpe',
-            '--vision_dim=8', '--n_embd=16', '--n_head=2', '--batch_size=16')
+            '--vision_dim=8', '--n_embd=16', '--n_head=2', '--n_kv_head=1', '--batch_size=16')
         ems.append(json.loads((tmp_path / name / 'metrics.json').read_text()))
     assert abs(ems[0]['loss'] - ems[1]['loss']) < .01 and ems[0]['peak_memory_gb'] > .1
     again = run('eval.py', f'--out_dir={tmp_path}/cached')
