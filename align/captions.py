@@ -6,10 +6,8 @@ A batch is a dict: `picture`, indices (B,), or `pixels` (B, 3, S, S) where pictu
 asks for; `names`, strings for messages. It depends on (seed, split, step) and nothing else.
 """
 
-import multiprocessing
 import random
 import re
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import cycle, islice
 
@@ -22,7 +20,7 @@ from plumbing.features import vision_source
 from plumbing.pictures import rgb_picture, squared
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
-from prepare.shapes import draw_picture, draw_scene, end_with_parent, locate
+from prepare.shapes import draw_picture, draw_scene, locate
 
 SENTENCE_END = r'(?<=[.!?])\s+'
 DRAWN_PICTURES = 1000  # a split of drawn pictures has no end; so many are judged
@@ -127,51 +125,28 @@ def phrases_of(caption, tokenizer, most_tokens):
 # ----------------------------------------------------------------------------
 # drawn
 
-def drawn_scenes(config, split, step, batch_size, seed):
-    """-> scenes, a list of B; their pixels; and the random.Random that drew them.
-
-    Shapes: pixels (B, S, S, 3) uint8, NumPy's
-    """
-    rng = random.Random(f'align/{seed}/{split}/{step}')
-    scenes = []
-    pictures = []
-    for _ in range(batch_size):
-        scene, file = draw_picture(rng, config, 'train')  # the share of varied ones is theirs
-        scenes.append(scene)
-        # files, not drawings: JPEG leaves its traces, and varied pictures have any size
-        pictures.append(np.array(squared(rgb_picture(file), config.image_px, 'squash', border=None)))
-    return scenes, np.stack(pictures), rng
-
-
 class DrawnCaptions:
     """Pictures of shapes with captions, drawn when they are asked for: no picture comes twice."""
 
     def __init__(self, config, tokenizer):
         self.config = config
         self.tokenizer = tokenizer
-        self.pool = None   # a process that draws the next training batch while this one is learnt from
-        self.ahead = None  # (what is drawn there, its future)
 
     def scenes(self, split, step, batch_size, seed):
-        """-> as `drawn_scenes`. Shapes: pixels (B, 3, S, S) uint8"""
-        if split == 'train':
-            drawn = self.drawn_ahead(step, batch_size, seed)
-        else:
-            drawn = drawn_scenes(self.config, split, step, batch_size, seed)
-        scenes, pixels, rng = drawn
-        return scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2), rng
+        """-> scenes, a list of B; their pixels; and the random.Random that drew them.
 
-    def drawn_ahead(self, step, batch_size, seed):
-        if self.pool is None:
-            spawn = multiprocessing.get_context('spawn')
-            self.pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent)
-        asked = 'train', step, batch_size, seed
-        if self.ahead is None or self.ahead[0] != asked:
-            self.ahead = asked, self.pool.submit(drawn_scenes, self.config, *asked)
-        drawn = self.ahead[1].result()
-        following = 'train', step + 1, batch_size, seed
-        self.ahead = following, self.pool.submit(drawn_scenes, self.config, *following)
-        return drawn
+        Shapes: pixels (B, 3, S, S) uint8
+        """
+        rng = random.Random(f'align/{seed}/{split}/{step}')
+        scenes = []
+        pictures = []
+        for _ in range(batch_size):
+            scene, file = draw_picture(rng, self.config, 'train')  # varied ones among them, in every split
+            scenes.append(scene)
+            # files, not drawings: JPEG leaves its traces, and varied pictures have any size
+            pictures.append(np.array(squared(rgb_picture(file), self.config.image_px, 'squash', border=None)))
+        pixels = torch.from_numpy(np.stack(pictures))                        # (B, S, S, 3)
+        return scenes, pixels.permute(0, 3, 1, 2), rng
 
     def batch(self, split, step, batch_size, seed):
         """Shapes: -> a batch with `pixels` (B, 3, S, S) uint8, see the top of the page."""
