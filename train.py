@@ -388,7 +388,7 @@ def better(new, old, rows):
     return new['em'] >= old['em']  # of equals the later one, which has learnt longer
 
 
-def flops_per_row(model, encoder, image_tokens, questions, s, n=4):
+def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
     """FLOPs of a training step for each row of a full batch, without the optimizer's own.
 
     The mean over the sizes of batches (captions come in smaller ones), weighted by how often they come, of
