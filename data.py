@@ -309,7 +309,7 @@ class Questions:
         self.max_answer_tokens = max_answer_tokens
         self.few_shapes = few_shapes
         self.tokens = OnDisk(pack, unpack)  # (question, answer) of a row
-        self.question_lengths = array('h')
+        self.question_lengths = array('i')
         lengths = self.tokenize(truncate)
         self.question_lengths = np.array(self.question_lengths)
         # by table, from length to bucket: one look-up for a million rows

@@ -100,7 +100,7 @@ def draw_scene(rng, config, varied=False):
     scale = 1
     if varied and config.types != 'swaps':  # their columns leave no room for larger ones
         smallest, largest = SCALES
-        scale = rng.uniform(smallest, max(smallest, min(largest, 4 * n ** -0.5)))
+        scale = rng.uniform(smallest, min(largest, 4 * n ** -0.5))  # of many objects large ones do not fit
     for _ in range(100):  # a crowded draw starts over, of varied sizes with smaller ones
         scene = []
         for k, (color, shape) in enumerate(pairs):

@@ -7,13 +7,13 @@ that learnt from prepare/shapes.py knows shapes, or only that one's drawings. No
 Against the varied pictures that train.py draws, forms, colours, shading, grounds and edges all differ.
 """
 
-import io
 import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
+from prepare._looks import as_file
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_scene, shapes_rows, sheet_of
 
@@ -80,9 +80,7 @@ def draw_wild(rng, shapes, split):
     distances = [min(math.dist(ground, fill) for fill in fills) for ground in grounds]
     ground = next((g for g, d in zip(grounds, distances) if d > APART), grounds[np.argmax(distances)])
     draw = by_numpy if split == 'wild val' else by_matplotlib
-    file = io.BytesIO()
-    draw(scene, fills, ground, rng, shapes.image_px).save(file, 'PNG')
-    return scene, file.getvalue()
+    return scene, as_file(draw(scene, fills, ground, rng, shapes.image_px))
 
 
 def by_numpy(scene, fills, ground, rng, image_px):

@@ -75,7 +75,7 @@ def stands_out(scene, picture):
 
 
 def test_variety():
-    """Varied scenes have both sizes, in the proportion of plain ones, at a third to three times theirs; their pictures have 48 to
+    """Varied scenes have both sizes, in the proportion of plain ones, at about half to three times theirs; their pictures have 48 to
     512 pixels and show the scene; a share of the training pictures is varied, and none of the others."""
     scales, sides, seen = [], [], []
     for i in range(150):
