@@ -396,7 +396,8 @@ def load_run(checkpoint, device, encoder_path=None):
                          f"--out_dir={checkpoint['settings']['out_dir']} reports on it")
     best = checkpoint['run']['best']
     settings = checkpoint['settings']
-    decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, checkpoint['model_config'])
+    config = dict(qk_norm=False) | checkpoint['model_config']  # runs from before it have none
+    decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, config)
     encoder = None
     if encoder_path and ('encoder' in best or not settings['use_vision']):
         raise ValueError(f"--encoder={encoder_path}: {settings['out_dir']} needs no file of an encoder")

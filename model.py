@@ -48,6 +48,7 @@ class ModelConfig:
     deep_supervision: bool = False      # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False  # recompute the passes in the backward pass: less memory, more time
     norm: str = 'post'          # 'post': blocks norm what they hand on; 'pre': what they read
+    qk_norm: bool = True        # queries and keys are normed, head by head
     use_vision: bool = True     # false: the blind control, which never sees the picture
     prefix_lm: bool = True      # context tokens see each other both ways; false: causally
     pad_id: int = 0
@@ -130,6 +131,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
         self.head_size = config.n_embd // config.n_head
+        self.qk_norm = config.qk_norm
         n_heads = self.n_head + 2 * self.n_kv_head  # of queries, keys and values
         self.qkv = nn.Linear(config.n_embd, n_heads * self.head_size, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -153,7 +155,7 @@ class Attention(nn.Module):
         heads = self.heads_of(self.qkv(h))                             # (B, nh + 2 kv, T, hs)
         qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         # values are not turned: positions decide who looks at whom, not what is read there
-        q, k = rotate(qk, rope).split((self.n_head, self.n_kv_head), dim=1)
+        q, k = self.turned(qk, rope).split((self.n_head, self.n_kv_head), dim=1)
         return q, k, v
 
     def keys_values(self, h, rope):
@@ -161,7 +163,12 @@ class Attention(nn.Module):
         C = h.size(-1)
         kv = F.linear(h, self.qkv.weight[C:])                          # (B, T, 2 kv hs), without queries
         k, v = self.heads_of(kv).chunk(2, dim=1)
-        return rotate(k, rope), v                                      # (B, kv, T, hs) both
+        return self.turned(k, rope), v                                 # (B, kv, T, hs) both
+
+    def turned(self, heads, rope):
+        """Queries or keys, normed, at their positions. Shapes: (B, any, T, hs) -> the same."""
+        # of RMS 1 no score gets large: learning is faster and bears higher rates
+        return rotate(norm(heads) if self.qk_norm else heads, rope)
 
     def heads_of(self, x):
         """Shapes: (B, T, n * hs) -> (B, n, T, hs)."""

@@ -101,6 +101,7 @@ class TrainConfig:
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute passes for the gradient: less memory, more time
     norm: str = 'post'                        # post: blocks norm what they hand on; pre: what they read
+    qk_norm: bool = True                      # norm queries and keys
     use_vision: bool = True                   # false: the blind control
     prefix_lm: bool = True                    # the context sees itself both ways; false: causally
     # the optimizer

@@ -20,7 +20,7 @@ from plumbing.features import vision_source
 from plumbing.pictures import rgb_picture, squared
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
-from prepare.shapes import draw_picture, draw_scene, locate
+from prepare.shapes import draw_scene, draw_some_scene, locate, picture_file
 
 SENTENCE_END = r'(?<=[.!?])\s+'
 DRAWN_PICTURES = 1000  # a split of drawn pictures has no end; so many are judged
@@ -138,15 +138,15 @@ class DrawnCaptions:
         Shapes: pixels (B, 3, S, S) uint8
         """
         rng = random.Random(f'align/{seed}/{split}/{step}')
-        scenes = []
+        # varied ones among them, in every split
+        drawn = [draw_some_scene(rng, self.config, 'train') for _ in range(batch_size)]
         pictures = []
-        for _ in range(batch_size):
-            scene, file = draw_picture(rng, self.config, 'train')  # varied ones among them, in every split
-            scenes.append(scene)
-            # files, not drawings: JPEG leaves its traces, and varied pictures have any size
-            pictures.append(np.array(squared(rgb_picture(file), self.config.image_px, 'squash', border=None)))
+        for scene, varied in drawn:
+            # a file, not the drawing: JPEG leaves its traces, and varied pictures have any size
+            picture = rgb_picture(picture_file(scene, varied, rng, self.config))
+            pictures.append(np.array(squared(picture, self.config.image_px, 'squash', border=None)))
         pixels = torch.from_numpy(np.stack(pictures))                        # (B, S, S, 3)
-        return scenes, pixels.permute(0, 3, 1, 2), rng
+        return [scene for scene, _ in drawn], pixels.permute(0, 3, 1, 2), rng
 
     def batch(self, split, step, batch_size, seed):
         """Shapes: -> a batch with `pixels` (B, 3, S, S) uint8, see the top of the page."""

@@ -4,11 +4,11 @@
 out_dir = 'out/align_wild'
 init_from = 'out/align/encoder.pt'
 variety = 0.7
-max_steps = 8000
+max_steps = 12000
 batch_size = 64
 learning_rate = 1e-3
 min_lr_ratio = 0.03
 optimizer = 'adamw'
 beta2 = 0.98
 ema = 0.998
-eval_interval = 500
+eval_interval = 1000

@@ -5,3 +5,4 @@ out_dir = 'out/easyvqa'
 dataset = 'data/easyvqa'
 max_steps = 1000
 norm = 'pre'                          # its numbers in results/ were made so
+qk_norm = False                       # so too

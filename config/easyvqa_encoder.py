@@ -7,3 +7,4 @@ max_steps = 1000
 batch_size = 64
 learning_rate = 1e-3
 norm = 'pre'                          # its numbers in results/ were made so
+qk_norm = False                       # so too

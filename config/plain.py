@@ -5,3 +5,4 @@ kind = 'plain'
 n_layer = 4
 max_steps = 1200
 norm = 'pre'                          # its numbers in results/ were made so
+qk_norm = False                       # so too

@@ -20,3 +20,4 @@ batch_size = 128                      # 32 rows of 32 answer tokens, as in Edge-
 max_steps = 2625                      # ten times through 8,400 rows, 32 at a time
 eval_interval = 262
 norm = 'pre'                          # its numbers in results/ were made so
+qk_norm = False                       # so too

@@ -7,3 +7,4 @@ inner_steps = 2
 max_steps = 6000
 eval_interval = 500
 norm = 'pre'                          # its numbers in results/ were made so
+qk_norm = False                       # so too

@@ -10,3 +10,4 @@ max_steps = 3000
 eval_interval = 300
 batch_size = 64
 norm = 'pre'                          # its numbers in results/ were made so
+qk_norm = False                       # so too

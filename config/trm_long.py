@@ -4,3 +4,4 @@ out_dir = 'out/trm_long'
 max_steps = 12000
 eval_interval = 1000
 norm = 'pre'                          # its numbers in results/ were made so
+qk_norm = False                       # so too

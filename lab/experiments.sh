@@ -9,8 +9,8 @@
 #
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
 # NAME_SEED.json in RESULTS, which is results/runs unless it says otherwise, and a run that is there counts as finished.
-# results/runs was made up to commit 6d0df7b. Since then pictures are varied (--variety=0 draws those of before), the shipped encoder is another one, and config/trm.py
-# has two passes: make those runs again at that commit, or take these as new ones.
+# results/runs was made up to commit 6d0df7b. Since then pictures are varied and fewer (those of before: --variety=0 --n_train=24000 --describe=0.1 --asked=1), the shipped
+# encoder is another one, queries and keys are normed and config/trm.py has two passes: make those runs again at that commit, or take these as new ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-1}
@@ -133,7 +133,7 @@ for e in "random --max_steps=1" "contrast --max_steps=2000 --objective=contrast"
     set -- $e; if need encoder_$1 && [ ! -e out/encoder_$1/encoder.pt ]; then python -m align config/align.py "${@:2}" --out_dir=out/encoder_$1; fi
 done
 for d in "swaps 6 3" "swaps4 7 4" "swaps5 8 5"; do
-    set -- $d; if need $1_ && [ ! -e data/$1 ]; then python data.py shapes --out=data/$1 --types=swaps --min_objects=4 --max_objects=4 --max_swaps=$2 --train_swaps=$3 --describe=0; fi
+    set -- $d; if need $1_ && [ ! -e data/$1 ]; then python data.py shapes --out=data/$1 --types=swaps --min_objects=4 --max_objects=4 --max_swaps=$2 --train_swaps=$3 --describe=0 --asked=1; fi
 done
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
 start=$SECONDS; k=0

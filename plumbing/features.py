@@ -156,8 +156,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_b
     Raises: ValueError naming the pictures that cannot be decoded, and where the disk is too small.
     """
     dim = dim or encoder.config.vision_dim
-    # of the matrix products; on a CPU it is float32, whatever is fast there
-    dtype = fast_dtypes(device)[-1] if device.startswith('cuda') else torch.float32
+    dtype = fast_dtypes(device)[-1]  # of the matrix products
     with torch.no_grad():
         S = encoder.config.image_px
         shape = encoder(torch.zeros(1, 3, S, S, device=device)).shape[1:-1] + (dim,)  # (N, dim)

@@ -33,7 +33,7 @@ SIDES = ('left of', 'right of', 'above', 'below')
 @dataclass
 class Config:
     out: str = 'data/shapes'  # folder to write the dataset to
-    n_train: int = 16000      # pictures in train.parquet; about eight questions each
+    n_train: int = 8000       # pictures in train.parquet
     n_val: int = 1000         # pictures in val.parquet
     n_test: int = 1000        # pictures in test.parquet
     image_px: int = 64        # side of the square picture, in pixels
@@ -44,12 +44,15 @@ class Config:
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
     variety: float = 0.5      # share of the training pictures that look like no other: see prepare/_looks.py
-    describe: float = 0.3     # share of the pictures that also ask for their caption
+    asked: int = 2            # questions of each type about a training picture; one about others
+    describe: float = 0.6     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
     show: bool = False        # draw a contact sheet, shapes.png, and nothing else
 
     def __post_init__(self):
         objects = f'min_objects={self.min_objects}, max_objects={self.max_objects}'
+        if self.asked < 1:
+            raise ValueError(f'asked={self.asked}: expected 1 or more')
         if min(self.n_train, self.n_val, self.n_test) < 0:
             raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}: expected 0 '
                              f'or more')
@@ -129,14 +132,24 @@ def free_place(scene, rng, config, k, n, size, scale):
     return None
 
 
+def draw_some_scene(rng, config, split):
+    """-> a scene, and whether its picture shall look like no other, which `variety` of those of train do"""
+    variety = config.variety if split == 'train' else 0
+    varied = variety > 0 and rng.random() < variety
+    return draw_scene(rng, config, varied), varied
+
+
+def picture_file(scene, varied, rng, config):
+    """-> the bytes of the picture of a scene"""
+    if varied:
+        return as_file(draw_varied(scene, rng, config.image_px), rng)
+    return as_file(draw_plain(scene, rng, config.image_px))
+
+
 def draw_picture(rng, config, split):
     """-> a scene, and the bytes of its picture"""
-    variety = config.variety if split == 'train' else 0
-    if variety and rng.random() < variety:
-        scene = draw_scene(rng, config, varied=True)
-        return scene, as_file(draw_varied(scene, rng, config.image_px), rng)
-    scene = draw_scene(rng, config)
-    return scene, as_file(draw_plain(scene, rng, config.image_px))
+    scene, varied = draw_some_scene(rng, config, split)
+    return scene, picture_file(scene, varied, rng, config)
 
 
 def name(o):
@@ -340,8 +353,8 @@ def questions_of(config, split):
 
 def shapes_rows(config, split, start, n, draw=draw_picture):
     """The rows of pictures `start` to `start + n` of a split: one question of every type that the scene
-    allows, and the caption of some. Fewer scenes have long chains, so those that do are asked for two of
-    them; two stories of swaps are told of each length."""
+    allows, of train `asked`, and the caption of some. Fewer scenes have long chains, so those that do are
+    asked for twice as many; twice as many stories of swaps are told of each length."""
     ask = questions_of(config, split)
     given = {type: Counter() for type in ask}  # how often each answer was given
     rows = []
@@ -351,7 +364,9 @@ def shapes_rows(config, split, start, n, draw=draw_picture):
         picture = dict(image=file, caption=describe(scene))
         for type, questions in ask.items():
             candidates = questions(scene)
-            n_asked = 2 if re.match('[2-9] hops|. swap', type) else 1
+            n_asked = config.asked if split == 'train' else 1
+            if re.match('[2-9] hops|. swap', type):
+                n_asked *= 2
             for k in range(min(n_asked, len(candidates))):
                 question, answer = balanced_choice(candidates, given[type], rng)
                 candidates.remove((question, answer))

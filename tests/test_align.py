@@ -363,15 +363,14 @@ if int(os.environ['RANK']) == 0:
 
 
 def test_gradients_of_two_processes(tmp_path):
-    """Two processes give the gradients of one that has the whole batch, to a hundred-thousandth of the largest: the contrast sees the captions of both."""
+    """Two processes give the gradients of one that has the whole batch, to 1e-6: the contrast sees the captions of both."""
     ends = []
     for n in (1, 2):
         done = torchrun(n, GRADIENTS, '--dtype=float32', '--seed=0', '--batch_size=8', '--max_steps=6', '--learning_rate=1e-30', '--variety=0', *SMALL, f'--out_dir={n}', cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         ends.append(torch.load(tmp_path / 'gradients.pt', weights_only=True))
     for one, two in zip(*ends):
-        assert len(one) == len(two)
-        assert all((a - b).abs().max() < 1e-6 + 1e-5 * b.abs().max() for a, b in zip(one, two))
+        assert len(one) == len(two) and all(torch.allclose(a, b, atol=1e-6, rtol=1e-5) for a, b in zip(one, two))
 
 
 def test_stopped_and_resumed(tmp_path, monkeypatch):

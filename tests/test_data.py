@@ -99,7 +99,7 @@ def test_variety():
 
 def test_plain_pictures_stay_as_they_were():
     """Without variety the pictures and questions are those that results/ was measured on, byte for byte."""
-    rows = shapes.shapes_rows(ShapesConfig(variety=0, describe=.1), 'train', 0, 200)
+    rows = shapes.shapes_rows(ShapesConfig(variety=0, describe=.1, asked=1), 'train', 0, 200)
     told = hashlib.sha256(''.join(f"{row['sample_id']} {row['question']} {row['answer']} {row['caption']}" for row in rows).encode())
     pixels = hashlib.sha256()
     for file in dict.fromkeys(row['image'] for row in rows):
@@ -204,7 +204,7 @@ def test_shortcut_of_hops():
 
 def test_swaps_have_no_shortcut():
     """Whoever overlooks one swap, whichever it is, is right in half of the cases: when it did not touch the place (or, of one, when it is not the asked one)."""
-    config = ShapesConfig(types='swaps', min_objects=4, max_objects=4, max_swaps=6, train_swaps=2, describe=0)
+    config = ShapesConfig(types='swaps', min_objects=4, max_objects=4, max_swaps=6, train_swaps=2, describe=0, asked=1)
     for swaps in range(1, 7):
         right, n = Counter(), 0
         for i in range(300):
@@ -237,11 +237,11 @@ def test_answers_are_balanced(many_rows):
 
 
 def test_types_and_captions(many_rows):
-    """The number of hops is the row's type; about three tenths of the pictures ask for their caption."""
+    """The number of hops is the row's type; about six tenths of the pictures ask for their caption."""
     types = Counter(r['type'] for r in many_rows)
     assert min(types[type] for type in ('1 hop', '2 hops')) > 100
     captions = [r for r in many_rows if r['type'] == 'describe']
-    assert 45 < len(captions) < 105 and all(r['question'] is None for r in captions)
+    assert 120 < len(captions) < 180 and all(r['question'] is None for r in captions)
     assert re.match(r'a (small|big) \w+ \w+(, a|  and a| and a)', captions[0]['caption'])
 
 

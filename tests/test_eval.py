@@ -191,7 +191,9 @@ def test_a_checkpoint_that_does_not_fit(spoil, message):
     config = ModelConfig(n_embd=16, n_head=2, vision_dim=4, use_vision=False)
     checkpoint = dict(stage='answer', settings=dict(out_dir='out/x', use_vision=False), model_config=dataclasses.asdict(config), environment=dict(commit='abc123'),
                       run=dict(best=dict(decoder=build_model(config).state_dict())), tokenizer=dict(name='bpe', tokens=[bytes([b]).hex() for b in range(256)]))
-    evaluation.load_run(checkpoint, 'cpu')
+    assert evaluation.load_run(checkpoint, 'cpu')[0].config.qk_norm
+    checkpoint['model_config'].pop('qk_norm')  # of a run from before that setting
+    assert not evaluation.load_run(checkpoint, 'cpu')[0].config.qk_norm
     spoil(checkpoint)
     with pytest.raises(ValueError, match=f'out/x: its decoder does not fit this code .{message}.*; commit abc123 made the run'):
         evaluation.load_run(checkpoint, 'cpu')

@@ -17,6 +17,7 @@ for recursion in RECURSIONS:  # whoever adds one finds it here
                  dict(recursion=recursion, inner_steps=2, outer_steps=2, norm='post', deep_supervision=True)]
 DECODERS += [dict(recursion='concat', inner_steps=2, norm='post', n_kv_head=1), dict(recursion='add', inner_steps=2, norm='pre', n_kv_head=2),
              dict(kind='plain', norm='pre', n_kv_head=1)]  # heads that share their keys and values
+DECODERS += [dict(recursion='concat', inner_steps=2, norm='post', qk_norm=False), dict(kind='plain', norm='pre', qk_norm=False)]
 CONCAT = dict(recursion='concat', inner_steps=3, norm='pre')
 every_decoder = pytest.mark.parametrize('settings', DECODERS, ids=lambda s: '-'.join(map(str, s.values())))
 every_mask = pytest.mark.parametrize('prefix_lm', [True, False], ids=['prefix', 'causal'])
@@ -268,6 +269,21 @@ def test_blind():
     _, question, answer = sample()
     assert decoder(None, question, answer)[0].shape == (3, A, V)
     assert decoder.parameter_counts()['vision_proj'] == 0
+
+
+def test_normed_queries_and_keys():
+    """However large the weights of queries and keys are, normed they give the same scores, all below the root of the head's size."""
+    for settings, same in ((CONCAT, True), (CONCAT | dict(qk_norm=False), False)):
+        decoder, batch = decoder_of(settings), sample()
+        attention, scores = decoder.blocks[0].attention, []
+        weights = attention.weights
+        attention.weights = lambda q, k, mask: (scores.append((q @ k.mT).abs().max().item()), weights(q, k, mask))[1]
+        before, _ = decoder(*batch)
+        with torch.no_grad():
+            for block in decoder.blocks:
+                block.attention.qkv.weight[:2 * 16] *= 100
+        after, _ = decoder(*batch)
+        assert torch.allclose(before, after, atol=1e-3) == same and (max(scores) <= 4 ** .5 + 1e-6) == same, scores
 
 
 @pytest.mark.parametrize('recursion', RECURSIONS)
