@@ -398,19 +398,25 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
     batches = {}
     for rows in questions.epoch(s.batch_size, s.seed, 0):
         batches.setdefault(len(rows), []).append(rows)
+    known = {}  # by shape, on which alone it depends
 
-    def one_row(rows):
-        batch = on_device(questions.batch(rows), next(model.parameters()).device)
-        batch = {key: value[:1] for key, value in batch.items()}
+    def one_row(batch):
         vision = image_tokens(encoder, batch['picture'])
         model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1].backward()
+
+    def flops_of_one(rows):
+        batch = on_device(questions.batch(rows), next(model.parameters()).device)
+        batch = {key: value[:1] for key, value in batch.items()}
+        shape = batch['question'].shape + batch['answer'].shape
+        if shape not in known:
+            known[shape] = flops_of(partial(one_row, batch))
+        return known[shape]
 
     total = 0
     n_batches = 0
     for size, of_size in batches.items():
         counted = of_size[:n]
-        mean = sum(flops_of(partial(one_row, rows)) for rows in counted) / len(counted)
-        total += len(of_size) * size * mean
+        total += len(of_size) * size * sum(map(flops_of_one, counted)) / len(counted)
         n_batches += len(of_size)
     return total / n_batches / s.batch_size
 

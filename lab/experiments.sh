@@ -9,8 +9,9 @@
 #
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
 # NAME_SEED.json in RESULTS, which is results/runs unless it says otherwise, and a run that is there counts as finished.
-# results/runs was made up to commit 6d0df7b. Since then pictures are varied and fewer (those of before: --variety=0 --n_train=24000 --describe=0.1 --asked=1), the shipped
-# encoder is another one, queries and keys are normed and config/trm.py has two passes: make those runs again at that commit, or take these as new ones.
+# results/runs was made up to commit 6d0df7b. Since then pictures are varied and fewer (those of before: --variety=0 --n_train=24000 --describe=0.1 --asked=1
+# --types=color,shape,exist,count,compare,relation,hops), the shipped encoder is another one, queries and keys are normed, and config/trm.py has two passes: make those
+# runs again at that commit, or take these as new ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-1}

@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import signal
 import threading
 from collections import Counter
@@ -39,12 +38,12 @@ class Config:
     image_px: int = 64        # side of the square picture, in pixels
     min_objects: int = 2      # objects in a picture, at least
     max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so up to 32
-    types: str = 'color,shape,exist,count,compare,relation,hops'  # of questions, by commas; or swaps alone
+    types: str = 'color,shape,exist,count,compare,relation,relation,hops'  # of questions; or swaps alone
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
     variety: float = 0.5      # share of the training pictures that look like no other: see prepare/_looks.py
-    asked: int = 2            # questions of each type about a training picture; one about others
+    asked: int = 2            # questions about a training picture for each time a type is named; else one
     describe: float = 0.6     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
     show: bool = False        # draw a contact sheet, shapes.png, and nothing else
@@ -338,23 +337,29 @@ def plural(n, word):
 
 
 def questions_of(config, split):
-    """{type: function that lists the questions of a scene} for the types that a split asks for."""
+    """{type: (function that lists the questions of a scene, how many of them are asked)} for the types that a
+    split asks for."""
     wanted = config.types.split(',')
-    ask = {type: questions for type, questions in ASK.items() if type in wanted}
+
+    def n_asked(name):
+        return config.asked * wanted.count(name) if split == 'train' else 1
+
+    ask = {type: (questions, n_asked(type)) for type, questions in ASK.items() if type in wanted}
     if 'hops' in wanted:
         for hops in range(1, config.max_hops + 1):
-            ask[plural(hops, 'hop')] = partial(ask_hops, hops=hops)
+            # fewer scenes have long chains, so those that do are asked for twice as many
+            n = n_asked('hops') if hops == 1 else 2 * n_asked('hops')
+            ask[plural(hops, 'hop')] = partial(ask_hops, hops=hops), n
     if 'swaps' in wanted:
         most = config.max_swaps if split == 'test' else config.train_swaps
         for swaps in range(most + 1):
-            ask[plural(swaps, 'swap')] = partial(ask_swaps, swaps=swaps)
+            ask[plural(swaps, 'swap')] = partial(ask_swaps, swaps=swaps), 2 * n_asked('swaps')
     return ask
 
 
 def shapes_rows(config, split, start, n, draw=draw_picture):
-    """The rows of pictures `start` to `start + n` of a split: one question of every type that the scene
-    allows, of train `asked`, and the caption of some. Fewer scenes have long chains, so those that do are
-    asked for twice as many; twice as many stories of swaps are told of each length."""
+    """The rows of pictures `start` to `start + n` of a split: the questions that the scenes allow, and the
+    caption of some."""
     ask = questions_of(config, split)
     given = {type: Counter() for type in ask}  # how often each answer was given
     rows = []
@@ -362,11 +367,8 @@ def shapes_rows(config, split, start, n, draw=draw_picture):
         rng = random.Random(f'{config.seed}/{split}/{i}')
         scene, file = draw(rng, config, split)
         picture = dict(image=file, caption=describe(scene))
-        for type, questions in ask.items():
+        for type, (questions, n_asked) in ask.items():
             candidates = questions(scene)
-            n_asked = config.asked if split == 'train' else 1
-            if re.match('[2-9] hops|. swap', type):
-                n_asked *= 2
             for k in range(min(n_asked, len(candidates))):
                 question, answer = balanced_choice(candidates, given[type], rng)
                 candidates.remove((question, answer))

@@ -99,7 +99,7 @@ def test_variety():
 
 def test_plain_pictures_stay_as_they_were():
     """Without variety the pictures and questions are those that results/ was measured on, byte for byte."""
-    rows = shapes.shapes_rows(ShapesConfig(variety=0, describe=.1, asked=1), 'train', 0, 200)
+    rows = shapes.shapes_rows(ShapesConfig(variety=0, describe=.1, asked=1, types='color,shape,exist,count,compare,relation,hops'), 'train', 0, 200)
     told = hashlib.sha256(''.join(f"{row['sample_id']} {row['question']} {row['answer']} {row['caption']}" for row in rows).encode())
     pixels = hashlib.sha256()
     for file in dict.fromkeys(row['image'] for row in rows):
@@ -243,6 +243,11 @@ def test_types_and_captions(many_rows):
     captions = [r for r in many_rows if r['type'] == 'describe']
     assert 120 < len(captions) < 180 and all(r['question'] is None for r in captions)
     assert re.match(r'a (small|big) \w+ \w+(, a|  and a| and a)', captions[0]['caption'])
+    asked = dict(types='color,relation,relation,hops', min_objects=6)
+    numbers = [Counter(r['type'] for r in shapes.shapes_rows(ShapesConfig(**asked, asked=n), split, 0, 40)) for n, split in ((1, 'train'), (2, 'train'), (2, 'val'))]
+    assert [n['relation'] for n in numbers] == [80, 160, 40] and numbers[1]['1 hop'] > 1.8 * numbers[0]['1 hop'] > 0 and numbers[2]['1 hop'] <= 40, numbers
+    questions = Counter((r['image'], r['question']) for r in many_rows if r['question'])
+    assert max(questions.values()) == 1  # none twice about the same picture
 
 
 def test_shapes_are_a_function_of_the_seed(tiny_shapes, tmp_path):
