@@ -208,6 +208,12 @@ def start_from(start, model, encoder_fingerprint):
             raise ValueError(f'init_from: the {name} of {folder} has other weights ({", ".join(other[:4])}): '
                              f'its settings of the model and these must agree')
         part.load_state_dict(weights)
+    ours = asdict(model['decoder'].config)
+    theirs = dict(qk_norm=False) | start['model_config']  # runs from before that setting have none
+    for key in ('n_head', 'norm', 'qk_norm'):  # of the same shapes, and yet of another meaning
+        if theirs[key] != ours[key]:
+            raise ValueError(f'init_from: {folder} was trained with {key}={theirs[key]}, here it is '
+                             f'{ours[key]}; give --{key}={theirs[key]}')
 
 
 def other_weights(module, weights):

@@ -311,6 +311,8 @@ def test_init_from(flags, tmp_path, capsys):
     assert all((t - before['run']['best']['decoder'][key]).abs().max() < 1e-9 for key, t in after['run']['best']['decoder'].items())
     with pytest.raises(ValueError, match='init_from: the decoder of .*/a has other weights .*blocks.2'):
         train.main([*more, f'--out_dir={tmp_path}/c', '--n_layer=3'])
+    with pytest.raises(ValueError, match='init_from: .*/a was trained with norm=post, here it is pre; give --norm=post'):  # of the same shapes
+        train.main([*more, f'--out_dir={tmp_path}/c', '--norm=pre'])
 
 
 def test_unlike_what_was_seen(flags, tiny_encoder, tmp_path, capsys):
