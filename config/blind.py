@@ -2,6 +2,7 @@
 # question.
 out_dir = 'out/blind'
 inner_steps = 2
-max_steps = 2800
-eval_interval = 400
+n_kv_head = 1
+max_steps = 3000
+eval_interval = 600
 use_vision = False

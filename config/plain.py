@@ -1,8 +1,8 @@
-# The baseline: a plain decoder of four blocks, twice the core parameters of config/trm.py. A step of it
-# costs twice the FLOPs, so it gets half the steps: both train with about the same FLOPs.
+# The baseline: a plain decoder of four blocks, as deep as the TRM of config/trm.py, with twice its parameters
+# but for the embeddings. A step of it costs twice the FLOPs, so it gets half the steps.
 out_dir = 'out/plain'
 kind = 'plain'
 n_layer = 4
-max_steps = 1200
-norm = 'pre'                          # its numbers in results/ were made so
-qk_norm = False                       # so too
+n_kv_head = 1
+max_steps = 1500
+eval_interval = 300
