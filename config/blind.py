@@ -3,6 +3,6 @@
 out_dir = 'out/blind'
 inner_steps = 2
 n_kv_head = 1
-max_steps = 3000
-eval_interval = 600
+max_steps = 2600
+eval_interval = 650
 use_vision = False

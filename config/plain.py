@@ -4,5 +4,5 @@ out_dir = 'out/plain'
 kind = 'plain'
 n_layer = 4
 n_kv_head = 1
-max_steps = 1500
-eval_interval = 300
+max_steps = 1300
+eval_interval = 325

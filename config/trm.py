@@ -3,5 +3,5 @@
 out_dir = 'out/trm'
 inner_steps = 2
 n_kv_head = 1                         # heads share keys and values: a sixth of the time
-max_steps = 3000
-eval_interval = 600
+max_steps = 2600
+eval_interval = 650

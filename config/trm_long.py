@@ -1,4 +1,4 @@
-# The TRM of config/trm.py, trained five times as long on five times as many pictures. The data:
+# The TRM of config/trm.py, trained six times as long on five times as many pictures. The data:
 # python data.py shapes --out=data/shapes_long --n_train=40000
 out_dir = 'out/trm_long'
 dataset = 'data/shapes_long'
