@@ -5,7 +5,8 @@ from collections import Counter
 
 import torch
 
-MOST_PICTURES = 512   # that say what pictures are like
+MOST_PICTURES = 1024  # that say what pictures are like
+MOST_DIMS = 128       # of a token that are looked at: encoders list what matters first
 MOST_WORDS = 50_000   # that are kept, the commonest
 FAR = 1.1             # a picture is unlike them that is so many times as far out as the farthest of them
 
@@ -16,8 +17,8 @@ def words_of(question):
 
 @torch.no_grad()
 def what_was_seen(rows, image_tokens):
-    """What a checkpoint keeps of its training split: the words of the questions, and mean and spread of the
-    image tokens of some pictures.
+    """What a checkpoint keeps of its training split: the words of the questions; mean and inverse covariance
+    of the mean tokens of some pictures; and how far out the farthest of them is.
 
     image_tokens: indices (B,) -> (B, N, D), or None: the blind control, or an encoder that will change
     """
@@ -27,15 +28,23 @@ def what_was_seen(rows, image_tokens):
         n = len(rows.pictures)
         chosen = torch.linspace(0, n - 1, min(MOST_PICTURES, n)).long()
         summaries = [image_tokens(part).float().mean(1) for part in chosen.split(32)]    # (B, D) each
-        summary = torch.cat(summaries).cpu()                                           # (pictures, D)
-        seen |= dict(mean=summary.mean(0), spread=summary.std(0, unbiased=False) + 1e-6)   # (D,) both
+        summary = torch.cat(summaries).cpu()[:, :MOST_DIMS]                            # (pictures, D)
+        # half of them say what is usual, or the others could not say how far out a usual one may be
+        usual = summary[::2]                                                           # (pictures / 2, D)
+        away = usual - usual.mean(0)                                                   # (pictures / 2, D)
+        covariance = away.T @ away / len(away)                                         # (D, D)
+        # a little of an even spread, for directions that few pictures do not have
+        even = (0.01 * covariance.diagonal().mean() + 1e-6) * torch.eye(len(covariance))
+        seen |= dict(mean=usual.mean(0), inverse=torch.linalg.inv(covariance + even))
         seen['farthest'] = max(distance(one, seen) for one in summary)
     return seen
 
 
 def distance(summary, seen):
-    """How many spreads a picture's mean token is from the mean of all, RMS. Shapes: (D,) -> a float."""
-    return ((summary - seen['mean']) / seen['spread']).square().mean().sqrt().item()
+    """How many spreads a picture's mean token is from the mean of all, where every direction has its own
+    spread: Mahalanobis' distance by the root of D. Shapes: (D,) -> a float."""
+    away = summary - seen['mean']                                                      # (D,)
+    return (away @ seen['inverse'] @ away / len(away)).sqrt().item()
 
 
 def warnings(seen, question, vision):
@@ -45,8 +54,8 @@ def warnings(seen, question, vision):
     new = [word for word in words_of(question) if word not in known and not word.isdecimal()]
     if known and new:
         said.append(f'no training question has the word {", ".join(new[:5])}')
-    if vision is not None and 'mean' in seen:
-        far = distance(vision[0].float().mean(0).cpu(), seen)
+    if vision is not None and 'inverse' in seen:  # older runs have none
+        far = distance(vision[0].float().mean(0).cpu()[:MOST_DIMS], seen)
         if far > FAR * seen['farthest']:
             said.append(f'the picture is unlike those of training ({far:.1f} spreads from their mean, '
                         f'the farthest of them {seen["farthest"]:.1f})')

@@ -368,7 +368,7 @@ def test_dtypes_train(dtype, flags, tmp_path):
     assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     losses = [e['loss'] for line in (tmp_path / 'log.jsonl').read_text().splitlines() if (e := json.loads(line))['event'] == 'step']
-    assert losses[-1] < losses[0] - .5
+    assert losses[-1] < losses[0] - .4
     assert bool(read_checkpoint(tmp_path)['state']['scaler']) == (dtype == 'float16')
 
 

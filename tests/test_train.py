@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import eval as evaluation
 import train
@@ -320,7 +320,10 @@ def test_unlike_what_was_seen(flags, tiny_encoder, tmp_path, capsys):
     train.main([*flags, f'--encoder={ROOT}/assets/encoder_shapes.pt', f'--out_dir={tmp_path}/run'])
     rows = train.read_rows(read_checkpoint(tmp_path / 'run')['settings']['dataset'], 'test')
     evaluation.picture_of(rows, 0).save(tmp_path / 'like.png')
-    Image.open(ROOT / 'assets/attention.png').save(tmp_path / 'unlike.png')  # a page of text and pictures
+    page = Image.new('RGB', (300, 300), 'white')
+    for line in range(18):
+        ImageDraw.Draw(page).text((8, 8 + 16 * line), 'a page of text, which no training shows' * 2, 'black')
+    page.save(tmp_path / 'unlike.png')
     ask = [f'--out_dir={tmp_path}/run', '--device=cpu']
     for picture, question, expected in (('like', rows.question[0], 0), ('unlike', rows.question[0], 1), ('like', 'is there a red zebra?', 1), ('unlike', 'is there a zebra?', 2)):
         capsys.readouterr()
