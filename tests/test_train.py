@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import eval as evaluation
 import train
@@ -317,13 +317,11 @@ def test_init_from(flags, tmp_path, capsys):
 
 def test_unlike_what_was_seen(flags, tiny_encoder, tmp_path, capsys):
     """A picture unlike those of training and a word that no question had get a warning beside the answer; a test picture and its question get none."""
-    train.main([*flags, f'--encoder={ROOT}/assets/encoder_shapes.pt', f'--out_dir={tmp_path}/run'])
+    shapes.draw_shapes(shapes.Config(out=str(tmp_path / 'data'), n_train=600, n_val=20, n_test=20, asked=1, types='color'))
+    train.main([*flags, f'--dataset={tmp_path}/data', f'--encoder={ROOT}/assets/encoder_shapes.pt', f'--out_dir={tmp_path}/run'])
     rows = train.read_rows(read_checkpoint(tmp_path / 'run')['settings']['dataset'], 'test')
     evaluation.picture_of(rows, 0).save(tmp_path / 'like.png')
-    page = Image.new('RGB', (300, 300), 'white')
-    for line in range(18):
-        ImageDraw.Draw(page).text((8, 8 + 16 * line), 'a page of text, which no training shows' * 2, 'black')
-    page.save(tmp_path / 'unlike.png')
+    Image.open(ROOT / 'assets/attention.png').save(tmp_path / 'unlike.png')  # a page of text and pictures
     ask = [f'--out_dir={tmp_path}/run', '--device=cpu']
     for picture, question, expected in (('like', rows.question[0], 0), ('unlike', rows.question[0], 1), ('like', 'is there a red zebra?', 1), ('unlike', 'is there a zebra?', 2)):
         capsys.readouterr()
