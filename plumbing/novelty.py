@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 
 MOST_PICTURES = 1024  # that say what pictures are like
-MOST_DIMS = 128       # of a token that are looked at: encoders list what matters first
+MOST_DIMS = 128       # of a token that are looked at: ours list what matters first
 MOST_WORDS = 50_000   # that are kept, the commonest
 FAR = 1.1             # a picture is unlike them that is so many times as far out as the farthest of them
 

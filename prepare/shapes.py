@@ -38,7 +38,7 @@ class Config:
     image_px: int = 64        # side of the square picture, in pixels
     min_objects: int = 2      # objects in a picture, at least
     max_objects: int = 6      # objects in a picture, at most; (colour, shape) pairs are unique, so up to 32
-    types: str = 'color,shape,exist,count,count,compare,relation,relation,hops'  # or swaps alone
+    types: str = 'color,shape,exist,count,count,compare,relation,relation,hops'  # asked; or swaps alone
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
