@@ -36,7 +36,7 @@ from plumbing.novelty import warnings
 from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.plots import draw_curves, harmless
 from plumbing.ranks import from_all, processes, rank_and_world
-from plumbing.run import other_weights, read_checkpoint
+from plumbing.run import decoder_settings, other_weights, read_checkpoint
 from plumbing.tables import OnDisk, View
 from prepare.vqav2 import vqa_accuracy
 
@@ -396,8 +396,7 @@ def load_run(checkpoint, device, encoder_path=None):
                          f"--out_dir={checkpoint['settings']['out_dir']} reports on it")
     best = checkpoint['run']['best']
     settings = checkpoint['settings']
-    config = dict(qk_norm=False) | checkpoint['model_config']  # runs from before it have none
-    decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, config)
+    decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, decoder_settings(checkpoint))
     encoder = None
     if encoder_path and ('encoder' in best or not settings['use_vision']):
         raise ValueError(f"--encoder={encoder_path}: {settings['out_dir']} needs no file of an encoder")

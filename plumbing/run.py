@@ -209,11 +209,16 @@ def start_from(start, model, encoder_fingerprint):
                              f'its settings of the model and these must agree')
         part.load_state_dict(weights)
     ours = asdict(model['decoder'].config)
-    theirs = dict(qk_norm=False) | start['model_config']  # runs from before that setting have none
+    theirs = decoder_settings(start)
     for key in ('n_head', 'norm', 'qk_norm'):  # of the same shapes, and yet of another meaning
         if theirs[key] != ours[key]:
             raise ValueError(f'init_from: {folder} was trained with {key}={theirs[key]}, here it is '
                              f'{ours[key]}; give --{key}={theirs[key]}')
+
+
+def decoder_settings(checkpoint):
+    """The settings of the decoder of a run, those included that came after it."""
+    return dict(qk_norm=False) | checkpoint['model_config']
 
 
 def other_weights(module, weights):

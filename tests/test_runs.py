@@ -363,12 +363,12 @@ def test_bad_steps(dtype, flags, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_dtypes_train(dtype, flags, tmp_path):
     """Every dtype learns; float16 through its scaler, whose first overflows are no bad steps, and whose state is part of the checkpoint."""
-    more = [f'--dtype={dtype}', '--deterministic=true']
+    more = [f'--dtype={dtype}', '--deterministic=true', '--max_steps=40']
     train.main([*flags, *more, f'--out_dir={tmp_path}'])
     assert torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     losses = [e['loss'] for line in (tmp_path / 'log.jsonl').read_text().splitlines() if (e := json.loads(line))['event'] == 'step']
-    assert losses[-1] < losses[0] - .4
+    assert losses[-1] < losses[0] - .5
     assert bool(read_checkpoint(tmp_path)['state']['scaler']) == (dtype == 'float16')
 
 
