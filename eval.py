@@ -32,7 +32,7 @@ from plumbing.console import printable, progress, run_script
 from plumbing.features import picture_from, vision_source
 from plumbing.files import locked, write_whole
 from plumbing.machine import on_device
-from plumbing.novelty import warnings
+from plumbing.novelty import doubts
 from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.plots import draw_curves, harmless
 from plumbing.ranks import from_all, processes, rank_and_world
@@ -445,8 +445,8 @@ def answer_one(path, question, decoder, encoder, tokenizer, seen, most_tokens, d
     if encoder:
         image = picture_from(path, encoder)[None].to(device)                               # (1, 3, S, S)
         vision = encoder.encode_images(image)[..., :decoder.config.vision_dim]             # (1, N, D)
-    for warning in warnings(seen, question, vision):
-        print(f'take the answer with care: {printable(warning)}', file=sys.stderr)
+    for doubt in doubts(seen, question, vision):
+        print(f'take the answer with care: {printable(doubt)}', file=sys.stderr)
     written = decoder.generate(vision, torch.tensor([ids], device=device), most_tokens, **sampling)
     return tokenizer.decode(written[0].tolist())
 

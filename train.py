@@ -6,7 +6,7 @@ Training: a decoder learns to answer questions about pictures.
     torchrun --standalone --nproc_per_node=4 train.py config/trm.py    # the same run, by four processes
 
 The same command goes on where a stopped or killed run stood, to the same result. A run folder gets ckpt.pt,
-log.jsonl, metrics.json and pictures. The encoder was trained before: `python -m align config/align.py`.
+log.jsonl, metrics.json and pictures. The encoder was trained before: config/align.py, then align_wild.py.
 """
 
 import copy
@@ -53,8 +53,9 @@ from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_shapes
 
-# what is learnt is the same whatever these are, but for rounding
+# may differ when a run goes on: they change its result by rounding at most
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
+# variety is a setting of align
 MAY_BE_ZERO = ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay', 'min_lr_ratio', 'warmup_ratio',
                'beta1', 'beta2', 'momentum', 'variety')
 
@@ -96,8 +97,8 @@ class TrainConfig:
     n_kv_head: int | None = None              # heads of keys and values, which others share; None: n_head
     n_embd: int = 128                         # width
     recursion: str = 'concat'                 # concat: [y ; z] together; add: e + y + z; loop: y alone
-    inner_steps: int = 4                      # passes of a cycle; add makes one more
-    outer_steps: int = 1                      # cycles
+    inner_steps: int = 4                      # n, passes through the blocks; recursion=add makes one more
+    outer_steps: int = 1                      # T, cycles of so many passes; no gradient crosses them
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute passes for the gradient: less memory, more time
     norm: str = 'post'                        # post: blocks norm what they hand on; pre: what they read
@@ -118,7 +119,7 @@ class TrainConfig:
     beta2: float = 0.95                       # of AdamW
     momentum: float = 0.95                    # of Muon
     grad_clip: float = 1.0                    # largest norm of the gradient; 0: no limit
-    skip_bad_steps: int = 0                   # so many steps whose loss is nan or infinite are left out
+    skip_bad_steps: int = 0                   # so many steps with a loss or gradient not finite are left out
     ema: float = 0.998                        # decay of the averaged weights, which are judged; 0: none
 
     def __post_init__(self):
@@ -208,8 +209,9 @@ def train(s, sources, device, stop):
     unchanged(s, saved, 'encoder', fingerprint)
     if evaluation.already_finished(saved, s):
         return
-    images = {split: vision_source(asdict(s), encoder, of_split, device)  # a frozen encoder's are cached
-              for split, of_split in rows.items()}
+    # each a function: (encoder, picture numbers) -> image tokens; a frozen encoder's come from the cache
+    tokens_of = {split: vision_source(asdict(s), encoder, of_split, device)
+                 for split, of_split in rows.items()}
 
     # ---- model and optimizers; the average of the weights is what is judged
     config = decoder_config(s, tokenizer, encoder)
@@ -243,7 +245,7 @@ def train(s, sources, device, stop):
     if saved:
         run = put_back(saved, parts, run.started)
         say_where(s, saved, learning_rate)
-    fixed_tokens = partial(images['train'], encoder) if encoder and not s.train_encoder else None
+    fixed_tokens = partial(tokens_of['train'], encoder) if encoder and not s.train_encoder else None
     checkpoint = dict(format=FORMAT, stage='answer', settings=asdict(s), environment=about,
                       model_config=asdict(config), encoder_config=asdict(encoder.config) if encoder else None,
                       encoder_fingerprint=fingerprint, dataset_fingerprint=rows_sum,
@@ -251,7 +253,7 @@ def train(s, sources, device, stop):
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop
-    trained_encoder = model['encoder'] if s.train_encoder else encoder
+    live_encoder = model['encoder'] if s.train_encoder else encoder
     judged_encoder = average['encoder'] if s.train_encoder else encoder
     mark = time.time()
     warned = False
@@ -259,7 +261,7 @@ def train(s, sources, device, stop):
     stop.waits = True  # from here on a signal lets the step end: what is saved is whole
     while True:
         if is_due(run.step, s) and run.validated < run.step:
-            vision_of = partial(images['val'], judged_encoder)
+            vision_of = partial(tokens_of['val'], judged_encoder)
             scores = evaluation.quick_scores(average['decoder'], questions['val'], vision_of, device,
                                              s.batch_size)
             log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='em'), event='eval')
@@ -284,12 +286,12 @@ def train(s, sources, device, stop):
             batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
             batch = on_device(shard(batch), device)
             with autocast:
-                vision = images['train'](trained_encoder, batch['picture'])            # (B, N, D)
-                _, part = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])
-                # each part is a mean: undivided, more of them would make a larger gradient
-                part = part * batch.get('weight', 1) / s.grad_accum
-            scaler.scale(part).backward()
-            loss = loss + part.detach()
+                vision = tokens_of['train'](live_encoder, batch['picture'])            # (B, N, D)
+                _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])
+                # a mean over rows: divided, or more micro-batches would make a larger gradient
+                micro_loss = mean * batch.get('weight', 1) / s.grad_accum
+            scaler.scale(micro_loss).backward()
+            loss = loss + micro_loss.detach()
         # here the processes meet: one gradient, and they stop at the same step
         losses, stopping = all_reduce(parameters, dict(answer=loss), stop.asked)
         gnorm, good = update(parameters, optimizers, scaler, losses['answer'], s.grad_clip)
@@ -313,7 +315,7 @@ def train(s, sources, device, stop):
                 warned = True
                 log.nothing_learnt(run.step, 'answer', parts_of_loss['answer'], chance)
 
-        # before validating too: whatever ends that costs no step
+        # saved before validating too: a crash there loses no step
         if stopping or is_due(run.step, s):
             save(out_dir, checkpoint, run, parts)
     stop.waits = False
@@ -328,7 +330,7 @@ def train(s, sources, device, stop):
     run.wall_s = time.time() - run.started
     facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s))
     facts |= dict(dataset_fingerprint=rows_sum, encoder_fingerprint=fingerprint)
-    flops = flops_per_row(model, trained_encoder, images['train'], questions['train'], s)
+    flops = flops_per_row(model, live_encoder, tokens_of['train'], questions['train'], s)
     facts |= dict(mflop_per_example=flops / 1e6, curve=validation_curve(out_dir))
     judge_test_split(average['decoder'], judged_encoder, tokenizer, s, device, facts)
     print(f'{out_dir}: done after {clock(time.time() - run.started)}, '
@@ -383,7 +385,7 @@ def parameter_counts(model, encoder):
 
 
 def better(new, old, rows):
-    """Whether a validation is better than the best one so far. Captions count for the loss only."""
+    """Whether a validation is the best so far: by the em of the questions, by loss where all are captions."""
     if all(type == 'describe' for type in rows.type):
         return new['loss'] <= old['loss']
     return new['em'] >= old['em']  # of equals the later one, which has learnt longer
@@ -499,6 +501,7 @@ def update(parameters, optimizers, scaler, loss, grad_clip):
     scaler.update()  # without a step too: it lowers the scale after an overflow
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    # at scale 1 nothing was scaled up: then it is a fault
     overflow = scaler.is_enabled() and math.isfinite(loss) and scale > 1
     return gnorm, finite or overflow
 
@@ -542,7 +545,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, moves.unbind(), alpha=rate)
 
     def average_of(self, p):
-        """The mean of a matrix's gradients so far."""
+        """A matrix's momentum: the mean of its gradients, in which the latest count most."""
         if 'average' not in self.state[p]:
             self.state[p]['average'] = torch.zeros_like(p)
         return self.state[p]['average']

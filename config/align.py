@@ -1,5 +1,5 @@
-# Stage 1: aligns the small encoder with captions of drawn pictures. What it writes, out/align/encoder.pt, was
-# shipped as assets/encoder_shapes.pt until config/align_wild.py went on from it.
+# Stage 1, the first part: aligns the small encoder with captions of drawn pictures. It writes
+# out/align/encoder.pt, from which config/align_wild.py goes on.
 out_dir = 'out/align'
 variety = 0.0
 max_steps = 8000

@@ -1,6 +1,6 @@
 # Stage 1 at full scale: behind a frozen CLIP, a Perceiver and a Matryoshka projection learn from the
 # captions of PixMo what a decoder may ask. Shapes, prefixes and batch are Edge-Glass'
-# (perceiver_mrl_alignment.yaml). It tried learning rates of 2e-4 and 2e-3 and stayed at chance with the
+# (perceiver_mrl_alignment.yaml), which tried learning rates of 2e-4 and 2e-3 and stayed at chance with the
 # latter; the run says so if that happens here. A text tower of our own, trained along, takes the place of a
 # pretrained one.
 out_dir = 'out/align_pixmo'

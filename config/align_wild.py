@@ -1,5 +1,5 @@
-# Stage 1, the second part: goes on from config/align.py with pictures of which most look like no other. From
-# fresh weights nothing was learnt from those within 4,000 steps. The file that it writes,
+# Stage 1, the second part: goes on from config/align.py with pictures most of which are in varied styles.
+# From fresh weights nothing was learnt from those within 4,000 steps. The file that it writes,
 # out/align_wild/encoder.pt, is shipped as assets/encoder_shapes.pt.
 out_dir = 'out/align_wild'
 init_from = 'out/align/encoder.pt'

@@ -4,5 +4,5 @@
 out_dir = 'out/easyvqa'
 dataset = 'data/easyvqa'
 max_steps = 1000
-norm = 'pre'                          # its numbers in results/ were made so
-qk_norm = False                       # so too
+norm = 'pre'                          # as in the runs of results/
+qk_norm = False

@@ -6,5 +6,5 @@ train_encoder = True
 max_steps = 1000
 batch_size = 64
 learning_rate = 1e-3
-norm = 'pre'                          # its numbers in results/ were made so
-qk_norm = False                       # so too
+norm = 'pre'                          # as in the runs of results/
+qk_norm = False

@@ -19,5 +19,5 @@ ema = 0.0
 batch_size = 128                      # 32 rows of 32 answer tokens, as in Edge-Glass; see data.Questions
 max_steps = 2625                      # ten times through 8,400 rows, 32 at a time
 eval_interval = 262
-norm = 'pre'                          # its numbers in results/ were made so
-qk_norm = False                       # so too
+norm = 'pre'                          # as in the runs of results/
+qk_norm = False

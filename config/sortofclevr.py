@@ -6,5 +6,5 @@ dataset = 'data/sortofclevr'
 inner_steps = 2
 max_steps = 6000
 eval_interval = 500
-norm = 'pre'                          # its numbers in results/ were made so
-qk_norm = False                       # so too
+norm = 'pre'                          # as in the runs of results/
+qk_norm = False

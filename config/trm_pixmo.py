@@ -1,6 +1,6 @@
 # Edge-Glass' experiment at its own scale: a TRM of width 512 answers questions about photographs, through
-# the encoder of config/align_pixmo.py (64 tokens of 4096 dimensions). All numbers are Edge-Glass': its
-# optimizer, ten epochs, GPT-2's vocabulary, limits of 32 tokens.
+# the encoder of config/align_pixmo.py (64 tokens of 4096 dimensions). Settings are Edge-Glass' where it has
+# them: its optimizer, ten epochs, GPT-2's vocabulary, limits of 32 tokens.
 out_dir = 'out/trm_pixmo'
 dataset = 'data/pixmo_qa'  # 8,400 / 1,800 / 1,800 questions, or captions as answers to a drawn prompt
 encoder = 'out/align_pixmo/encoder.pt'
@@ -21,5 +21,5 @@ ema = 0.0
 batch_size = 128                      # 32 rows of 32 answer tokens, as in Edge-Glass; see data.Questions
 max_steps = 2625                      # ten times through 8,400 rows, 32 at a time
 eval_interval = 262
-norm = 'pre'                          # its numbers in results/ were made so
-qk_norm = False                       # so too
+norm = 'pre'                          # as in the runs of results/
+qk_norm = False

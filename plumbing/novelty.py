@@ -6,9 +6,9 @@ from collections import Counter
 import torch
 
 MOST_PICTURES = 1024  # that say what pictures are like
-MOST_DIMS = 128       # of a token that are looked at: ours list what matters first
+MOST_DIMS = 128       # of a token: our encoder puts what matters first
 MOST_WORDS = 50_000   # that are kept, the commonest
-FAR = 1.1             # a picture is unlike them that is so many times as far out as the farthest of them
+FAR = 1.1             # a picture so many times as far from their mean as the farthest of them is unlike them
 
 
 def words_of(question):
@@ -29,11 +29,11 @@ def what_was_seen(rows, image_tokens):
         chosen = torch.linspace(0, n - 1, min(MOST_PICTURES, n)).long()
         summaries = [image_tokens(part).float().mean(1) for part in chosen.split(32)]    # (B, D) each
         summary = torch.cat(summaries).cpu()[:, :MOST_DIMS]                            # (pictures, D)
-        # half of them say what is usual, or the others could not say how far out a usual one may be
+        # fitted to half of them, measured on all: what it is fitted to looks nearer than a new picture
         usual = summary[::2]                                                           # (pictures / 2, D)
         away = usual - usual.mean(0)                                                   # (pictures / 2, D)
         covariance = away.T @ away / len(away)                                         # (D, D)
-        # a little of an even spread, for directions that few pictures do not have
+        # so that there is an inverse, even of few pictures
         even = (0.01 * covariance.diagonal().mean() + 1e-6) * torch.eye(len(covariance))
         seen |= dict(mean=usual.mean(0), inverse=torch.linalg.inv(covariance + even))
         seen['farthest'] = max(distance(one, seen) for one in summary)
@@ -41,20 +41,21 @@ def what_was_seen(rows, image_tokens):
 
 
 def distance(summary, seen):
-    """How many spreads a picture's mean token is from the mean of all, where every direction has its own
-    spread: Mahalanobis' distance by the root of D. Shapes: (D,) -> a float."""
+    """How far a picture's mean token is from the mean of all: Mahalanobis' distance over the root of D, about
+    1 for a usual picture. Shapes: (D,) -> a float."""
     away = summary - seen['mean']                                                      # (D,)
     return (away @ seen['inverse'] @ away / len(away)).sqrt().item()
 
 
-def warnings(seen, question, vision):
+def doubts(seen, question, vision):
     """What to say of a question and its image tokens, a list. Shapes: vision (1, N, D) or None."""
     said = []
     known = set(seen.get('words', ()))
     new = [word for word in words_of(question) if word not in known and not word.isdecimal()]
     if known and new:
         said.append(f'no training question has the word {", ".join(new[:5])}')
-    if vision is not None and 'inverse' in seen:  # older runs have none
+    # blind runs, those that train their encoder and older ones have none
+    if vision is not None and 'inverse' in seen:
         far = distance(vision[0].float().mean(0).cpu()[:MOST_DIMS], seen)
         if far > FAR * seen['farthest']:
             said.append(f'the picture is unlike those of training ({far:.1f} spreads from their mean, '

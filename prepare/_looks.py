@@ -3,7 +3,7 @@ How a scene of shapes is drawn: plainly, always the same way; or with variety, s
 from it also knows pictures that somebody else has drawn.
 
 Plain pictures have a pale ground. Varied ones have 48 to 512 pixels, a ground of any colour, even, sloping or
-grainy, objects of any size that fits, turned a little, some with an outline, and half of them are JPEG files.
+grainy, objects of any size that fits, turned a little, some with an outline, and most are JPEG files.
 """
 
 import io

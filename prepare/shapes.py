@@ -3,8 +3,8 @@ Shapes: pictures of coloured shapes with questions and captions, drawn from a se
 downloaded.
 
 In reading order: scenes, pictures and captions; questions, whose answers are balanced so that a blind model
-gains little; the data set, drawn on all cores. `python data.py shapes --show=true` draws a contact sheet to
-look at. A new type of question is a function and an entry in ASK.
+gains little; the dataset, drawn on all cores. `python data.py shapes --show=true` draws a contact sheet to
+look at. A new type of question is a function and an entry in ASK; `--types=NAME` asks it.
 """
 
 import math
@@ -42,8 +42,8 @@ class Config:
     max_hops: int = 2         # longest chain of relations asked for, up to 8
     max_swaps: int = 4        # with types=swaps: the most pairs of objects that trade places, up to 8
     train_swaps: int | None = None  # the same in train and val; None: max_swaps
-    variety: float = 0.5      # share of the training pictures that look like no other: see prepare/_looks.py
-    asked: int = 2            # questions about a training picture for each time a type is named; else one
+    variety: float = 0.5      # share of the training pictures in varied styles: prepare/_looks.py
+    asked: int = 2            # questions about a training picture each time its type stands in types; else 1
     describe: float = 0.6     # share of the pictures that also ask for their caption
     seed: int = 1337          # the same seed draws the same dataset, byte for byte
     show: bool = False        # draw a contact sheet, shapes.png, and nothing else
@@ -103,7 +103,7 @@ def draw_scene(rng, config, varied=False):
     if varied and config.types != 'swaps':  # their columns leave no room for larger ones
         smallest, largest = SCALES
         scale = rng.uniform(smallest, min(largest, 4 * n ** -0.5))  # of many objects large ones do not fit
-    for _ in range(100):  # a crowded draw starts over, of varied sizes with smaller ones
+    for _ in range(100):  # too crowded: draw again, a varied scene with smaller objects
         scene = []
         for k, (color, shape) in enumerate(pairs):
             size = tuple(SIZES)[k] if varied and k < 2 else rng.choice(tuple(SIZES))
@@ -132,7 +132,7 @@ def free_place(scene, rng, config, k, n, size, scale):
 
 
 def draw_some_scene(rng, config, split):
-    """-> a scene, and whether its picture shall look like no other, which `variety` of those of train do"""
+    """-> a scene, and whether its picture is varied, as `variety` of those of train are"""
     variety = config.variety if split == 'train' else 0
     varied = variety > 0 and rng.random() < variety
     return draw_scene(rng, config, varied), varied
@@ -301,8 +301,9 @@ def ask_hops(scene, hops):
 
 
 def ask_swaps(scene, swaps, most=20):
-    """The objects, counted from the left, trade places in pairs, never the same two at once again. Which is
-    then at a place? `most` of all such stories."""
+    """At most `most` stories in which the objects, counted from the left, trade places pair by pair, no pair
+    twice in a row. Then: which is at a place?"""
+    # by the scene alone: the same stories every time
     rng = random.Random(f'{describe(scene)}, {swaps} swaps')
     stories = {}  # question -> answer
     for _ in range(most):
@@ -341,43 +342,43 @@ def questions_of(config, split):
     split asks for."""
     wanted = config.types.split(',')
 
-    def n_asked(name):
-        return config.asked * wanted.count(name) if split == 'train' else 1
+    def times(type):
+        return config.asked * wanted.count(type) if split == 'train' else 1
 
-    ask = {type: (questions, n_asked(type)) for type, questions in ASK.items() if type in wanted}
+    ask = {type: (questions, times(type)) for type, questions in ASK.items() if type in wanted}
     if 'hops' in wanted:
         for hops in range(1, config.max_hops + 1):
             # fewer scenes have long chains, so those that do are asked for twice as many
-            n = n_asked('hops') if hops == 1 else 2 * n_asked('hops')
+            n = times('hops') if hops == 1 else 2 * times('hops')
             ask[plural(hops, 'hop')] = partial(ask_hops, hops=hops), n
     if 'swaps' in wanted:
         most = config.max_swaps if split == 'test' else config.train_swaps
-        for swaps in range(most + 1):
-            ask[plural(swaps, 'swap')] = partial(ask_swaps, swaps=swaps), 2 * n_asked('swaps')
+        for swaps in range(most + 1):  # two stories of a length, as there are no other questions
+            ask[plural(swaps, 'swap')] = partial(ask_swaps, swaps=swaps), 2 * times('swaps')
     return ask
 
 
-def shapes_rows(config, split, start, n, draw=draw_picture):
-    """The rows of pictures `start` to `start + n` of a split: the questions that the scenes allow, and the
-    caption of some."""
+def shapes_rows(config, split, start, n_pictures, draw=draw_picture):
+    """The rows of so many pictures of a split, from number `start` on: the questions that the scenes allow,
+    and the caption of some."""
     ask = questions_of(config, split)
     given = {type: Counter() for type in ask}  # how often each answer was given
-    rows = []
-    for i in range(start, start + n):
+    drawn = []
+    for i in range(start, start + n_pictures):
         rng = random.Random(f'{config.seed}/{split}/{i}')
         scene, file = draw(rng, config, split)
         picture = dict(image=file, caption=describe(scene))
-        for type, (questions, n_asked) in ask.items():
+        for type, (questions, n) in ask.items():
             candidates = questions(scene)
-            for k in range(min(n_asked, len(candidates))):
+            for k in range(min(n, len(candidates))):
                 question, answer = balanced_choice(candidates, given[type], rng)
                 candidates.remove((question, answer))
                 sample_id = f'{split}-{i}-{type}-{k}'.replace(' ', '')
-                rows.append(picture | dict(question=question, answer=answer, type=type, sample_id=sample_id))
+                drawn.append(picture | dict(question=question, answer=answer, type=type, sample_id=sample_id))
         if rng.random() < config.describe:
             sample_id = f'{split}-{i}-describe'
-            rows.append(picture | dict(question=None, answer=None, type='describe', sample_id=sample_id))
-    return rows
+            drawn.append(picture | dict(question=None, answer=None, type='describe', sample_id=sample_id))
+    return drawn
 
 
 def balanced_choice(candidates, given, rng):
@@ -389,7 +390,7 @@ def balanced_choice(candidates, given, rng):
 
 
 # ----------------------------------------------------------------------------
-# the data set
+# the dataset
 
 
 def rows(config, shard=2000):
