@@ -27,7 +27,7 @@ from PIL import Image
 from configurator import configure
 from data import Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, open_encoder
-from model import ModelConfig, build_model
+from model import Cache, Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script
 from plumbing.features import picture_from, vision_source
 from plumbing.files import locked, write_whole
@@ -41,7 +41,7 @@ from plumbing.tables import OnDisk, View
 from prepare.vqav2 import vqa_accuracy
 
 TYPES = ('color', 'shape', 'exist', 'count', 'compare', 'relation')  # the order of tables; others follow
-SUMMED = ('em', 'f1', 'equal', 'vqa', 'tokens', 'hits', 'loss')      # what the means of a table are made of
+SUMMED = ('em', 'f1', 'equal', 'vqa', 'tokens', 'hits', 'loss', 'passes')    # whose means a table shows
 
 
 @dataclass
@@ -54,6 +54,7 @@ class EvalConfig:
     question: str | None = None     # the question about `image`
     inner_steps: int | None = None  # test-time depth: another number of passes than in training
     outer_steps: int | None = None  # the same for the cycles
+    halt: float | None = None       # end the passes of a token whose states move by less (RMS; they have 1)
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
     top_k: int | None = None        # with a temperature: draw from the k likeliest only
     seed: int = 1337                # of the drawing
@@ -65,6 +66,8 @@ class EvalConfig:
             raise ValueError(f'split={self.split}: expected train, val or test')
         if self.top_k and not self.temperature:
             raise ValueError('--top_k goes with a --temperature above 0')
+        if self.halt is not None and self.halt <= 0:
+            raise ValueError(f'halt={self.halt}: expected more than 0')
         for key in ('image', 'question', 'dataset', 'encoder'):
             if getattr(self, key) == '':  # an unset variable, say
                 raise ValueError(f'--{key} is empty')
@@ -185,12 +188,13 @@ def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_row
 
 
 @torch.no_grad()
-def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
+def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, **sampling):
     """Answers a whole split -> metrics, a dict, and predictions, dicts in the order of the split, on disk.
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as
     Exact Match means little for them; 'em_types' is the mean over the question types; 'tokens_per_s' counts
-    those written in the seconds of the whole evaluation. Processes share the work.
+    those written in the seconds of the whole evaluation; 'passes', with `halt`, is the mean over the tokens
+    of an answer. Processes share the work.
     `vision_of`: picture indices (B,) -> image tokens (B, N, D)
     """
     rows = questions.rows
@@ -204,13 +208,18 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         batch = on_device(questions.batch(indices), device)
         vision = vision_of(batch['picture'])
-        answers = decoder.generate(vision, batch['question'], questions.max_answer_tokens, **sampling)
+        cache = Halting(halt) if halt else Cache()
+        answers = decoder.generate(vision, batch['question'], questions.max_answer_tokens, cache=cache,
+                                   **sampling)
+        passes = mean_passes(cache.taken, answers != tokenizer.pad_id) if halt else None
         answers = answers.tolist()
         loss, hit, real = [t.sum(1).tolist() for t in teacher_forced(decoder, batch, vision)]  # of every row
         for k, i in enumerate(indices.tolist()):
             n_tokens += sum(token != tokenizer.pad_id for token in answers[k])
             order.append(i)
             prediction = scored(rows, i, tokenizer.decode(answers[k]))
+            if halt:
+                prediction['passes'] = passes[k]
             mine.append(prediction | dict(loss=loss[k], hits=hit[k], tokens=real[k]))
         n_done = min(n_done + world * len(indices), len(rows))
         progress('evaluating', n_done, len(rows), start)
@@ -231,6 +240,13 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, **sampling):
     predictions = View(place.__len__, prediction_of)
     seconds = time.time() - start
     return summaries(predictions) | dict(tokens_per_s=written / seconds, eval_s=seconds), predictions
+
+
+def mean_passes(taken, written):
+    """Passes a token of every answer. Shapes: taken, (B,) for each token; written, bool (B, A) -> a list."""
+    taken = torch.stack(taken, dim=1)                                                      # (B, A or fewer)
+    written = written[:, :taken.size(1)]
+    return ((taken * written).sum(1) / written.sum(1)).tolist()
 
 
 def scored(rows, i, text):
@@ -266,6 +282,8 @@ def summary(sums):
     result = dict(n=n) | {key: sums[key] / n for key in ('em', 'f1', 'equal')}
     if sums['ten'] == n:
         result['vqa'] = sums['vqa'] / n
+    if sums['passes']:
+        result['passes'] = sums['passes'] / n
     if sums['tokens']:
         result |= dict(token_accuracy=sums['hits'] / sums['tokens'], loss=sums['loss'] / sums['tokens'])
     return result
@@ -281,7 +299,7 @@ def type_order(type):
 def result_table(metrics):
     """The result by question type, as text; captions last."""
     merged = metrics.get('merged')
-    names = dict(em='em', equal='equal', f1='f1', vqa='vqa', token_accuracy='token accuracy')
+    names = dict(em='em', equal='equal', f1='f1', vqa='vqa', token_accuracy='token accuracy', passes='passes')
     columns = {key: name for key, name in names.items() if key in metrics and (key != 'equal' or merged)}
     width = max(12, *map(len, metrics['by_type']))
 
@@ -459,13 +477,16 @@ def rows_to_judge(dataset, split):
     return rows
 
 
-def set_depth(decoder, out_dir, inner_steps, outer_steps):
+def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
     """Gives a decoder other numbers of passes and cycles than it was trained with; None: leaves them."""
     for key, value in dict(inner_steps=inner_steps, outer_steps=outer_steps).items():
         if value is not None:
             if decoder.config.kind == 'plain':
                 raise ValueError(f'--{key}: {out_dir} holds a plain decoder, which takes no steps')
             decoder.config = replace(decoder.config, **{key: value})
+    if halt and (decoder.config.kind == 'plain' or decoder.config.recursion == 'add'):
+        raise ValueError(f'--halt: {out_dir} holds a decoder whose passes do not follow one another on the '
+                         "same states; expected a TRM with recursion='concat' or 'loop'")
 
 
 def main(argv=None):
@@ -479,12 +500,13 @@ def judge(s, device):
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
     decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
-    set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps)
+    set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps, s.halt)
     generator = torch.Generator(device).manual_seed(s.seed)
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
     if s.image:
         most = run['max_answer_tokens']
         seen = checkpoint.get('seen', {})
+        sampling['cache'] = Halting(s.halt) if s.halt else None
         answer = answer_one(s.image, s.question, decoder, encoder, tokenizer, seen, most, device, **sampling)
         print(printable(answer))
         return
@@ -494,7 +516,7 @@ def judge(s, device):
     questions = Questions(rows, tokenizer, *limits, truncate=True)
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
     batch_size = s.batch_size or min(256, run['batch_size'])
-    metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, **sampling)
+    metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, s.halt, **sampling)
     print(result_table(metrics))
     before = Path(s.out_dir) / 'metrics.json'
     known = json.loads(before.read_text()) if before.is_file() else {}

@@ -10,7 +10,7 @@ The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs 
     logits = head(y)
 
 Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion) and
-generate, for which Cache keeps what was computed before.
+generate, for which Cache keeps what was computed before; Halting ends the passes of a token early.
 
     B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
     T states that go through F together: A of y, or A of y and then A of z   P the states before them
@@ -254,6 +254,59 @@ class Cache:
         self.positions += n
         self.next = 0
 
+    def after_pass(self, before, after):
+        """The states that a pass hands on. Shapes: (B, T, C) both -> (B, T, C)."""
+        return after
+
+    def settled(self):
+        """Whether more passes would change nothing."""
+        return False
+
+
+class Halting(Cache):
+    """A cache for answers that think as long as they need: when a pass hardly moves the states of a token, it
+    was the token's last. What later tokens read of it in deeper passes is what it had in that one."""
+
+    def __init__(self, halt):
+        super().__init__()
+        self.halt = halt    # a smaller move is the last: RMS, of which the states have 1
+        self.taken = []     # passes that each token took, (B,) a token
+
+    def next_pass(self, context):
+        if self.next == 0:  # a new token
+            self.moving = torch.ones_like(context.length, dtype=torch.bool)        # (B,)
+            self.taken.append(torch.zeros_like(context.length))                    # (B,)
+        elif self.next == len(self.passes):  # deeper than any token before
+            self.passes.append([tuple(kv[:, :, :-self.T] for kv in layer) for layer in self.passes[-1]])
+        return super().next_pass(context)
+
+    def after_pass(self, before, after):
+        self.T = after.size(1)
+        self.taken[-1] += self.moving
+        after = torch.where(self.moving[:, None, None], after, before)             # (B, T, C)
+        moved = (after - before).square().mean((1, 2)).sqrt()                      # (B,)
+        self.moving = self.moving & (moved >= self.halt)
+        return after
+
+    def settled(self):
+        return self.next > 0 and not self.moving.any()
+
+    def end_position(self, n):
+        for k in range(1, len(self.passes)):
+            for i, layer in enumerate(self.passes[k]):
+                before = self.passes[k - 1][i]
+                self.passes[k][i] = tuple(self.kept(k, *both) for both in zip(layer, before))
+        super().end_position(n)
+
+    def kept(self, k, now, before):
+        """Keys, or values, of pass k, where rows that were not in it any more have those of the pass before.
+        Shapes: (B, kv, P + T, hs) -> the same"""
+        P = before.size(2) - self.T
+        last = before[:, :, P:]                                        # (B, kv, T, hs)
+        if k < self.next:  # some row was in it
+            last = torch.where((k < self.taken[-1])[:, None, None, None], now[:, :, P:], last)
+        return torch.cat([now[:, :, :P], last], dim=2)
+
 
 class Decoder(nn.Module):
     """Answers questions about pictures, plainly or recursively."""
@@ -282,16 +335,17 @@ class Decoder(nn.Module):
             for p in (block.attention.out.weight, block.fc2.weight):
                 nn.init.normal_(p, std=(p.size(1) * 2 * config.n_layer) ** -.5)
 
-    def forward(self, vision, question, answer, targets=None):
+    def forward(self, vision, question, answer, targets=None, inner_steps=None):
         """Predicts every answer token from the picture, the question and the tokens before it.
 
         Shapes: vision (B, N, D), may be None without use_vision; question (B, Q), padded on the right with
             pad_id; answer (B, A), starting with bos_id; targets (B, A), ending with eos_id, -100 where there
-            is nothing to predict -> logits (B, A, V), and loss: nats per target, the mean over the batch and
-            the supervised cycles, or None without targets
+            is nothing to predict; inner_steps, another number of passes than the config's -> logits
+            (B, A, V), and loss: nats per target, the mean over the batch and the supervised cycles, or None
+            without targets
         """
         context = self.read_context(vision, question)
-        cycles = self.answer_states(context, answer)                   # y (B, A, C) of each supervised cycle
+        cycles = self.answer_states(context, answer, inner_steps=inner_steps)      # y (B, A, C) of each
         if targets is None:
             return self.head(cycles[-1]), None
         logits = [self.head(y) for y in cycles]                        # (B, A, V) each
@@ -325,7 +379,7 @@ class Decoder(nn.Module):
         layers.append(self.blocks[-1].keys_values(h, rope))            # (B, kv, S, hs) both
         return Context(layers, mask, real.sum(1))
 
-    def answer_states(self, context, answer, cache=None):
+    def answer_states(self, context, answer, cache=None, inner_steps=None):
         """The recursion. Runs F again and again over the states of answer positions.
 
         The states of position t see all of x and the states of positions up to t, in 'concat' y and z of each
@@ -363,7 +417,9 @@ class Decoder(nn.Module):
                 z = None if z is None else z.detach()
             trained = c.deep_supervision or cycle == c.outer_steps - 1
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                for _ in range(c.inner_steps):
+                for _ in range(inner_steps or c.inner_steps):
+                    if cache is not None and cache.settled():
+                        break
                     if c.recursion == 'concat':
                         y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)   # (B, A, C) both
                     elif c.recursion == 'add':  # e every time: the written tokens come in nowhere else
@@ -383,28 +439,32 @@ class Decoder(nn.Module):
     def network(self, states, rope, mask, context, cache):
         """F: one pass of the states through all blocks. Shapes: (B, T, C) -> (B, T, C)."""
         past = context.layers if cache is None else cache.next_pass(context)
+        h = states
         for i, block in enumerate(self.blocks):
-            states, seen = block(states, rope, mask, past[i])
+            h, seen = block(h, rope, mask, past[i])
             if cache is not None:
                 past[i] = seen
-        return self.bounded(states)
+        h = self.bounded(h)
+        return h if cache is None else cache.after_pass(states, h)
 
     def bounded(self, states):
         """Keeps states at RMS 1 however many passes there are; 'post' blocks do it themselves."""
         return norm(states) if self.config.norm == 'pre' else states
 
     @torch.no_grad()
-    def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None):
+    def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None,
+                 cache=None):
         """Answers token by token, the likeliest at temperature 0, else drawn from the top_k likeliest.
 
         A token costs one position in each pass: the keys and values of those before it are kept, and the
         tokens are those that `forward` would give, but for rounding.
-        Shapes: as `forward` -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after it.
+        Shapes: as `forward`; cache, an empty one, or Halting -> (B, max_new_tokens), every answer up to and
+            with eos_id, pad_id after it
         """
         c = self.config
         B = len(question)
         context = self.read_context(vision, question)
-        cache = Cache()
+        cache = Cache() if cache is None else cache
         # padding from the start: after an early stop the rest is right
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
         answer[:, 0] = c.bos_id

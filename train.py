@@ -12,6 +12,7 @@ log.jsonl, metrics.json and pictures. The encoder was trained before: config/ali
 import copy
 import importlib
 import math
+import random
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -98,6 +99,7 @@ class TrainConfig:
     n_embd: int = 128                         # width
     recursion: str = 'concat'                 # concat: [y ; z] together; add: e + y + z; loop: y alone
     inner_steps: int = 4                      # n, passes through the blocks; recursion=add makes one more
+    min_inner_steps: int | None = None        # elastic: each step draws its passes, so many to inner_steps
     outer_steps: int = 1                      # T, cycles of so many passes; no gradient crosses them
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute passes for the gradient: less memory, more time
@@ -136,6 +138,11 @@ class TrainConfig:
             raise ValueError('train_encoder=True with use_vision=False: '
                              'there is no picture to train the encoder on')
         self.model_config(vision_dim=1)  # bad sizes are said now, not after the pictures are encoded
+        if self.min_inner_steps is not None and self.kind == 'plain':
+            raise ValueError(f'min_inner_steps={self.min_inner_steps}: a plain decoder takes no passes')
+        if self.min_inner_steps is not None and self.min_inner_steps > self.inner_steps:
+            raise ValueError(f'min_inner_steps={self.min_inner_steps}: expected at most '
+                             f'inner_steps={self.inner_steps}')
 
     def model_config(self, **more):
         """The ModelConfig that these settings ask for; `more` is what data and encoder add to it."""
@@ -277,6 +284,7 @@ def train(s, sources, device, stop):
             break
 
         lr = set_learning_rate(optimizers, run.step, s)
+        passes = passes_of_step(run.step, s)
         batches = []
         loss = 0
         for micro in range(s.grad_accum):
@@ -287,7 +295,8 @@ def train(s, sources, device, stop):
             batch = on_device(shard(batch), device)
             with autocast:
                 vision = tokens_of['train'](live_encoder, batch['picture'])            # (B, N, D)
-                _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])
+                _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'],
+                                           passes)
                 # a mean over rows: divided, or more micro-batches would make a larger gradient
                 micro_loss = mean * batch.get('weight', 1) / s.grad_accum
             scaler.scale(micro_loss).backward()
@@ -343,6 +352,24 @@ def train(s, sources, device, stop):
 def is_due(step, s):
     """Whether the run is saved, and validated, after so many steps."""
     return step % s.eval_interval == 0 or step == s.max_steps
+
+
+def passes_of_step(step, s):
+    """How many passes a training step has, drawn by (seed, step) alone; None: inner_steps, always.
+
+    Few are common and many are rare: k or more come in (min_inner_steps / k)^2 of the steps. So deep draws
+    cost little, and the recursion learns to come to rest, not to be right after one number of passes alone.
+    """
+    if s.min_inner_steps is None:
+        return None
+    u = 1 - random.Random(f'{s.seed}/{step}').random()                 # in (0, 1]
+    return min(s.inner_steps, int(s.min_inner_steps / u ** .5))
+
+
+def mean_passes(s):
+    """The mean of `passes_of_step` over all steps."""
+    deeper = range(s.min_inner_steps + 1, s.inner_steps + 1)
+    return s.min_inner_steps + sum((s.min_inner_steps / k) ** 2 for k in deeper)
 
 
 def draw_if_missing():
@@ -402,16 +429,23 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
         batches.setdefault(len(rows), []).append(rows)
     known = {}  # by shape, on which alone it depends
 
-    def one_row(batch):
+    def one_row(batch, passes=None):
         vision = image_tokens(encoder, batch['picture'])
-        model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1].backward()
+        decoder = model['decoder']
+        decoder(vision, batch['question'], batch['answer'], batch['targets'], passes)[1].backward()
+
+    def flops_of_batch(batch):
+        if s.min_inner_steps is None:
+            return flops_of(partial(one_row, batch))
+        one, two = (flops_of(partial(one_row, batch, n)) for n in (1, 2))
+        return one + (mean_passes(s) - 1) * (two - one)  # every pass costs the same
 
     def flops_of_one(rows):
         batch = on_device(questions.batch(rows), next(model.parameters()).device)
         batch = {key: value[:1] for key, value in batch.items()}
         shape = batch['question'].shape + batch['answer'].shape
         if shape not in known:
-            known[shape] = flops_of(partial(one_row, batch))
+            known[shape] = flops_of_batch(batch)
         return known[shape]
 
     total = 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lab.naive import naive_logits
-from model import RECURSIONS, Cache, ModelConfig, build_model, cross_entropy
+from model import RECURSIONS, Cache, Halting, ModelConfig, build_model, cross_entropy
 
 V, N, Q, A = 40, 5, 6, 7
 PAD, BOS, EOS = 0, 1, 2
@@ -298,6 +298,81 @@ def test_test_time_depth(recursion):
         seen.append(decoder(vision, question, answer)[0])
         first = decoder(vision, question, answer[:, :1])[0].argmax(-1)
         assert not torch.allclose(seen[-1], seen[-2]) and torch.equal(first, decoder.generate(vision, question, 1))
+
+
+@every_decoder
+def test_depth_of_a_call(settings):
+    """A call with other passes is what a decoder that was made with them computes, gradients included."""
+    if settings.get('kind') == 'plain':
+        return
+    batch = sample()
+    losses, grads = [], []
+    for made, asked in ((5, None), (settings['inner_steps'], 5)):
+        decoder = decoder_of(settings | dict(inner_steps=made), checkpoint_recursion=asked is not None)
+        losses.append(decoder(*batch, batch[2].roll(-1, dims=1), inner_steps=asked)[1])
+        losses[-1].backward()
+        grads.append([p.grad for p in decoder.parameters() if p.grad is not None])
+    assert torch.equal(*losses) and all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(*grads))
+
+
+def halting_by_hand(decoder, vision, question, n_tokens, halt):
+    """One row, written another way: every token's own list of passes, in which what a token has no more stands as it was last. -> tokens, passes"""
+    c, context = decoder.config, decoder.read_context(vision, question)
+    earlier = []  # of every token, for each of its passes the keys and values of every block
+    token, written, taken = c.bos_id, [], []
+    for t in range(n_tokens):
+        past = lambda k: [tuple(torch.cat([layer[j], *(e[min(k, len(e) - 1)][i][j] for e in earlier)], dim=2) for j in (0, 1)) for i, layer in enumerate(context.layers)]
+        own, network = [], decoder.network
+        moved = []
+
+        def watched(states, rope, mask, context, cache):
+            if moved and moved[-1] < halt:
+                return states
+            layers = past(len(own))
+            h, seen = states, []
+            for block, layer in zip(decoder.blocks, layers):
+                h, (k, v) = block(h, rope, mask, layer)
+                seen.append((k[:, :, layer[0].size(2):], v[:, :, layer[1].size(2):]))
+            h = decoder.bounded(h)
+            own.append(seen)
+            moved.append((h - states).square().mean().sqrt().item())
+            return h
+        decoder.network = watched
+        place = Cache()
+        place.positions = t
+        y = decoder.answer_states(context, torch.tensor([[token]]), place)[-1]
+        decoder.network = network
+        token = decoder.head(y)[0, 0].argmax().item()
+        written.append(token)
+        earlier.append(own)
+        taken.append(len(own))
+    return written, taken
+
+
+@pytest.mark.parametrize('recursion', ['concat', 'loop'])
+@torch.no_grad()
+def test_halting(recursion):
+    """Tokens take as many passes as they need, row by row, and later ones read them as they were last: as written another way. A
+    threshold that no move reaches changes nothing, one above all of them leaves one pass."""
+    decoder = decoder_of(dict(recursion=recursion, inner_steps=12, norm='post'))
+    vision, question, _ = sample(B=6)
+    question[1, 4:], question[2, 1:] = PAD, PAD
+    decoder.config.eos_id = -1  # no answer ends early
+    whole = decoder.generate(vision, question, 5)
+    assert torch.equal(decoder.generate(vision, question, 5, cache=Halting(1e-12)), whole)
+    once, shallow = Halting(1e9), decoder_of(dict(recursion=recursion, inner_steps=1, norm='post'))
+    shallow.config.eos_id = -1
+    assert torch.equal(decoder.generate(vision, question, 5, cache=once), shallow.generate(vision, question, 5))
+    assert torch.stack(once.taken).eq(1).all()
+    depths = set()
+    for halt in (.2, .4, .6, .8, 1.):
+        cache = Halting(halt)
+        written, taken = decoder.generate(vision, question, 5, cache=cache), torch.stack(cache.taken, dim=1)
+        for b, n in enumerate((Q, 4, 1, Q, Q, Q)):
+            row = halting_by_hand(decoder, vision[b:b + 1], question[b:b + 1, :n], 5, halt)
+            assert (written[b].tolist(), taken[b].tolist()) == row
+        depths |= set(taken.flatten().tolist())
+    assert len(depths) > 4  # the thresholds were felt
 
 
 @pytest.mark.parametrize('bad, message', [(dict(kind='trn'), 'kind=trn'), (dict(n_embd=30, n_head=4), 'n_embd=30'), (dict(n_head=4, n_kv_head=3), 'n_kv_head=3'),

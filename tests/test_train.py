@@ -102,6 +102,46 @@ def test_flops(flags, tmp_path):
     assert flops() == whole / s.batch_size
 
 
+def test_flops_of_elastic_depth(flags, tmp_path):
+    """With drawn passes the FLOPs of a training step are their mean over the draws, and those of a fixed depth at its own."""
+    flops = {}
+    for name, more in dict(two=['--inner_steps=2'], five=['--inner_steps=5'], drawn=['--min_inner_steps=2', '--inner_steps=6']).items():
+        with pytest.MonkeyPatch.context() as patch:
+            flops[name] = train.flops_per_row(*caught('flops_per_row', [*flags, f'--out_dir={tmp_path}/{name}', *more], patch))
+    passes = 2 + 4 / 9 + 4 / 16 + 4 / 25 + 4 / 36
+    assert flops['drawn'] == pytest.approx(flops['two'] + (passes - 2) * (flops['five'] - flops['two']) / 3)
+
+
+def test_passes_of_steps(flags, tmp_path, monkeypatch):
+    """Every step draws its passes by (seed, step): the same ones for all its micro-batches and after a resume, from the least to the most, the
+    deeper the rarer; without min_inner_steps there is nothing to draw."""
+    s = train.TrainConfig(min_inner_steps=2, inner_steps=16)
+    drawn = [train.passes_of_step(step, s) for step in range(20_000)]
+    assert min(drawn) == 2 and max(drawn) == 16
+    for k in (3, 4, 8, 16):
+        assert sum(n >= k for n in drawn) / len(drawn) == pytest.approx((2 / k) ** 2, rel=.12)
+    assert sum(drawn) / len(drawn) == pytest.approx(train.mean_passes(s), rel=.02)
+    assert drawn[:50] != [train.passes_of_step(step, train.TrainConfig(seed=1, min_inner_steps=2, inner_steps=16)) for step in range(50)]
+    assert train.passes_of_step(3, train.TrainConfig()) is None
+
+    seen = []
+    forward = Decoder.forward
+
+    def noted(decoder, *args, **more):
+        if decoder.training:
+            seen.append(args[4])
+        return forward(decoder, *args, **more)
+    monkeypatch.setattr(Decoder, 'forward', noted)
+    elastic = [*flags, '--min_inner_steps=1', '--inner_steps=9', '--grad_accum=2']
+    train.main([*elastic, f'--out_dir={tmp_path}/whole'])
+    whole = [seen[2 * k] for k in range(12)]
+    assert seen[:24:2] == seen[1:24:2] == whole == [train.passes_of_step(k, train.TrainConfig(min_inner_steps=1, inner_steps=9)) for k in range(12)] and len(set(whole)) > 2
+    train.main([*elastic, f'--out_dir={tmp_path}/parts', '--max_steps=8'])
+    seen.clear()
+    train.main([*elastic, f'--out_dir={tmp_path}/parts', '--max_steps=12'])
+    assert seen[:8:2] == whole[8:]
+
+
 def test_log_counts_rows(flags, tmp_path):
     """A log line counts the rows that were there, fewer where answers are long, and a validation has the seconds of training until then."""
     train.main([*flags, f'--out_dir={tmp_path}/a', '--grad_accum=2', '--log_interval=5'])
