@@ -307,7 +307,7 @@ def test_from_clip_to_answers(tmp_path, tiny_shapes):
     assert abs(ems[0]['loss'] - ems[1]['loss']) < .01 and ems[0]['peak_memory_gb'] > .1
     again = run('eval.py', f'--out_dir={tmp_path}/cached')
     assert 'mean of types' in again
-    run('-m', 'lab.attention', f'--out_dir={tmp_path}/cached')
+    run('-m', 'lab.passes', f'--out_dir={tmp_path}/cached')
 
 
 # ----------------------------------------------------------------------------

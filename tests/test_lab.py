@@ -1,9 +1,10 @@
-"""lab/: runs side by side, benchmark, states, attention, guesses."""
+"""lab/: runs side by side, benchmark, states, passes, guesses."""
 
 import io
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from test_model import decoder_of, sample
 from test_train import TINY
 
-from lab import attention, bench, guess, states
+from lab import bench, guess, passes, states
 from lab.bench import BenchConfig, benchmark, main_job, show_memory, show_profile
 from lab.compare import alike, compare, depth, grouped, labels, paired, spread
 from lab.compare import main as compare_main
@@ -252,7 +253,7 @@ def test_attention_is_the_decoders(recursion):
     calls = []  # the attention, what goes in and what comes out
     for block in decoder.blocks:
         block.attention.register_forward_hook(lambda *call: calls.append(call))
-    seen = attention.attention_of(decoder, context, answer)
+    seen = passes.attention_of(decoder, context, answer)
     assert len(seen) == len(calls) >= decoder.config.n_layer * decoder.config.inner_steps
     for att, (module, (h, rope, _, past), (out, _)) in zip(seen, calls):
         values = torch.cat([past[1], module.queries_keys_values(h, rope)[2]], dim=2)   # (B, kv, S + T, hs)
@@ -260,6 +261,34 @@ def test_attention_is_the_decoders(recursion):
         again = module.out((att @ values).transpose(1, 2).flatten(2))                  # (B, T, C)
         assert torch.allclose(again, out, atol=1e-5)
     assert not any(block.attention._forward_pre_hooks for block in decoder.blocks)
+
+
+@pytest.mark.parametrize('recursion', RECURSIONS)
+@pytest.mark.parametrize('cycles', [1, 2])
+def test_passes_are_the_decoders(recursion, cycles):
+    """What a pass would say is what a decoder of so many passes says, with its probabilities; how far it moved is the difference of
+    its states from those of a pass less; looking leaves the decoder as it was."""
+    decoder = decoder_of(dict(recursion=recursion, inner_steps=3, outer_steps=cycles))
+    vision, question, _ = (t[:1] for t in sample())
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, pad_id=0, bpe=SimpleNamespace(decode=lambda ids, errors: f' {ids[0]}'))
+    seen = passes.passes_of(decoder, vision, question, tokenizer)
+    assert 'network' not in vars(decoder)
+    assert len(seen) == cycles * (3 + (recursion == 'add'))
+    start = torch.tensor([[1]])
+    logits = decoder(vision, question, start)[0][0, 0]
+    best = logits.argmax().item()
+    word = {0: '(mark)', 1: '(mark)', 2: '(end)'}.get(best, str(best))
+    assert seen[-1].guesses[0][0] == word and seen[-1].guesses[0][1] == pytest.approx(logits.softmax(-1).max().item())
+    if recursion == 'add':
+        assert [bool(one.guesses) for one in seen] == cycles * [False, False, False, True]
+    else:
+        context = decoder.read_context(vision, question)
+        if cycles == 1:
+            y = [decoder.answer_states(context, start, inner_steps=n)[-1] for n in (1, 2, 3)]
+            assert seen[1].moved['y'] == pytest.approx((y[1] - y[0]).square().mean().sqrt().item(), rel=1e-6)
+            assert seen[0].guesses[0][1] == pytest.approx(decoder.head(y[0]).softmax(-1).max().item())
+        assert set(seen[0].moved) == {'y', 'z'} if recursion == 'concat' else {'y'}
+    assert all(one.looked.sum().item() == pytest.approx(1, abs=1e-5) for one in seen)
 
 
 def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
@@ -277,8 +306,14 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     assert tables[0] != tables[1] and tables[2] == tables[3]
     states.main([f'--out_dir={out}', '--device=cpu'])
     assert 'after pass 64: RMS of y 1.00, RMS of z 1.00' in capsys.readouterr().out
-    attention.main([f'--out_dir={out}', '--device=cpu', '--inner_steps=3'])
-    assert (out / 'attention.png').stat().st_size > 1000 and (out / 'metrics.json').read_bytes() == before
+    passes.main([f'--out_dir={out}', '--device=cpu', '--inner_steps=3'])
+    told = capsys.readouterr().out
+    assert (out / 'passes.png').stat().st_size > 1000 and (out / 'metrics.json').read_bytes() == before
+    assert told.count('pass  1 |') == told.count('pass  3 |') == 4 and 'pass  4' not in told
+    (out / 'passes.png').unlink()
+    passes.main([f'--out_dir={out}', '--device=cpu', f'--image={out}/samples.png', '--question=What is it?'])
+    told = capsys.readouterr().out
+    assert 'What is it? | says: ' in told and told.count('| y moved ') == 2 and 'true:' not in told and (out / 'passes.png').is_file()
     train.main([*flags, f'--out_dir={tmp_path / "plain"}', '--kind=plain'])
     with pytest.raises(ValueError, match='plain decoder'):
         states.main([f'--out_dir={tmp_path / "plain"}', '--device=cpu'])
@@ -293,7 +328,7 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     (states.main, '--forget=x', 'forget=x: expected y or z'), (states.main, '--split=tset', 'split=tset'),
     (states.main, '--inner_steps=2', '--inner_steps goes with --forget'),
     (states.main, '--fresh=true --forget=y', '--forget and --fresh: one at a time'),
-    (attention.main, '--split=tset', 'split=tset'),
+    (passes.main, '--split=tset', 'split=tset'), (passes.main, '--image=cat.png', '--image and --question belong together'), (passes.main, '--inner_steps=0', 'inner_steps=0'),
     (guess.main, '--split=tset', 'split=tset'), (guess.main, '--dataset=/nowhere', 'no such file; a dataset is a folder'), (compare_main, '', 'which runs'),
     (compare_main, '/nowhere', 'none/metrics.json: no such file|nowhere/metrics.json: no such file; lab.compare takes'), (states.main, '--out_dir=/nowhere', 'no such file; a run writes it')])
 def test_mistakes(main, argv, message, monkeypatch, capsys):

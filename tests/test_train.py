@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -168,11 +169,15 @@ def test_eval_options(flags, tmp_path, capsys, monkeypatch):
         losses.append((metrics['loss'], [p['prediction'] for p in predictions]))
         return metrics, predictions
     monkeypatch.setattr(evaluation, 'evaluate', remembered)
-    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--seed=3'], ['--temperature=1', '--top_k=5', '--seed=3']):
+    tables = []
+    for option in (['--split=val'], ['--inner_steps=3'], ['--outer_steps=2'], ['--seed=3'], ['--temperature=1', '--top_k=5', '--seed=3'], ['--halt=9'], ['--halt=.01', '--inner_steps=5']):
         capsys.readouterr()
         evaluation.main([f'--out_dir={out}', '--device=cpu', '--batch_size=64', *option])
-        assert 'nothing written' in capsys.readouterr().out
-    assert len({loss for loss, _ in losses}) == 4                          # every option had an effect, but for the last two, which have none on a loss
+        tables.append(capsys.readouterr().out)
+        assert 'nothing written' in tables[-1]
+    passes = [re.search(r'^all .*\| (\d+\.\d+)$', table, re.MULTILINE)[1] for table in tables if 'passes' in table]
+    assert len(passes) == 2 and passes[0] == '1.000' and 1 < float(passes[1]) <= 5
+    assert len({loss for loss, _ in losses[:5]}) == 4                          # every option had an effect, but for the last two, which have none on a loss
     assert losses[3][0] == losses[4][0] and losses[3][1] != losses[4][1]   # the greedy answers and drawn ones
     assert (out / 'metrics.json').read_bytes() == before
 
