@@ -6,7 +6,7 @@ The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs 
     y = e                                              # the answer state, one for each answer position
     z = a learned vector, the same at each position    # the latent state: a scratchpad
     repeat n times:                                    # one pass, with the same two blocks F every time
-        y, z = F([y ; z]), looking at x                # recursion='concat'; answer_states has two others
+        y, z = F([y + e ; z]), looking at x            # recursion='concat'; answer_states has two others
     logits = head(y)
 
 Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion) and
@@ -41,8 +41,9 @@ class ModelConfig:
     n_kv_head: int | None = None    # kv, of keys and values, which heads share; None: as many as n_head
     n_embd: int = 128           # C
     vision_dim: int = 128       # D, dimensions of an image token
-    recursion: str = 'concat'   # 'concat': F([y ; z]) updates both; 'loop': y <- F(y), without z;
+    recursion: str = 'concat'   # 'concat': F([y + e ; z]) updates both; 'loop': y <- F(y + e), without z;
                                 # 'add': z <- F(e + y + z) n times, then y <- F(y + z)
+    recall: bool = True         # false: e comes in at the first pass alone, and fades ('add': as ever)
     inner_steps: int = 4        # n, passes of a cycle; 'add' makes one more, for y
     outer_steps: int = 1        # T, cycles
     deep_supervision: bool = False      # every cycle is trained on; false: the last one only
@@ -71,6 +72,7 @@ class ModelConfig:
             self.recursion = 'loop'
             self.inner_steps = 1
             self.outer_steps = 1
+            self.recall = False  # there is only a first pass
 
     @property
     def streams(self):
@@ -254,9 +256,9 @@ class Cache:
         self.positions += n
         self.next = 0
 
-    def after_pass(self, before, after):
-        """The states that a pass hands on. Shapes: (B, T, C) both -> (B, T, C)."""
-        return after
+    def after_pass(self, states):
+        """What a pass hands on. Shapes: (B, T, C) -> (B, T, C)."""
+        return states
 
     def settled(self):
         """Whether more passes would change nothing."""
@@ -264,12 +266,12 @@ class Cache:
 
 
 class Halting(Cache):
-    """A cache for answers that think as long as they need: when a pass hardly moves the states of a token, it
-    was the token's last. What later tokens read of it in deeper passes is what it had in that one."""
+    """A cache for answers that think as long as they need: a pass that hardly moves the states of a token is
+    its last. What later tokens read of it in deeper passes is what it had in that one."""
 
     def __init__(self, halt):
         super().__init__()
-        self.halt = halt    # a smaller move is the last: RMS, of which the states have 1
+        self.halt = halt    # what is hardly: an RMS, of which the states have 1
         self.taken = []     # passes that each token took, (B,) a token
 
     def next_pass(self, context):
@@ -280,13 +282,15 @@ class Halting(Cache):
             self.passes.append([tuple(kv[:, :, :-self.T] for kv in layer) for layer in self.passes[-1]])
         return super().next_pass(context)
 
-    def after_pass(self, before, after):
-        self.T = after.size(1)
+    def after_pass(self, states):
+        self.T = states.size(1)
         self.taken[-1] += self.moving
-        after = torch.where(self.moving[:, None, None], after, before)             # (B, T, C)
-        moved = (after - before).square().mean((1, 2)).sqrt()                      # (B,)
-        self.moving = self.moving & (moved >= self.halt)
-        return after
+        if self.next > 1:  # two passes tell how far the second one moved
+            states = torch.where(self.moving[:, None, None], states, self.states)  # (B, T, C)
+            moved = (states - self.states).square().mean((1, 2)).sqrt()            # (B,)
+            self.moving = self.moving & (moved >= self.halt)
+        self.states = states
+        return states
 
     def settled(self):
         return self.next > 0 and not self.moving.any()
@@ -421,11 +425,12 @@ class Decoder(nn.Module):
                     if cache is not None and cache.settled():
                         break
                     if c.recursion == 'concat':
-                        y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)   # (B, A, C) both
+                        both = torch.cat([self.recalled(y, e), z], dim=1)      # (B, 2 A, C)
+                        y, z = network(both).chunk(2, dim=1)           # (B, A, C) both
                     elif c.recursion == 'add':  # e every time: the written tokens come in nowhere else
                         z = network(self.bounded(e + y + z))
                     elif c.recursion == 'loop':
-                        y = network(y)
+                        y = network(self.recalled(y, e))
                     else:
                         raise ValueError(f'recursion={c.recursion}: has no branch in answer_states')
                 if c.recursion == 'add':  # without e: so F can tell a pass for y from one for z
@@ -439,13 +444,17 @@ class Decoder(nn.Module):
     def network(self, states, rope, mask, context, cache):
         """F: one pass of the states through all blocks. Shapes: (B, T, C) -> (B, T, C)."""
         past = context.layers if cache is None else cache.next_pass(context)
-        h = states
         for i, block in enumerate(self.blocks):
-            h, seen = block(h, rope, mask, past[i])
+            states, seen = block(states, rope, mask, past[i])
             if cache is not None:
                 past[i] = seen
-        h = self.bounded(h)
-        return h if cache is None else cache.after_pass(states, h)
+        states = self.bounded(states)
+        return states if cache is None else cache.after_pass(states)
+
+    def recalled(self, y, e):
+        """y with the written tokens in it again. Then any number of passes ends in the same place: without,
+        what was written fades (results/depth.md). Shapes: (B, A, C) both -> (B, A, C)"""
+        return norm(y + e) if self.config.recall else y
 
     def bounded(self, states):
         """Keeps states at RMS 1 however many passes there are; 'post' blocks do it themselves."""

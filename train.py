@@ -99,6 +99,7 @@ class TrainConfig:
     n_embd: int = 128                         # width
     recursion: str = 'concat'                 # concat: [y ; z] together; add: e + y + z; loop: y alone
     inner_steps: int = 4                      # n, passes through the blocks; recursion=add makes one more
+    recall: bool = True                       # the written tokens come in at every pass
     min_inner_steps: int | None = None        # elastic: each step draws its passes, so many to inner_steps
     outer_steps: int = 1                      # T, cycles of so many passes; no gradient crosses them
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only

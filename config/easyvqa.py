@@ -6,3 +6,4 @@ dataset = 'data/easyvqa'
 max_steps = 1000
 norm = 'pre'                          # as in the runs of results/
 qk_norm = False
+recall = False

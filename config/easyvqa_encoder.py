@@ -8,3 +8,4 @@ batch_size = 64
 learning_rate = 1e-3
 norm = 'pre'                          # as in the runs of results/
 qk_norm = False
+recall = False

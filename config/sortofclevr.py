@@ -8,3 +8,4 @@ max_steps = 6000
 eval_interval = 500
 norm = 'pre'                          # as in the runs of results/
 qk_norm = False
+recall = False

@@ -11,3 +11,4 @@ eval_interval = 300
 batch_size = 64
 norm = 'pre'                          # as in the runs of results/
 qk_norm = False
+recall = False

@@ -8,3 +8,4 @@ max_steps = 3000
 learning_rate = 1e-3  # 2e-3, right for the shapes, is too high for n=2 and n=8 here (results/rates.md)
 norm = 'pre'                          # as in the runs of results/
 qk_norm = False
+recall = False

@@ -43,11 +43,12 @@ def naive_logits(decoder, vision, question, answer):
         with torch.set_grad_enabled(last and torch.is_grad_enabled()):
             for _ in range(c.inner_steps):
                 if c.recursion == 'concat':
-                    y, z = network(torch.cat([y, z], dim=1)).chunk(2, dim=1)   # (B, A, C) both
+                    told = norm(y + e) if c.recall else y              # (B, A, C)
+                    y, z = network(torch.cat([told, z], dim=1)).chunk(2, dim=1)    # (B, A, C) both
                 elif c.recursion == 'add':
                     z = network(carry(e + y + z))
                 elif c.recursion == 'loop':
-                    y = network(y)
+                    y = network(norm(y + e) if c.recall else y)
                 else:
                     raise ValueError(f'recursion={c.recursion}: has no branch in naive_logits')
             if c.recursion == 'add':

@@ -210,7 +210,7 @@ def start_from(start, model, encoder_fingerprint):
         part.load_state_dict(weights)
     ours = asdict(model['decoder'].config)
     theirs = decoder_settings(start)
-    for key in ('n_head', 'norm', 'qk_norm'):  # of the same shapes, and yet of another meaning
+    for key in ('n_head', 'norm', 'qk_norm', 'recall'):  # of the same shapes, and yet of another meaning
         if theirs[key] != ours[key]:
             raise ValueError(f'init_from: {folder} was trained with {key}={theirs[key]}, here it is '
                              f'{ours[key]}; give --{key}={theirs[key]}')
@@ -218,7 +218,7 @@ def start_from(start, model, encoder_fingerprint):
 
 def decoder_settings(checkpoint):
     """The settings of the decoder of a run, those included that came after it."""
-    return dict(qk_norm=False) | checkpoint['model_config']
+    return dict(qk_norm=False, recall=False) | checkpoint['model_config']
 
 
 def other_weights(module, weights):

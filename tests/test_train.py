@@ -176,7 +176,7 @@ def test_eval_options(flags, tmp_path, capsys, monkeypatch):
         tables.append(capsys.readouterr().out)
         assert 'nothing written' in tables[-1]
     passes = [re.search(r'^all .*\| (\d+\.\d+)$', table, re.MULTILINE)[1] for table in tables if 'passes' in table]
-    assert len(passes) == 2 and passes[0] == '1.000' and 1 < float(passes[1]) <= 5
+    assert len(passes) == 2 and passes[0] == '2.000' and 2 < float(passes[1]) <= 5
     assert len({loss for loss, _ in losses[:5]}) == 4                          # every option had an effect, but for the last two, which have none on a loss
     assert losses[3][0] == losses[4][0] and losses[3][1] != losses[4][1]   # the greedy answers and drawn ones
     assert (out / 'metrics.json').read_bytes() == before
