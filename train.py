@@ -139,8 +139,8 @@ class TrainConfig:
             raise ValueError('train_encoder=True with use_vision=False: '
                              'there is no picture to train the encoder on')
         self.model_config(vision_dim=1)  # bad sizes are said now, not after the pictures are encoded
-        if self.min_inner_steps is not None and self.kind == 'plain':
-            raise ValueError(f'min_inner_steps={self.min_inner_steps}: a plain decoder takes no passes')
+        if self.kind == 'plain':
+            self.min_inner_steps = None  # it is passed once
         if self.min_inner_steps is not None and self.min_inner_steps > self.inner_steps:
             raise ValueError(f'min_inner_steps={self.min_inner_steps}: expected at most '
                              f'inner_steps={self.inner_steps}')

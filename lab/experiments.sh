@@ -10,8 +10,8 @@
 # JOBS runs go side by side, each on one core (two on two cores do more than one on both). Every run leaves out/exp/NAME_SEED; its metrics.json is copied to
 # NAME_SEED.json in RESULTS, which is results/runs unless it says otherwise, and a run that is there counts as finished.
 # results/runs was made up to commit 6d0df7b. Since then pictures are varied and fewer (those of before: --variety=0 --n_train=24000 --describe=0.1 --asked=1
-# --types=color,shape,exist,count,compare,relation,hops), the shipped encoder is another one, queries and keys are normed, and config/trm.py has two passes: make those
-# runs again at that commit, or take these as new ones.
+# --types=color,shape,exist,count,compare,relation,hops), the shipped encoder is another one, queries and keys are normed, the written tokens come in at every pass, and
+# config/trm.py draws its passes: make those runs again at that commit, or take these as new ones. Group elastic is of today.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-1}
@@ -20,7 +20,10 @@ RESULTS=${RESULTS:-results/runs}
 
 declare -A FLAGS GROUP
 NAMES=()
-add() { NAMES+=("$2"); GROUP[$2]=$1; FLAGS[$2]="${*:3}"; }   # add GROUP NAME FLAGS
+add() {  # GROUP NAME FLAGS; only in group elastic passes are drawn
+    local fixed=; [[ $1 == elastic || " ${*:3} " != *" config/"@(trm|swaps)".py "* ]] || fixed=" --min_inner_steps=None"
+    NAMES+=("$2"); GROUP[$2]=$1; FLAGS[$2]="${*:3}$fixed"
+}
 
 suffix() { [ $1 = 2e-3 ] || echo _lr$1; }  # of a run's name, by its learning rate
 
@@ -98,6 +101,13 @@ add published sortofclevr_n4 config/sortofclevr.py --inner_steps=4 --max_steps=4
 add published sortofclevr_loop4 config/sortofclevr.py --recursion=loop --inner_steps=4 --max_steps=6005
 add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
+# elastic: passes drawn for every training step, beside those of always as many, at equal training FLOPs; and y alone
+for k in "elastic trm" "elastic_loop trm --recursion=loop" "two trm --inner_steps=2 --min_inner_steps=None --recall=false --max_steps=2600 --eval_interval=650" \
+         "swaps_elastic swaps" "swaps_elastic_loop swaps --recursion=loop" \
+         "swaps_four swaps --inner_steps=4 --min_inner_steps=None --recall=false --max_steps=3000 --eval_interval=500"; do
+    set -- $k; add elastic $1 config/$2.py "${@:3}"
+done
+
 # gpu: Edge-Glass' experiments at its own scale, bash lab/experiments_gpu.sh; left out, as wide and five are, unless asked for
 for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
 for t in 2 3; do add gpu pixmo_T$t config/trm_pixmo.py --outer_steps=$t --deep_supervision=true; done
@@ -134,7 +144,7 @@ for e in "random --max_steps=1" "contrast --max_steps=2000 --objective=contrast"
     set -- $e; if need encoder_$1 && [ ! -e out/encoder_$1/encoder.pt ]; then python -m align config/align.py "${@:2}" --out_dir=out/encoder_$1; fi
 done
 for d in "swaps 6 3" "swaps4 7 4" "swaps5 8 5"; do
-    set -- $d; if need $1_ && [ ! -e data/$1 ]; then python data.py shapes --out=data/$1 --types=swaps --min_objects=4 --max_objects=4 --max_swaps=$2 --train_swaps=$3 --describe=0 --asked=1; fi
+    set -- $d; if need $1_ && [ ! -e data/$1 ]; then python data.py shapes --out=data/$1 --types=swaps --n_train=24000 --min_objects=4 --max_objects=4 --max_swaps=$2 --train_swaps=$3 --describe=0 --asked=1; fi
 done
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
 start=$SECONDS; k=0

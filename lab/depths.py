@@ -1,0 +1,124 @@
+"""
+Exact Match against the number of passes at test time, by question type; captions are left out.
+
+    python -m lab.depths --out_dir=out/trm               # prints a table, draws out/trm/depths.png
+    python -m lab.depths --out_dir=out/trm --split=val --passes=1,2,64
+"""
+
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from configurator import configure
+from data import Questions
+from eval import load_run, rows_to_judge, type_order
+from plumbing.console import printable, progress, run_script, table
+from plumbing.features import vision_source
+from plumbing.files import write_whole
+from plumbing.machine import on_device, pick_device
+from plumbing.plots import harmless, plain_text
+from plumbing.run import read_checkpoint
+
+
+@dataclass
+class DepthsConfig:
+    out_dir: str = 'out/trm'                  # the run to look into; depths.png is written there
+    passes: str = '1,2,3,4,6,8,12,16,32,64'   # numbers of passes
+    most: int = 2000                          # rows of the split that are asked, always the same
+    split: str = 'test'                       # train, val or test
+    dataset: str | None = None                # another dataset folder than the one of the run
+    encoder: str | None = None                # where the encoder of the run lies now
+    batch_size: int = 250                     # rows at a time
+    device: str = 'auto'                      # auto (a GPU if there is one), cpu, cuda, ...
+
+    def __post_init__(self):
+        if self.split not in ('train', 'val', 'test'):
+            raise ValueError(f'split={self.split}: expected train, val or test')
+        for word in self.passes.split(','):
+            if not word.strip().isdecimal() or int(word) < 1:
+                raise ValueError(f'passes={self.passes}: expected whole numbers from 1 on, as 1,2,64')
+        if self.batch_size < 1 or self.most < 1:
+            raise ValueError(f'batch_size={self.batch_size}, most={self.most}: expected at least 1')
+
+
+@torch.no_grad()
+def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, most):
+    """-> {type: {passes: share of right answers}}, 'all' among the types.
+
+    Greedy generation gives exactly the (first) reference if and only if every one of its tokens is the
+    likeliest after the true ones before it.
+    """
+    asked = Counter()
+    right = Counter()
+    start = time.time()
+    batches = list(questions.rows_in_order(batch_size, most))
+    for k, rows in enumerate(batches):
+        batch = on_device(questions.batch(rows), device)
+        context = decoder.read_context(vision_of(batch['picture']), batch['question'])
+        types = [questions.rows.type[i] for i in rows]
+        asked.update(types)
+        for n in passes:
+            y = decoder.answer_states(context, batch['answer'], inner_steps=n)[-1]         # (B, A, C)
+            hit = decoder.head(y).argmax(-1) == batch['targets']                           # (B, A)
+            whole = (hit | (batch['targets'] < 0)).all(1).tolist()                         # (B,)
+            right.update((type, n) for type, good in zip(types, whole) if good)
+        progress('asking', k + 1, len(batches), start)
+    print()
+    types = sorted(asked.keys() - {'describe'}, key=type_order)
+    scores = {type: {n: right[type, n] / asked[type] for n in passes} for type in types}
+    total = sum(asked[type] for type in types)
+    scores['all'] = {n: sum(right[type, n] for type in types) / total for n in passes}
+    return scores
+
+
+def draw_depths(path, scores):
+    """A line for each type, Exact Match over passes. Raises: ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.subplots()
+    for type, of_type in scores.items():
+        bold = type == 'all'
+        axes.plot(list(of_type), list(of_type.values()), 'o-', markersize=3, label=printable(type),
+                  color='black' if bold else None, linewidth=2.5 if bold else 1)
+    axes.set(xscale='log', xlabel='passes at test time', ylabel='Exact Match', ylim=(0, 1.02))
+    marks = list(scores['all'])
+    axes.set_xticks(marks, map(str, marks))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    write_whole(path, partial(figure.savefig, format='png', dpi=110))
+
+
+def main(argv=None):
+    s, _ = configure(DepthsConfig, sys.argv[1:] if argv is None else argv, '-m lab.depths')
+    device = pick_device(s.device)
+    checkpoint = read_checkpoint(s.out_dir)
+    run = checkpoint['settings']
+    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
+    if decoder.config.kind == 'plain':
+        raise ValueError(f'{s.out_dir} holds a plain decoder, which takes no passes')
+    rows = rows_to_judge(s.dataset or run['dataset'], s.split)
+    limits = run['max_question_tokens'], run['max_answer_tokens']
+    questions = Questions(rows, tokenizer, *limits, truncate=True)
+    vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    passes = sorted(map(int, s.passes.split(',')))
+    scores = scores_by_depth(decoder, questions, vision_of, device, passes, s.batch_size, s.most)
+    lines = [[printable(type), *(f'{of_type[n]:.3f}' for n in passes)] for type, of_type in scores.items()]
+    print(table(['passes', *passes], lines), end='')
+    path = Path(s.out_dir) / 'depths.png'
+    with harmless(path):
+        try:
+            with plain_text():
+                draw_depths(path, scores)
+            print(f'written: {path}')
+        except ImportError:
+            print(f'{path.name} not drawn: pip install matplotlib')
+
+
+if __name__ == '__main__':
+    run_script(main)
