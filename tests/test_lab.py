@@ -12,7 +12,7 @@ from PIL import Image
 from test_model import decoder_of, sample
 from test_train import TINY
 
-from lab import bench, guess, passes, states
+from lab import bench, depths, guess, passes, states
 from lab.bench import BenchConfig, benchmark, main_job, show_memory, show_profile
 from lab.compare import alike, compare, depth, grouped, labels, paired, spread
 from lab.compare import main as compare_main
@@ -291,6 +291,27 @@ def test_passes_are_the_decoders(recursion, cycles):
     assert all(one.looked.sum().item() == pytest.approx(1, abs=1e-5) for one in seen)
 
 
+@pytest.mark.parametrize('recursion', RECURSIONS)
+@torch.no_grad()
+def test_scores_by_depth(recursion):
+    """Answers that a decoder itself gives with three passes are all right with three, and not all with another number; captions are left out."""
+    decoder = decoder_of(dict(recursion=recursion, inner_steps=3))
+    decoder.config.eos_id = -1
+    vision, question, _ = sample(B=12)
+    targets = decoder.generate(vision, question, 4)
+    answer = torch.cat([torch.full((12, 1), 1), targets[:, :-1]], dim=1)
+    targets[3:, 2:] = -100  # shorter ones
+    types = ['describe', *'aaaaabbbbbb']
+
+    def batch(rows):
+        return dict(picture=rows, question=question[rows], answer=answer[rows], targets=targets[rows])
+    questions = SimpleNamespace(batch=batch, rows=SimpleNamespace(type=types), rows_in_order=lambda size, most: torch.arange(most).split(size))
+    scores = depths.scores_by_depth(decoder, questions, lambda rows: vision[rows], 'cpu', [1, 3, 8], 5, 12)
+    assert list(scores) == ['a', 'b', 'all'] and all(of_type[3] == 1 for of_type in scores.values())
+    assert all(scores['all'][n] == (5 * scores['a'][n] + 6 * scores['b'][n]) / 11 for n in (1, 8))
+    assert scores['all'][1] < 1
+
+
 def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     """The programs of lab look into a run and leave its files as they are; forgetting a state matters, but not before the first pass."""
     import train
@@ -310,6 +331,9 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     told = capsys.readouterr().out
     assert (out / 'passes.png').stat().st_size > 1000 and (out / 'metrics.json').read_bytes() == before
     assert told.count('pass  1 |') == told.count('pass  3 |') == 4 and 'pass  4' not in told
+    depths.main([f'--out_dir={out}', '--device=cpu', '--passes=3,1', '--most=40'])
+    told = capsys.readouterr().out
+    assert re.search(r'\| +passes \| +1 \| +3 \|', told) and re.search(r'^\| +all \| [01]\.\d{3} \|', told, re.MULTILINE) and (out / 'depths.png').stat().st_size > 1000
     (out / 'passes.png').unlink()
     passes.main([f'--out_dir={out}', '--device=cpu', f'--image={out}/samples.png', '--question=What is it?'])
     told = capsys.readouterr().out
@@ -317,6 +341,8 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     train.main([*flags, f'--out_dir={tmp_path / "plain"}', '--kind=plain'])
     with pytest.raises(ValueError, match='plain decoder'):
         states.main([f'--out_dir={tmp_path / "plain"}', '--device=cpu'])
+    with pytest.raises(ValueError, match='plain decoder'):
+        depths.main([f'--out_dir={tmp_path / "plain"}', '--device=cpu'])
     with pytest.raises(ValueError, match='no y and z side by side'):
         states.main([f'--out_dir={tmp_path / "plain"}', '--device=cpu', '--forget=z'])
     capsys.readouterr()
@@ -328,7 +354,7 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     (states.main, '--forget=x', 'forget=x: expected y or z'), (states.main, '--split=tset', 'split=tset'),
     (states.main, '--inner_steps=2', '--inner_steps goes with --forget'),
     (states.main, '--fresh=true --forget=y', '--forget and --fresh: one at a time'),
-    (passes.main, '--split=tset', 'split=tset'), (passes.main, '--image=cat.png', '--image and --question belong together'), (passes.main, '--inner_steps=0', 'inner_steps=0'),
+    (passes.main, '--split=tset', 'split=tset'), (depths.main, '--split=tset', 'split=tset'), (depths.main, '--passes=1,x', 'passes=1,x: expected whole numbers'), (depths.main, '--most=0', 'most=0'), (passes.main, '--image=cat.png', '--image and --question belong together'), (passes.main, '--inner_steps=0', 'inner_steps=0'),
     (guess.main, '--split=tset', 'split=tset'), (guess.main, '--dataset=/nowhere', 'no such file; a dataset is a folder'), (compare_main, '', 'which runs'),
     (compare_main, '/nowhere', 'none/metrics.json: no such file|nowhere/metrics.json: no such file; lab.compare takes'), (states.main, '--out_dir=/nowhere', 'no such file; a run writes it')])
 def test_mistakes(main, argv, message, monkeypatch, capsys):
