@@ -2,7 +2,7 @@
 Evaluation: Exact Match, token F1 and token accuracy by question type; answers; a sheet of samples.
 
     python eval.py --out_dir=out/trm                       # the test split again, and its files
-    python eval.py --out_dir=out/trm --inner_steps=8       # with other passes than in training
+    python eval.py --out_dir=out/trm --inner_steps=64      # with other passes than in training
     python eval.py --out_dir=out/trm --image=cat.jpg --question="what is it?"    # a picture of your own
 """
 
@@ -27,7 +27,7 @@ from PIL import Image
 from configurator import configure
 from data import Questions, Tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, open_encoder
-from model import Cache, Halting, ModelConfig, build_model
+from model import Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script
 from plumbing.features import picture_from, vision_source
 from plumbing.files import locked, write_whole
@@ -54,7 +54,7 @@ class EvalConfig:
     question: str | None = None     # the question about `image`
     inner_steps: int | None = None  # test-time depth: another number of passes than in training
     outer_steps: int | None = None  # the same for the cycles
-    halt: float | None = None       # end the passes of a token whose states move by less (RMS; they have 1)
+    halt: float | None = None       # a token's passes end at a move below this (RMS; states have 1)
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
     top_k: int | None = None        # with a temperature: draw from the k likeliest only
     seed: int = 1337                # of the drawing
@@ -193,8 +193,9 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, *
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as
     Exact Match means little for them; 'em_types' is the mean over the question types; 'tokens_per_s' counts
-    those written in the seconds of the whole evaluation; 'passes', with `halt`, is the mean over the tokens
-    of an answer. Processes share the work.
+    those written in the seconds of the whole evaluation. With `halt`, 'passes' is the mean over the answers
+    of the passes a token took, and there is no loss: true tokens go through all passes. Processes share the
+    work.
     `vision_of`: picture indices (B,) -> image tokens (B, N, D)
     """
     rows = questions.rows
@@ -208,19 +209,19 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, *
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         batch = on_device(questions.batch(indices), device)
         vision = vision_of(batch['picture'])
-        cache = Halting(halt) if halt else Cache()
+        cache = Halting(halt) if halt else None
         answers = decoder.generate(vision, batch['question'], questions.max_answer_tokens, cache=cache,
                                    **sampling)
-        passes = mean_passes(cache.taken, answers != tokenizer.pad_id) if halt else None
+        if halt:
+            more = [dict(passes=n) for n in passes_per_token(cache.taken, answers != tokenizer.pad_id)]
+        else:
+            sums = [t.sum(1).tolist() for t in teacher_forced(decoder, batch, vision)]     # of every row
+            more = [dict(loss=loss, hits=hits, tokens=n) for loss, hits, n in zip(*sums)]
         answers = answers.tolist()
-        loss, hit, real = [t.sum(1).tolist() for t in teacher_forced(decoder, batch, vision)]  # of every row
         for k, i in enumerate(indices.tolist()):
             n_tokens += sum(token != tokenizer.pad_id for token in answers[k])
             order.append(i)
-            prediction = scored(rows, i, tokenizer.decode(answers[k]))
-            if halt:
-                prediction['passes'] = passes[k]
-            mine.append(prediction | dict(loss=loss[k], hits=hit[k], tokens=real[k]))
+            mine.append(scored(rows, i, tokenizer.decode(answers[k])) | more[k])
         n_done = min(n_done + world * len(indices), len(rows))
         progress('evaluating', n_done, len(rows), start)
     print()
@@ -242,11 +243,12 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, *
     return summaries(predictions) | dict(tokens_per_s=written / seconds, eval_s=seconds), predictions
 
 
-def mean_passes(taken, written):
-    """Passes a token of every answer. Shapes: taken, (B,) for each token; written, bool (B, A) -> a list."""
+def passes_per_token(taken, written):
+    """For every answer the mean passes of its tokens.
+    Shapes: taken, (B,) for each token; written, bool (B, A) -> B floats, a list"""
     taken = torch.stack(taken, dim=1)                                                      # (B, A or fewer)
     written = written[:, :taken.size(1)]
-    return ((taken * written).sum(1) / written.sum(1)).tolist()
+    return ((taken * written).sum(1) / written.sum(1).clamp(min=1)).tolist()
 
 
 def scored(rows, i, text):
@@ -478,15 +480,16 @@ def rows_to_judge(dataset, split):
 
 
 def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
-    """Gives a decoder other numbers of passes and cycles than it was trained with; None: leaves them."""
+    """Gives a decoder other numbers of passes and cycles than it was trained with; None: leaves them.
+    `halt` is only checked."""
     for key, value in dict(inner_steps=inner_steps, outer_steps=outer_steps).items():
         if value is not None:
             if decoder.config.kind == 'plain':
                 raise ValueError(f'--{key}: {out_dir} holds a plain decoder, which takes no steps')
             decoder.config = replace(decoder.config, **{key: value})
     if halt and (decoder.config.kind == 'plain' or decoder.config.recursion == 'add'):
-        raise ValueError(f'--halt: {out_dir} holds a decoder whose passes do not follow one another on the '
-                         "same states; expected a TRM with recursion='concat' or 'loop'")
+        raise ValueError(f"--halt: {out_dir} holds no TRM of recursion='concat' or 'loop', whose passes make "
+                         'all states anew')
 
 
 def main(argv=None):
@@ -506,8 +509,9 @@ def judge(s, device):
     if s.image:
         most = run['max_answer_tokens']
         seen = checkpoint.get('seen', {})
-        sampling['cache'] = Halting(s.halt) if s.halt else None
-        answer = answer_one(s.image, s.question, decoder, encoder, tokenizer, seen, most, device, **sampling)
+        cache = Halting(s.halt) if s.halt else None
+        answer = answer_one(s.image, s.question, decoder, encoder, tokenizer, seen, most, device, cache=cache,
+                            **sampling)
         print(printable(answer))
         return
 

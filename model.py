@@ -43,7 +43,7 @@ class ModelConfig:
     vision_dim: int = 128       # D, dimensions of an image token
     recursion: str = 'concat'   # 'concat': F([y + e ; z]) updates both; 'loop': y <- F(y + e), without z;
                                 # 'add': z <- F(e + y + z) n times, then y <- F(y + z)
-    recall: bool = True         # false: e comes in at the first pass alone, and fades ('add': as ever)
+    recall: bool = True         # e comes in at every pass; false: at the first alone. 'add' always has it
     inner_steps: int = 4        # n, passes of a cycle; 'add' makes one more, for y
     outer_steps: int = 1        # T, cycles
     deep_supervision: bool = False      # every cycle is trained on; false: the last one only
@@ -241,20 +241,16 @@ class Cache:
     def __init__(self):
         self.positions = 0  # answer positions that are in it
         self.passes = []    # a list of keys and values for each pass, made when the first token gets there
-        self.next = 0
+        self.begun = 0      # passes of the present positions that have begun
+        self.done = None    # rows whose answer has ended (B,)
 
     def next_pass(self, context):
-        """The list of the pass that comes next."""
-        if self.next == len(self.passes):
+        """Keys and values for the pass that begins, a list by block, which gets those that the pass makes."""
+        if self.begun == len(self.passes):
             self.passes.append(list(context.layers))
         # counted as they come, so that a recursion with other passes needs nothing here
-        self.next += 1
-        return self.passes[self.next - 1]
-
-    def end_position(self, n):
-        """After the last pass over n positions: those that follow begin with the first pass again."""
-        self.positions += n
-        self.next = 0
+        self.begun += 1
+        return self.passes[self.begun - 1]
 
     def after_pass(self, states):
         """What a pass hands on. Shapes: (B, T, C) -> (B, T, C)."""
@@ -264,52 +260,65 @@ class Cache:
         """Whether more passes would change nothing."""
         return False
 
+    def end_position(self, n):
+        """After the last pass over n positions: those that follow begin with the first pass again."""
+        self.positions += n
+        self.begun = 0
+
 
 class Halting(Cache):
     """A cache for answers that think as long as they need: a pass that hardly moves the states of a token is
-    its last. What later tokens read of it in deeper passes is what it had in that one."""
+    its last. What later tokens read of it in deeper passes is what it had in its last one.
+
+    A token has two passes at least, and a batch goes on until its slowest row has settled.
+    """
 
     def __init__(self, halt):
         super().__init__()
-        self.halt = halt    # what is hardly: an RMS, of which the states have 1
+        self.halt = halt    # hardly: by less than this, in RMS, of which states have 1
         self.taken = []     # passes that each token took, (B,) a token
+        self.moving = None  # rows whose present token goes on (B,)
+        self.states = None  # what the pass before handed on (B, T, C)
 
     def next_pass(self, context):
-        if self.next == 0:  # a new token
-            self.moving = torch.ones_like(context.length, dtype=torch.bool)        # (B,)
+        if self.begun == 0:  # a new token
             self.taken.append(torch.zeros_like(context.length))                    # (B,)
-        elif self.next == len(self.passes):  # deeper than any token before
-            self.passes.append([tuple(kv[:, :, :-self.T] for kv in layer) for layer in self.passes[-1]])
+            everyone = torch.ones_like(context.length, dtype=torch.bool)           # (B,)
+            self.moving = everyone if self.done is None else ~self.done
+        else:
+            if self.begun == len(self.passes):
+                self.passes.append(list(context.layers))
+            both = zip(self.passes[self.begun], self.passes[self.begun - 1])
+            self.passes[self.begun] = [tuple(map(self.filled, now, before)) for now, before in both]
         return super().next_pass(context)
 
+    def filled(self, now, before):
+        """Keys, or values, of a pass: tokens that did not get there have those of the pass before.
+        Shapes: (B, kv, P or fewer, hs), (B, kv, P + T, hs) -> (B, kv, P, hs)"""
+        T = self.states.size(1)  # of the present token, which is about to get there
+        return torch.cat([now, before[:, :, now.size(2):-T]], dim=2)
+
     def after_pass(self, states):
-        self.T = states.size(1)
         self.taken[-1] += self.moving
-        if self.next > 1:  # two passes tell how far the second one moved
+        if self.begun > 1:  # two passes tell how far the second one moved
             states = torch.where(self.moving[:, None, None], states, self.states)  # (B, T, C)
-            moved = (states - self.states).square().mean((1, 2)).sqrt()            # (B,)
+            moved = (states - self.states).float().square().mean((1, 2)).sqrt()    # (B,)
             self.moving = self.moving & (moved >= self.halt)
         self.states = states
         return states
 
     def settled(self):
-        return self.next > 0 and not self.moving.any()
+        # before a token's first pass `moving` is that of the token before
+        return self.begun > 0 and not self.moving.any()
 
     def end_position(self, n):
-        for k in range(1, len(self.passes)):
-            for i, layer in enumerate(self.passes[k]):
-                before = self.passes[k - 1][i]
-                self.passes[k][i] = tuple(self.kept(k, *both) for both in zip(layer, before))
+        T = self.states.size(1)
+        for k in range(1, self.begun):
+            ended = (self.taken[-1] <= k)[:, None, None, None]         # (B, 1, 1, 1): before this pass
+            for layer, layer_before in zip(self.passes[k], self.passes[k - 1]):
+                for now, before in zip(layer, layer_before):           # (B, kv, S + P + T, hs) both
+                    now[:, :, -T:] = torch.where(ended, before[:, :, -T:], now[:, :, -T:])
         super().end_position(n)
-
-    def kept(self, k, now, before):
-        """Keys, or values, of pass k, where rows that were not in it any more have those of the pass before.
-        Shapes: (B, kv, P + T, hs) -> the same"""
-        P = before.size(2) - self.T
-        last = before[:, :, P:]                                        # (B, kv, T, hs)
-        if k < self.next:  # some row was in it
-            last = torch.where((k < self.taken[-1])[:, None, None, None], now[:, :, P:], last)
-        return torch.cat([now[:, :, :P], last], dim=2)
 
 
 class Decoder(nn.Module):
@@ -452,8 +461,8 @@ class Decoder(nn.Module):
         return states if cache is None else cache.after_pass(states)
 
     def recalled(self, y, e):
-        """y with the written tokens in it again. Then any number of passes ends in the same place: without,
-        what was written fades (results/depth.md). Shapes: (B, A, C) both -> (B, A, C)"""
+        """y with the written tokens in it again; else they come in at the first pass alone, and may fade.
+        Shapes: (B, A, C) both -> (B, A, C)"""
         return norm(y + e) if self.config.recall else y
 
     def bounded(self, states):
@@ -467,12 +476,15 @@ class Decoder(nn.Module):
 
         A token costs one position in each pass: the keys and values of those before it are kept, and the
         tokens are those that `forward` would give, but for rounding.
-        Shapes: as `forward`; cache, an empty one, or Halting -> (B, max_new_tokens), every answer up to and
-            with eos_id, pad_id after it
+        Shapes: as `forward`; cache, empty: a Cache, which is the default, or Halting -> (B, max_new_tokens),
+            every answer up to and with eos_id, pad_id after it
+        Raises: ValueError, for Halting where no pass makes all states anew.
         """
         c = self.config
         B = len(question)
         context = self.read_context(vision, question)
+        if isinstance(cache, Halting) and c.recursion == 'add':
+            raise ValueError("Halting: with recursion='add' a pass makes z or y, not both")
         cache = Cache() if cache is None else cache
         # padding from the start: after an early stop the rest is right
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
@@ -492,6 +504,7 @@ class Decoder(nn.Module):
             # rows that are done go on beside the others: rows never meet
             answer[:, t + 1] = token.masked_fill(done, c.pad_id)
             done |= token == c.eos_id
+            cache.done = done
             if done.all():
                 break
         return answer[:, 1:]

@@ -98,9 +98,9 @@ class TrainConfig:
     n_kv_head: int | None = None              # heads of keys and values, which others share; None: n_head
     n_embd: int = 128                         # width
     recursion: str = 'concat'                 # concat: [y ; z] together; add: e + y + z; loop: y alone
-    inner_steps: int = 4                      # n, passes through the blocks; recursion=add makes one more
-    recall: bool = True                       # the written tokens come in at every pass
-    min_inner_steps: int | None = None        # elastic: each step draws its passes, so many to inner_steps
+    inner_steps: int = 4                      # n, passes of a cycle; add makes one more; judged with so many
+    recall: bool = True                       # written tokens come in at every pass; add always has them
+    min_inner_steps: int | None = None        # a step draws its passes, from this to inner_steps; None: no
     outer_steps: int = 1                      # T, cycles of so many passes; no gradient crosses them
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute passes for the gradient: less memory, more time
@@ -247,7 +247,7 @@ def train(s, sources, device, stop):
     print(f'up to {s.batch_size * s.grad_accum} examples per step | expected loss at the start {chance:.2f}')
 
     # ---- go on where a stopped run stood
-    # the whole state: batches follow from step and seed, and nothing in the model is random
+    # the whole state: batches and passes follow from step and seed, and nothing in the model is random
     parts = dict(model=model, ema=average, scaler=scaler)
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
@@ -356,21 +356,10 @@ def is_due(step, s):
 
 
 def passes_of_step(step, s):
-    """How many passes a training step has, drawn by (seed, step) alone; None: inner_steps, always.
-
-    Few are common and many are rare: k or more come in (min_inner_steps / k)^2 of the steps. So deep draws
-    cost little, and the recursion learns to come to rest, not to be right after one number of passes alone.
-    """
+    """The passes of a training step, drawn evenly by (seed, step); None where they are not drawn."""
     if s.min_inner_steps is None:
         return None
-    u = 1 - random.Random(f'{s.seed}/{step}').random()                 # in (0, 1]
-    return min(s.inner_steps, int(s.min_inner_steps / u ** .5))
-
-
-def mean_passes(s):
-    """The mean of `passes_of_step` over all steps."""
-    deeper = range(s.min_inner_steps + 1, s.inner_steps + 1)
-    return s.min_inner_steps + sum((s.min_inner_steps / k) ** 2 for k in deeper)
+    return random.Random(f'{s.seed}/{step}').randint(s.min_inner_steps, s.inner_steps)
 
 
 def draw_if_missing():
@@ -438,8 +427,9 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
     def flops_of_batch(batch):
         if s.min_inner_steps is None:
             return flops_of(partial(one_row, batch))
-        one, two = (flops_of(partial(one_row, batch, n)) for n in (1, 2))
-        return one + (mean_passes(s) - 1) * (two - one)  # every pass costs the same
+        one, two = (flops_of(partial(one_row, batch, passes)) for passes in (1, 2))
+        mean = (s.min_inner_steps + s.inner_steps) / 2
+        return one + (mean - 1) * (two - one)  # every further pass costs the same
 
     def flops_of_one(rows):
         batch = on_device(questions.batch(rows), next(model.parameters()).device)

@@ -4,8 +4,8 @@
 #     --max_swaps=6 --train_swaps=3 --describe=0 --asked=1
 out_dir = 'out/swaps'
 dataset = 'data/swaps'
-inner_steps = 16
-min_inner_steps = 4                   # three steps in four have 4 to 7 passes, the mean is 6.6
-max_steps = 2350
-eval_interval = 470
+min_inner_steps = 4                   # a training step has four to eight passes
+inner_steps = 8
+max_steps = 2500
+eval_interval = 500
 learning_rate = 1e-3                  # 2e-3, right for the shapes, was too high here (results/rates.md)

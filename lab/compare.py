@@ -24,6 +24,7 @@ from model import ModelConfig, build_model
 from plumbing.console import printable, run_script, table
 from plumbing.files import write_whole
 from plumbing.plots import harmless, plain_text
+from plumbing.run import LATER
 
 # settings that do not change what is learnt, but for rounding, and the seed
 NOT_LEARNT = ('seed', 'fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps',
@@ -83,7 +84,7 @@ def alike(a, b):
 
     A setting that only one of them knows, as the code was older or newer, does not part them.
     """
-    known = (a['settings'].keys() & b['settings'].keys()) - set(NOT_LEARNT)
+    known = ((a['settings'] | LATER).keys() & (b['settings'] | LATER).keys()) - set(NOT_LEARNT)
     return all(same_setting(a, b, key) for key in known)
 
 
@@ -91,7 +92,7 @@ def same_setting(a, b, key):
     """Whether two runs agree in a setting; in a path, where its content has a fingerprint, by that."""
     for m in (a, b):
         if not m.get(f'{key}_fingerprint'):
-            return a['settings'][key] == b['settings'][key]
+            return (LATER | a['settings'])[key] == (LATER | b['settings'])[key]
     return a[f'{key}_fingerprint'] == b[f'{key}_fingerprint']
 
 

@@ -1,5 +1,5 @@
 """
-Exact Match against the number of passes at test time, by question type; captions are left out.
+Exact Match, of the first reference to the letter, against the number of passes; captions are left out.
 
     python -m lab.depths --out_dir=out/trm               # prints a table, draws out/trm/depths.png
     python -m lab.depths --out_dir=out/trm --split=val --passes=1,2,64
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configurator import configure
@@ -33,7 +34,7 @@ class DepthsConfig:
     split: str = 'test'                       # train, val or test
     dataset: str | None = None                # another dataset folder than the one of the run
     encoder: str | None = None                # where the encoder of the run lies now
-    batch_size: int = 250                     # rows at a time
+    batch_size: int | None = None             # rows at a time; None: as in training, 250 at most
     device: str = 'auto'                      # auto (a GPU if there is one), cpu, cuda, ...
 
     def __post_init__(self):
@@ -42,8 +43,10 @@ class DepthsConfig:
         for word in self.passes.split(','):
             if not word.strip().isdecimal() or int(word) < 1:
                 raise ValueError(f'passes={self.passes}: expected whole numbers from 1 on, as 1,2,64')
-        if self.batch_size < 1 or self.most < 1:
-            raise ValueError(f'batch_size={self.batch_size}, most={self.most}: expected at least 1')
+        if self.most < 1:
+            raise ValueError(f'most={self.most}: expected at least 1')
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f'batch_size={self.batch_size}: expected at least 1')
 
 
 @torch.no_grad()
@@ -56,11 +59,16 @@ def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, m
     asked = Counter()
     right = Counter()
     start = time.time()
-    batches = list(questions.rows_in_order(batch_size, most))
+    type_of = questions.rows.type
+    batches = [[i for i in rows if type_of[i] != 'describe']
+               for rows in questions.rows_in_order(batch_size, most)]
+    batches = [np.array(rows) for rows in batches if rows]
+    if not batches:
+        raise ValueError('no row asks a question: captions have no Exact Match')
     for k, rows in enumerate(batches):
         batch = on_device(questions.batch(rows), device)
         context = decoder.read_context(vision_of(batch['picture']), batch['question'])
-        types = [questions.rows.type[i] for i in rows]
+        types = [type_of[i] for i in rows]
         asked.update(types)
         for n in passes:
             y = decoder.answer_states(context, batch['answer'], inner_steps=n)[-1]         # (B, A, C)
@@ -69,7 +77,7 @@ def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, m
             right.update((type, n) for type, good in zip(types, whole) if good)
         progress('asking', k + 1, len(batches), start)
     print()
-    types = sorted(asked.keys() - {'describe'}, key=type_order)
+    types = sorted(asked, key=type_order)
     scores = {type: {n: right[type, n] / asked[type] for n in passes} for type in types}
     total = sum(asked[type] for type in types)
     scores['all'] = {n: sum(right[type, n] for type in types) / total for n in passes}
@@ -85,7 +93,7 @@ def draw_depths(path, scores):
         bold = type == 'all'
         axes.plot(list(of_type), list(of_type.values()), 'o-', markersize=3, label=printable(type),
                   color='black' if bold else None, linewidth=2.5 if bold else 1)
-    axes.set(xscale='log', xlabel='passes at test time', ylabel='Exact Match', ylim=(0, 1.02))
+    axes.set(xscale='log', xlabel='passes of a cycle, at test time', ylabel='Exact Match', ylim=(0, 1.02))
     marks = list(scores['all'])
     axes.set_xticks(marks, map(str, marks))
     axes.minorticks_off()
@@ -106,8 +114,9 @@ def main(argv=None):
     limits = run['max_question_tokens'], run['max_answer_tokens']
     questions = Questions(rows, tokenizer, *limits, truncate=True)
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
-    passes = sorted(map(int, s.passes.split(',')))
-    scores = scores_by_depth(decoder, questions, vision_of, device, passes, s.batch_size, s.most)
+    passes = sorted({int(word) for word in s.passes.split(',')})
+    batch_size = s.batch_size or min(250, run['batch_size'])
+    scores = scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, s.most)
     lines = [[printable(type), *(f'{of_type[n]:.3f}' for n in passes)] for type, of_type in scores.items()]
     print(table(['passes', *passes], lines), end='')
     path = Path(s.out_dir) / 'depths.png'

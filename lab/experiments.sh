@@ -102,7 +102,7 @@ add published sortofclevr_loop4 config/sortofclevr.py --recursion=loop --inner_s
 add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
 # elastic: passes drawn for every training step, beside those of always as many, at equal training FLOPs; and y alone
-for k in "elastic trm" "elastic_loop trm --recursion=loop" "two trm --inner_steps=2 --min_inner_steps=None --recall=false --max_steps=2600 --eval_interval=650" \
+for k in "elastic trm" "elastic_loop trm --recursion=loop" "two trm --inner_steps=2 --min_inner_steps=None --recall=false" \
          "swaps_elastic swaps" "swaps_elastic_loop swaps --recursion=loop" \
          "swaps_four swaps --inner_steps=4 --min_inner_steps=None --recall=false --max_steps=3000 --eval_interval=500"; do
     set -- $k; add elastic $1 config/$2.py "${@:3}"

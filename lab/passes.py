@@ -1,7 +1,7 @@
 """
 What a decoder would say after every pass, how far its states moved, and where it looked.
 
-    python -m lab.passes --out_dir=out/trm                  # a question a type; writes passes.png there
+    python -m lab.passes --out_dir=out/trm                  # some questions; writes passes.png there
     python -m lab.passes --out_dir=out/trm --inner_steps=16
     python -m lab.passes --out_dir=out/trm --image=cat.png --question="what is it?"
 """
@@ -25,7 +25,7 @@ from plumbing.machine import pick_device
 from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.run import read_checkpoint
 
-TYPES = ('1 hop', '2 hops', 'count', 'relation')
+SHOWN = ('1 hop', '2 hops', 'count', 'relation')  # question types
 FONT = 13
 SIDE = 112   # pixels of a drawn picture
 GUESS = 190  # pixels that a guess and its bar take
@@ -103,12 +103,12 @@ def passes_of(decoder, vision, question, tokenizer):
     c = decoder.config
     start = torch.tensor([[tokenizer.bos_id]], device=question.device)     # (1, 1)
     context = decoder.read_context(vision, question)
-    states = watch_passes(decoder)  # a pair for each pass: what goes in, what comes out, (1, T, C) both
+    states = watch_passes(decoder)  # gets a pair for each pass: what goes in, what comes out, (1, T, C) both
     seen = attention_of(decoder, context, start)
     del decoder.network  # unwatched again
 
     passes = []
-    last = {}  # the states that go into a pass, by name
+    last = {}  # by name, what the pass before handed on; before the first one what went in
     if c.recursion != 'add':
         last = named(states[0][0], ('y', 'z')[:c.streams])
     for k, (_, after) in enumerate(states):
@@ -215,7 +215,7 @@ def look(picture, question, ids, references, decoder, encoder, tokenizer, most_t
     return (strip, [question, says]), color
 
 
-def chosen_rows(rows, types=TYPES):
+def chosen_rows(rows, types=SHOWN):
     """The first row of each type; without such types, the first four."""
     chosen = [rows.type.index(type) for type in types if type in rows.type]
     return chosen or range(min(4, len(rows)))

@@ -19,14 +19,15 @@ from plumbing.ranks import from_all, in_turn, rank_and_world
 
 FORMAT = 5  # of checkpoints; raised when their content changes
 FILES = ('ckpt.pt', 'metrics.json', 'metrics.unfinished.json', 'encoder.pt', 'predictions.jsonl',
-         'vqav2_results.json', 'samples.png', 'curves.png')  # what a run leaves beside its log
+         'vqav2_results.json', 'samples.png', 'curves.png', 'passes.png', 'depths.png')  # beside its log
+LATER = dict(qk_norm=False, recall=False)  # settings that came later: what code without them did
 
 
 @dataclass
 class Run:
     """How far a run is: what its checkpoint holds beside weights, optimizers and settings.
 
-    There is no random state in it: a batch depends on (seed, step) alone, and nothing else is drawn.
+    There is no random state in it: batches, and passes, are drawn by (seed, step) alone.
     """
     started: float             # time.time(), moved back by what earlier processes of the run took
     step: int = 0              # optimizer steps that are done
@@ -143,7 +144,8 @@ def saved_run(settings, free, stage):
     saved = None
     if not settings.fresh and (Path(settings.out_dir) / 'ckpt.pt').is_file():
         saved = read_checkpoint(settings.out_dir, unfinished=True)
-        before = asdict(type(settings)()) | saved['settings']  # what is newer had its default's effect
+        # what is newer had its default's effect, or that of LATER
+        before = asdict(type(settings)()) | LATER | saved['settings']
         ended = saved['run']['step'] >= before['max_steps']
         if ended and settings.max_steps > before['max_steps']:  # it goes on from where it ended
             free = (*free, 'max_steps')
@@ -210,7 +212,9 @@ def start_from(start, model, encoder_fingerprint):
         part.load_state_dict(weights)
     ours = asdict(model['decoder'].config)
     theirs = decoder_settings(start)
-    for key in ('n_head', 'norm', 'qk_norm', 'recall'):  # of the same shapes, and yet of another meaning
+    passed_again = all(c['kind'] == 'trm' and c['recursion'] != 'add' for c in (ours, theirs))
+    # of the same shapes, and yet of another meaning
+    for key in ('n_head', 'norm', 'qk_norm', *(['recall'] if passed_again else [])):
         if theirs[key] != ours[key]:
             raise ValueError(f'init_from: {folder} was trained with {key}={theirs[key]}, here it is '
                              f'{ours[key]}; give --{key}={theirs[key]}')
@@ -218,7 +222,7 @@ def start_from(start, model, encoder_fingerprint):
 
 def decoder_settings(checkpoint):
     """The settings of the decoder of a run, those included that came after it."""
-    return dict(qk_norm=False, recall=False) | checkpoint['model_config']
+    return LATER | checkpoint['model_config']
 
 
 def other_weights(module, weights):
