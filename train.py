@@ -356,10 +356,21 @@ def is_due(step, s):
 
 
 def passes_of_step(step, s):
-    """The passes of a training step, drawn evenly by (seed, step); None where they are not drawn."""
+    """The passes of a training step, drawn by (seed, step); None where they are not drawn.
+
+    A share of (min_inner_steps / k)^2 of the steps has k passes or more: deep steps are rare, so they cost
+    little.
+    """
     if s.min_inner_steps is None:
         return None
-    return random.Random(f'{s.seed}/{step}').randint(s.min_inner_steps, s.inner_steps)
+    u = 1 - random.Random(f'{s.seed}/{step}').random()                 # in (0, 1]
+    return min(s.inner_steps, int(s.min_inner_steps / u ** .5))
+
+
+def mean_passes(s):
+    """The mean of the draws of `passes_of_step`, where passes are drawn."""
+    deeper = range(s.min_inner_steps + 1, s.inner_steps + 1)
+    return s.min_inner_steps + sum((s.min_inner_steps / k) ** 2 for k in deeper)
 
 
 def draw_if_missing():
@@ -428,8 +439,7 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
         if s.min_inner_steps is None:
             return flops_of(partial(one_row, batch))
         one, two = (flops_of(partial(one_row, batch, passes)) for passes in (1, 2))
-        mean = (s.min_inner_steps + s.inner_steps) / 2
-        return one + (mean - 1) * (two - one)  # every further pass costs the same
+        return one + (mean_passes(s) - 1) * (two - one)  # every further pass costs the same
 
     def flops_of_one(rows):
         batch = on_device(questions.batch(rows), next(model.parameters()).device)

@@ -2,8 +2,8 @@
 # question.
 out_dir = 'out/blind'
 min_inner_steps = 1
-inner_steps = 3
+inner_steps = 8
 n_kv_head = 1
-max_steps = 2600
-eval_interval = 650
+max_steps = 2800
+eval_interval = 700
 use_vision = False

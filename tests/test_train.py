@@ -109,16 +109,20 @@ def test_flops_of_elastic_depth(flags, tmp_path):
     for name, more in dict(two=['--inner_steps=2'], five=['--inner_steps=5'], drawn=['--min_inner_steps=2', '--inner_steps=6']).items():
         with pytest.MonkeyPatch.context() as patch:
             flops[name] = train.flops_per_row(*caught('flops_per_row', [*flags, f'--out_dir={tmp_path}/{name}', *more], patch))
-    passes = (2 + 6) / 2
+    passes = 2 + 4 / 9 + 4 / 16 + 4 / 25 + 4 / 36
     assert flops['drawn'] == pytest.approx(flops['two'] + (passes - 2) * (flops['five'] - flops['two']) / 3)
 
 
 def test_passes_of_steps(flags, tmp_path, monkeypatch):
-    """Every step draws its passes by (seed, step): the same ones for all its micro-batches and after a resume, from the least to the most, evenly; without min_inner_steps there is nothing to draw."""
-    s = train.TrainConfig(min_inner_steps=2, inner_steps=6)
+    """Every step draws its passes by (seed, step): the same ones for all its micro-batches and after a resume, from the least to the most, the
+    deeper the rarer; without min_inner_steps there is nothing to draw."""
+    s = train.TrainConfig(min_inner_steps=2, inner_steps=16)
     drawn = [train.passes_of_step(step, s) for step in range(20_000)]
-    assert set(drawn) == {2, 3, 4, 5, 6} and all(drawn.count(n) == pytest.approx(4000, rel=.05) for n in set(drawn))
-    assert drawn[:50] != [train.passes_of_step(step, train.TrainConfig(seed=1, min_inner_steps=2, inner_steps=6)) for step in range(50)]
+    assert min(drawn) == 2 and max(drawn) == 16
+    for k in (3, 4, 8, 16):
+        assert sum(n >= k for n in drawn) / len(drawn) == pytest.approx((2 / k) ** 2, rel=.12)
+    assert sum(drawn) / len(drawn) == pytest.approx(train.mean_passes(s), rel=.02)
+    assert drawn[:50] != [train.passes_of_step(step, train.TrainConfig(seed=1, min_inner_steps=2, inner_steps=16)) for step in range(50)]
     assert train.passes_of_step(3, train.TrainConfig()) is None
 
     seen = []
