@@ -1,5 +1,5 @@
-# The baseline: a plain decoder of four blocks, as deep as the TRM of config/trm.py, with twice its parameters
-# but for the embeddings. A step of it costs twice the FLOPs, so it gets half the steps.
+# The baseline: a plain decoder of four blocks, with twice the parameters of config/trm.py but for the
+# embeddings. A step of it costs twice the FLOPs, so it gets half the steps.
 out_dir = 'out/plain'
 kind = 'plain'
 n_layer = 4
