@@ -98,7 +98,7 @@ def draw_depths(path, scores):
     axes.set_xticks(marks, map(str, marks))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc='outside right center', fontsize=8)
     write_whole(path, partial(figure.savefig, format='png', dpi=110))
 
 
