@@ -21,3 +21,4 @@ max_steps = 2625                      # ten times through 8,400 rows, 32 at a ti
 eval_interval = 262
 norm = 'pre'                          # as in the runs of results/
 qk_norm = False
+recall = False

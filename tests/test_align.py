@@ -301,7 +301,7 @@ def test_align_stage(tmp_path, capsys, monkeypatch):
     judge.main([f'--out_dir={out}', '--device=cpu', '--split=train'])
     import eval as evaluation
     with pytest.raises(ValueError, match='has no decoder'):
-        evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/attention.png', '--question=what?', '--inner_steps=2'])
+        evaluation.main([f'--out_dir={out}', '--device=cpu', f'--image={ROOT}/assets/passes.png', '--question=what?', '--inner_steps=2'])
 
 
 @pytest.mark.parametrize('objective, left, optimizer', [('contrast', 'reader', 'muon'), ('cloze', 'text_projection', 'adamw'), ('cloze', 'text_projection', 'muon')])

@@ -166,7 +166,7 @@ def test_eval_options(flags, tmp_path, capsys, monkeypatch):
 
     def remembered(*args, **kwargs):
         metrics, predictions = evaluate(*args, **kwargs)
-        losses.append((metrics['loss'], [p['prediction'] for p in predictions]))
+        losses.append((metrics.get('loss'), [p['prediction'] for p in predictions]))
         return metrics, predictions
     monkeypatch.setattr(evaluation, 'evaluate', remembered)
     tables = []
