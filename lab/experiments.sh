@@ -11,7 +11,7 @@
 # NAME_SEED.json in RESULTS, which is results/runs unless it says otherwise, and a run that is there counts as finished.
 # results/runs was made up to commit 6d0df7b. Since then pictures are varied and fewer (those of before: --variety=0 --n_train=24000 --describe=0.1 --asked=1
 # --types=color,shape,exist,count,compare,relation,hops), the shipped encoder is another one, queries and keys are normed, the written tokens come in at every pass, and
-# config/trm.py draws its passes: make those runs again at that commit, or take these as new ones. Group elastic is of today.
+# config/trm.py has two passes: make those runs again at that commit, or take these as new ones. Group elastic is of today.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${THREADS:-1}
@@ -101,8 +101,8 @@ add published sortofclevr_n4 config/sortofclevr.py --inner_steps=4 --max_steps=4
 add published sortofclevr_loop4 config/sortofclevr.py --recursion=loop --inner_steps=4 --max_steps=6005
 add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
-# elastic: passes drawn for every training step, beside those of always as many, at equal training FLOPs; and y alone
-for k in "elastic trm" "elastic_loop trm --recursion=loop" "two trm --inner_steps=2 --min_inner_steps=None --recall=false" \
+# elastic: passes drawn for every training step, beside always as many, at equal training FLOPs; and y alone
+for k in "elastic elastic" "elastic_loop elastic --recursion=loop" "main trm" \
          "swaps_elastic swaps" "swaps_elastic_loop swaps --recursion=loop" \
          "swaps_four swaps --inner_steps=4 --min_inner_steps=None --recall=false --max_steps=3000 --eval_interval=500"; do
     set -- $k; add elastic $1 config/$2.py "${@:3}"

@@ -50,7 +50,7 @@ def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a | b)
 
 
-@pytest.mark.parametrize('config', ['trm', 'plain', 'blind'])
+@pytest.mark.parametrize('config', ['trm', 'plain', 'blind', 'elastic'])
 def test_answer_stage(config, flags, tmp_path, capsys):
     """Every ready config trains, evaluates and writes all its files; eval.py repeats the result and answers about a picture."""
     out = tmp_path / config
