@@ -453,14 +453,20 @@ def fitted(checkpoint, part, build, config_class, config):
     return module
 
 
+def ids_of(question, tokenizer):
+    """The tokens of a typed question, a list. Raises: ValueError where there are none."""
+    ids = tokenizer.encode(question.lower() if tokenizer.lower_case else question)
+    if not ids:
+        raise ValueError('--question is empty')
+    return ids
+
+
 def answer_one(path, question, decoder, encoder, tokenizer, seen, most_tokens, device, **sampling):
     """The answer to a question about a picture file; where that is unlike what the run has `seen` in
     training, this is said. Raises: FileNotFoundError, ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'--image={path}: no such file')
-    ids = tokenizer.encode(question.lower() if tokenizer.lower_case else question)
-    if not ids:
-        raise ValueError('--question is empty')
+    ids = ids_of(question, tokenizer)
     vision = None
     if encoder:
         image = picture_from(path, encoder)[None].to(device)                               # (1, 3, S, S)
@@ -477,6 +483,12 @@ def rows_to_judge(dataset, split):
     if not len(rows):
         raise ValueError(f'{rows.path}: has no rows, there is nothing to evaluate')
     return rows
+
+
+def questions_to_judge(run, dataset, split, tokenizer):
+    """A split as tokens, of the `dataset` folder or, without one, of the run's own. run: its settings."""
+    rows = rows_to_judge(dataset or run['dataset'], split)
+    return Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], truncate=True)
 
 
 def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
@@ -515,9 +527,8 @@ def judge(s, device):
         print(printable(answer))
         return
 
-    rows = rows_to_judge(s.dataset or run['dataset'], s.split)
-    limits = run['max_question_tokens'], run['max_answer_tokens']
-    questions = Questions(rows, tokenizer, *limits, truncate=True)
+    questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
+    rows = questions.rows
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
     batch_size = s.batch_size or min(256, run['batch_size'])
     metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, s.halt, **sampling)

@@ -240,11 +240,9 @@ def costliest(function, device, most):
 
 
 def main_job(b, steps=30, most=12):
-    """Prints what a training step of config/trm.py takes with the commonest number of passes, of questions of
-    14 tokens and answers of two."""
+    """Prints what a training step of config/trm.py takes, of questions of 14 tokens and answers of two."""
     config = Path(__file__).parent.parent / 'config/trm.py'
     s, _ = configure(TrainConfig, [str(config)])
-    passes = s.min_inner_steps or s.inner_steps
     torch.manual_seed(0)
     dtype = fast_dtypes(b.device)[-1]
     decoder = build_model(s.model_config(vision_dim=128)).to(b.device)
@@ -259,7 +257,7 @@ def main_job(b, steps=30, most=12):
 
     def forward():
         with autocast_to(dtype, b.device):
-            losses[:] = [decoder(vision, question, answer, targets, passes)[1]]
+            losses[:] = [decoder(vision, question, answer, targets)[1]]
 
     def backward():
         losses[0].backward()
@@ -284,8 +282,7 @@ def main_job(b, steps=30, most=12):
     peak = peak_flops(b, dtype)
     rows = [[name, f'{1e3 * took:.1f}', f'{took / min(whole):.0%}'] for name, took in fastest.items()]
     print(table(['part', 'ms', 'share'], rows))
-    print(f'a step, passes: {passes}: {1e3 * min(whole):.1f} ms at best, '
-          f'{1e3 * median(whole):.1f} in the middle of {steps}')
+    print(f'a step: {1e3 * min(whole):.1f} ms at best, {1e3 * median(whole):.1f} in the middle of {steps}')
     print(f'{flops / 1e9:.1f} GFLOP, {flops / min(whole) / peak:.0%} of the {name_of(dtype)} peak, '
           f'{peak / 1e9:.0f} GFLOP/s: at peak {1e3 * flops / peak:.1f} ms')
     print(costliest(step, b.device, most))

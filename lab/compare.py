@@ -84,15 +84,20 @@ def alike(a, b):
 
     A setting that only one of them knows, as the code was older or newer, does not part them.
     """
-    known = ((a['settings'] | LATER).keys() & (b['settings'] | LATER).keys()) - set(NOT_LEARNT)
+    known = (settings_of(a).keys() & settings_of(b).keys()) - set(NOT_LEARNT)
     return all(same_setting(a, b, key) for key in known)
+
+
+def settings_of(m):
+    """The settings of a run, those included that came after it."""
+    return LATER | m['settings']
 
 
 def same_setting(a, b, key):
     """Whether two runs agree in a setting; in a path, where its content has a fingerprint, by that."""
     for m in (a, b):
         if not m.get(f'{key}_fingerprint'):
-            return (LATER | a['settings'])[key] == (LATER | b['settings'])[key]
+            return settings_of(a)[key] == settings_of(b)[key]
     return a[f'{key}_fingerprint'] == b[f'{key}_fingerprint']
 
 

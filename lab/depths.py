@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from configurator import configure
-from data import Questions
-from eval import load_run, rows_to_judge, type_order
+from eval import load_run, questions_to_judge, type_order
 from plumbing.console import printable, progress, run_script, table
 from plumbing.features import vision_source
 from plumbing.files import write_whole
@@ -110,10 +109,8 @@ def main(argv=None):
     decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
     if decoder.config.kind == 'plain':
         raise ValueError(f'{s.out_dir} holds a plain decoder, which takes no passes')
-    rows = rows_to_judge(s.dataset or run['dataset'], s.split)
-    limits = run['max_question_tokens'], run['max_answer_tokens']
-    questions = Questions(rows, tokenizer, *limits, truncate=True)
-    vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
+    vision_of = partial(vision_source(run, encoder, questions.rows, device), encoder)
     passes = sorted({int(word) for word in s.passes.split(',')})
     batch_size = s.batch_size or min(250, run['batch_size'])
     scores = scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, s.most)

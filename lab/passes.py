@@ -16,8 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from configurator import configure
-from data import Questions
-from eval import exact_match, load_run, picture_of, rows_to_judge, set_depth
+from eval import exact_match, ids_of, load_run, picture_of, questions_to_judge, set_depth
 from lab.states import rms, watch_passes
 from plumbing.console import printable, run_script
 from plumbing.files import write_whole
@@ -57,6 +56,9 @@ class Pass:
     guesses: list         # the five likeliest first words and their probabilities: [(text, 0..1), ...]
     moved: dict           # how far the states moved, in RMS, of which they have 1: {'y': .., 'z': ..}
     looked: torch.Tensor  # mean attention of the first state, over heads and blocks (S + T,)
+
+    def moves(self):
+        return ', '.join(f'{name} moved {size:.2f}' for name, size in self.moved.items())
 
 
 def attention_of(decoder, context, answer):
@@ -149,9 +151,8 @@ def told(passes):
     """The passes as text, a line for each."""
     lines = []
     for k, one in enumerate(passes):
-        moved = ', '.join(f'{name} moved {size:.2f}' for name, size in one.moved.items())
         guesses = '  '.join(f'{word} {p:.2f}' for word, p in one.guesses)
-        lines.append(f'  pass {k + 1:2} | {moved} | {guesses}')
+        lines.append(f'  pass {k + 1:2} | {one.moves()} | {guesses}')
     return '\n'.join(lines)
 
 
@@ -181,8 +182,7 @@ def draw_passes(small, words, passes, shares):
 
         weights = one.looked[N:N + len(words)].cpu()                   # (Q,)
         x = GUESS + SIDE + 16
-        moved = ', '.join(f'{name} moved {size:.2f}' for name, size in one.moved.items())
-        draw.text((x, y + 18), f'pass {k + 1}: {moved}', 'black', font)
+        draw.text((x, y + 18), f'pass {k + 1}: {one.moves()}', 'black', font)
         draw.text((x, y + 36), f'{weights.sum():.0%} on the question', 'gray', font)
         for word, weight in zip(words, weights / weights.max()):
             pale = int(255 - 190 * weight)
@@ -230,18 +230,14 @@ def main(argv=None):
     if not encoder:
         raise ValueError(f'{s.out_dir}: a run without vision has no picture to look at')
     set_depth(decoder, s.out_dir, s.inner_steps, None)
-    limits = run['max_question_tokens'], run['max_answer_tokens']
-    show = partial(look, decoder=decoder, encoder=encoder, tokenizer=tokenizer, most_tokens=limits[1],
-                   device=device)
+    show = partial(look, decoder=decoder, encoder=encoder, tokenizer=tokenizer,
+                   most_tokens=run['max_answer_tokens'], device=device)
     if s.image:
         picture = rgb_picture(Path(s.image).read_bytes())
-        ids = tokenizer.encode(s.question.lower() if tokenizer.lower_case else s.question)
-        if not ids:
-            raise ValueError('--question is empty')
-        shown = [show(picture, s.question, ids, [])]
+        shown = [show(picture, s.question, ids_of(s.question, tokenizer), [])]
     else:
-        rows = rows_to_judge(s.dataset or run['dataset'], s.split)
-        questions = Questions(rows, tokenizer, *limits, truncate=True)
+        questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
+        rows = questions.rows
         shown = [show(picture_of(rows, i), rows.question[i], questions.tokens[i][0], rows.references[i])
                  for i in chosen_rows(rows)]
     tiles, colors = zip(*shown)

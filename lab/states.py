@@ -14,8 +14,7 @@ from functools import partial
 import torch
 
 from configurator import configure
-from data import Questions
-from eval import evaluate, load_run, result_table, rows_to_judge, set_depth
+from eval import evaluate, load_run, questions_to_judge, result_table, set_depth
 from lab.bench import BenchConfig, bench_decoder
 from plumbing.console import run_script, table
 from plumbing.features import vision_source
@@ -152,10 +151,8 @@ def main(argv=None):
     run = checkpoint['settings']
     decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
     set_depth(decoder, s.out_dir, s.inner_steps, None)
-    rows = rows_to_judge(s.dataset or run['dataset'], s.split)
-    limits = run['max_question_tokens'], run['max_answer_tokens']
-    questions = Questions(rows, tokenizer, *limits, truncate=True)
-    vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
+    vision_of = partial(vision_source(run, encoder, questions.rows, device), encoder)
     if s.forget:
         forgetful(decoder, s.forget)
         print(result_table(evaluate(decoder, questions, vision_of, device, s.batch_size)[0]))
