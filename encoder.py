@@ -3,11 +3,11 @@ The frozen vision encoder: a picture becomes a few tokens that language can be r
 
     pictures (B, 3, S, S) -> ViT trunk -> (B, P, W) -> resampler -> (B, N, W) -> projection -> (B, N, D)
 
-The trunk has CLIP's form, the resampler turns its P patches into N tokens, and the projection is Matryoshka:
-every listed prefix of the D dimensions is trained to be an embedding of its own, so a decoder may read only
-the first `vision_dim` of them. `align/` trains it against captions (stage 1); from then on it is frozen,
-encodes each picture once, and `plumbing/features.py` keeps the result on disk (stage 2). `pretrained/` reads
-other people's weights.
+The trunk has CLIP's form, or is a network of timm; the resampler turns its P patches into N tokens, and the
+projection is Matryoshka: every listed prefix of the D dimensions is trained to be an embedding of its own, so
+a decoder may read only the first `vision_dim` of them. `align/` trains it against captions (stage 1); from
+then on it is frozen, encodes each picture once, and `plumbing/features.py` keeps the result on disk (stage
+2). `pretrained/` reads other people's weights.
 
     python encoder.py FILE...    # encode pictures, print shapes and timing
 """
@@ -33,10 +33,13 @@ from plumbing.machine import pick_device
 from plumbing.pictures import as_seen, squared
 from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, read_clip
 from pretrained.files import as_tensor, first_few, open_weights
+from pretrained.hub import folder_of, is_hub_name
+from pretrained.timm_trunk import PREFIX, TimmTrunk, read_timm
 
 
 @dataclass
 class EncoderConfig:
+    trunk: str = 'vit'                      # 'vit': the one below; 'timm/NAME': that network of timm
     image_px: int = 64                      # side of the square picture, in pixels
     patch_px: int = 8                       # side of a patch, in pixels
     stem: str = 'conv'                      # 'conv': strided 3x3 ones; 'patch': one of patch_px (CLIP)
@@ -60,13 +63,15 @@ class EncoderConfig:
     mean: tuple = (0.5, 0.5, 0.5)           # of a channel, pixels 0..1
     std: tuple = (0.25, 0.25, 0.25)         # of a channel, pixels 0..1
     fit: str = 'squash'                     # how it becomes square: 'squash', 'crop' its middle, 'pad'
+    crop_pct: float = 1.0                   # of its side the middle that is seen, once it is fitted
+    interpolation: str = 'bicubic'          # how it is made smaller: 'bicubic', 'bilinear' or 'lanczos'
     upright: bool = True                    # turn photographs as their EXIF orientation says
 
     def __post_init__(self):
         expect(self, stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'),
                adapter=('none', 'linear', 'mlp'), projection=('none', 'linear', 'norm_linear'),
-               fit=('squash', 'crop', 'pad'))
-        if self.image_px % self.patch_px:
+               fit=('squash', 'crop', 'pad'), interpolation=('bicubic', 'bilinear', 'lanczos'))
+        if self.trunk == 'vit' and self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
             raise ValueError(f'prefixes={self.prefixes}: expected numbers up to '
@@ -88,8 +93,8 @@ class EncoderConfig:
 
     @property
     def side(self):
-        """Patches along a side of the picture."""
-        return self.image_px // self.patch_px
+        """Patches along a side of the picture; the last one of a network of timm may stand over."""
+        return -(-self.image_px // self.patch_px)
 
     @property
     def inner_width(self):
@@ -261,6 +266,16 @@ class Perceiver(nn.Module):
         return self.norm(latents)
 
 
+def make_trunk(config):
+    """What turns pictures into patches: (B, 3, S, S) -> (B, P, W), P = side ** 2, row by row. Nothing else is
+    asked of it."""
+    if config.trunk == 'vit':
+        return ViT(config)
+    if config.trunk.startswith(PREFIX):
+        return TimmTrunk(config.trunk, config.image_px)
+    raise ValueError(f'trunk={config.trunk}: expected vit or {PREFIX}NAME')
+
+
 def make_adapter(config):
     """What leads from the trunk's width W to the resampler's."""
     if config.adapter == 'none':
@@ -291,7 +306,8 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.trunk = ViT(config)
+        self.source = None  # where it was read from, with its revision, if that is the hub
+        self.trunk = make_trunk(config)
         self.adapter = make_adapter(config)
         self.resampler = Perceiver(config) if config.n_latents else nn.Identity()
         self.projection = make_projection(config)
@@ -320,12 +336,15 @@ class Encoder(nn.Module):
     def pixels(self, picture):
         """A Pillow picture of any size and mode but floats -> uint8 (3, S, S), made square as `fit` says.
 
-        Source: CLIPImageProcessorPil of transformers 5, which 'crop' equals bit by bit but for 'upright'.
+        Source: CLIPImageProcessorPil of transformers 5, and timm's own transforms for its networks, which
+        it equals bit by bit but for 'upright'.
         Raises: ValueError.
         """
-        picture = as_seen(picture, turn=self.config.upright)
-        mean_color = tuple(round(255 * m) for m in self.config.mean)  # after `normalise` it is about 0
-        picture = squared(picture, self.config.image_px, self.config.fit, border=mean_color)
+        c = self.config
+        picture = as_seen(picture, turn=c.upright)
+        mean_color = tuple(round(255 * m) for m in c.mean)  # after `normalise` it is about 0
+        picture = squared(picture, c.image_px, c.fit, border=mean_color, crop_pct=c.crop_pct,
+                          interpolation=c.interpolation, half_to_even=c.trunk != 'vit')
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)                    # (3, S, S)
 
     def normalise(self, pixels):
@@ -379,41 +398,57 @@ def save_encoder(encoder, path):
 
 def load_encoder(path, **changes):
     """Reads an encoder: one that `save_encoder` wrote, or CLIP as Hugging Face (a folder, or its weights
-    file), OpenAI or open_clip store it, or an aligned checkpoint of Edge-Glass. Which one it is, its content
-    says. A relative path is also looked up beside this file.
+    file), OpenAI or open_clip store it, or an aligned checkpoint of Edge-Glass: which one it is, its content
+    says. Or a network of timm, by its name, `timm/NAME` or `timm/NAME@FILE`; or CLIP by its name on the hub.
+    A relative path is also looked up beside this file.
 
-    CLIP alone has no resampler: its tokens are the last hidden states of the patches. `changes` are settings
-    of `EncoderConfig` that shall differ from what is read: activation, fit, upright, pool, n_head,
+    CLIP or timm alone has no resampler: its tokens are the last hidden states of the patches. `changes` are
+    settings of `EncoderConfig` that shall differ from what is read: activation, fit, upright, pool, n_head,
     perceiver_heads, image_px (the positions are interpolated).
     Raises: FileNotFoundError; ValueError for another kind of file and for weights that are missing or left
         over, which it names.
     """
+    changes = {key: value for key, value in changes.items() if value is not None}
+    config, tensors, source = read_encoder(path, changes)
+    if changes.get('fit', config.get('fit')) != config.get('fit'):
+        config['crop_pct'] = 1.0  # fitted in another way, all of it shall be seen
+    config = EncoderConfig(**config | changes)
+    check_names(path, tensors.keys(), config)  # first: a wrong file is refused before all of it is read
+    try:
+        weights = {key: as_tensor(t).float() for key, t in tensors.items()}
+    except (ValueError, *DAMAGED) as e:
+        raise ValueError(f'{path}: damaged ({e})') from None
+    if config.trunk == 'vit':
+        weights['trunk.positions'] = fit_positions(weights['trunk.positions'], config)
+    encoder = Encoder(config)
+    encoder.source = source
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f'{path}: its weights do not fit its config: {e}') from None
+    return encoder.eval().requires_grad_(False)
+
+
+def read_encoder(path, changes):
+    """What a path or name stands for -> its config (a dict), its tensors, or functions that read them, by
+    name; and where on the hub it is from, with its revision, or None. Raises: as `load_encoder`."""
+    if str(path).startswith(PREFIX):
+        return read_timm(path, changes.get('image_px'))
     found = Path(path) if Path(path).exists() else Path(__file__).parent / path
+    source = None
+    if not found.exists() and is_hub_name(path):
+        found, source = folder_of(path)
     if not found.exists():
         raise FileNotFoundError(f'{path}: no such encoder file or folder; --encoder=PATH takes CLIP, '
                                 'a checkpoint of Edge-Glass, or what python -m align config/align.py makes')
     tensors, about = open_weights(found)
     if about.get('kind') != 'encoder':
         config, tensors = read_clip(found, tensors, about, title=path)
-    elif about.get('format') == FORMAT:
-        config = about['config']
-    else:
+        return config, tensors, source
+    if about.get('format') != FORMAT:
         raise ValueError(f'{path}: an encoder file of format {about.get("format")}, '
                          f'this code reads format {FORMAT}')
-    config |= {key: value for key, value in changes.items() if value is not None}
-    config = EncoderConfig(**config)
-    check_names(path, tensors.keys(), config)  # first: a wrong file is refused before all of it is read
-    try:
-        weights = {key: as_tensor(t).float() for key, t in tensors.items()}
-    except (ValueError, *DAMAGED) as e:
-        raise ValueError(f'{path}: damaged ({e})') from None
-    weights['trunk.positions'] = fit_positions(weights['trunk.positions'], config)
-    encoder = Encoder(config)
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as e:
-        raise ValueError(f'{path}: its weights do not fit its config: {e}') from None
-    return encoder.eval().requires_grad_(False)
+    return about['config'], tensors, source
 
 
 def check_names(path, names, config):

@@ -36,7 +36,7 @@ from plumbing.novelty import doubts
 from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.plots import draw_curves, harmless
 from plumbing.ranks import from_all, processes, rank_and_world
-from plumbing.run import decoder_settings, other_weights, read_checkpoint
+from plumbing.run import decoder_settings, other_weights, read_checkpoint, source_of
 from plumbing.tables import OnDisk, View
 from prepare.vqav2 import vqa_accuracy
 
@@ -423,7 +423,7 @@ def load_run(checkpoint, device, encoder_path=None):
     if 'encoder' in best:  # trained along
         encoder = fitted(checkpoint, 'encoder', Encoder, EncoderConfig, checkpoint['encoder_config'])
     elif settings['use_vision']:
-        path = encoder_path or settings['encoder']
+        path = encoder_path or source_of(settings['encoder'], checkpoint, 'encoder')
         encoder = open_encoder(path, settings)
         if encoder.fingerprint() != checkpoint['encoder_fingerprint']:
             raise ValueError(f'{path}: not the encoder that this run was trained with (another fingerprint); '

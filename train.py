@@ -46,6 +46,7 @@ from plumbing.run import (
     save,
     saved_run,
     say_where,
+    source_of,
     start_from,
     unchanged,
     validation_curve,
@@ -212,7 +213,9 @@ def train(s, sources, device, stop):
     known = saved or start
     tokenizer = Tokenizer(known['tokenizer'] if known else new_tokenizer(rows['train'], s))
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
-    encoder = open_encoder(s.encoder, asdict(s)).to(device) if s.use_vision else None
+    encoder = None
+    if s.use_vision:
+        encoder = open_encoder(source_of(s.encoder, saved, 'encoder'), asdict(s)).to(device)
     fingerprint = encoder.fingerprint() if encoder else None
     unchanged(s, saved, 'encoder', fingerprint)
     if evaluation.already_finished(saved, s):
@@ -256,7 +259,8 @@ def train(s, sources, device, stop):
     fixed_tokens = partial(tokens_of['train'], encoder) if encoder and not s.train_encoder else None
     checkpoint = dict(format=FORMAT, stage='answer', settings=asdict(s), environment=about,
                       model_config=asdict(config), encoder_config=asdict(encoder.config) if encoder else None,
-                      encoder_fingerprint=fingerprint, dataset_fingerprint=rows_sum,
+                      encoder_fingerprint=fingerprint, encoder_source=encoder.source if encoder else None,
+                      dataset_fingerprint=rows_sum,
                       tokenizer=tokenizer.state, seen=what_was_seen(rows['train'], fixed_tokens))
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 

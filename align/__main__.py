@@ -71,7 +71,7 @@ def align(s, sources, device, stop):
     unchanged(s, saved, 'dataset', data.rows_sum)
     batch_size = data.fitting(s.batch_size, world=rank_and_world()[1])
     say_if_few(data.n_pictures('val'), 'pictures')
-    trunk = open_trunk(s, device)
+    trunk = open_trunk(s, saved, device)
     fingerprint = trunk.fingerprint() if trunk else None
     unchanged(s, saved, 'trunk', fingerprint)
     model = build(s, data.tokenizer.vocab_size, trunk)
@@ -105,7 +105,8 @@ def align(s, sources, device, stop):
         say_where(s, saved, learning_rate)
     checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
                       encoder_config=asdict(model.encoder.config), tokenizer=data.tokenizer.state,
-                      dataset_fingerprint=data.rows_sum, trunk_fingerprint=fingerprint)
+                      dataset_fingerprint=data.rows_sum, trunk_fingerprint=fingerprint,
+                      trunk_source=trunk.source if trunk else None)
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop

@@ -246,7 +246,7 @@ def main(argv=None):
     moved = dict(dataset=asked.dataset or run['dataset'], trunk=asked.trunk or run['trunk'])
     s = AlignConfig(**run | moved | dict(wandb=False))
     data = AlignData(s, checkpoint, splits=())
-    trunk = open_trunk(s, device)
+    trunk = open_trunk(s, checkpoint, device)
     if trunk and trunk.fingerprint() != checkpoint['trunk_fingerprint']:
         raise ValueError(f'trunk={s.trunk}: not the one that the run was trained with; '
                          f'--trunk says where that lies')

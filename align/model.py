@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from encoder import Block, Encoder, EncoderConfig, Reader, load_encoder, open_encoder
 from plumbing.ranks import gathered
+from plumbing.run import source_of
 
 MOST_SCALE = 100  # of the similarities, as in CLIP: a larger one makes the contrast unstable
 
@@ -112,16 +113,18 @@ def chosen(s, losses):
     return {name: loss for name, loss in losses.items() if s.objective in (name, 'both')}
 
 
-def open_trunk(s, device):
-    """The pretrained encoder whose trunk is taken over, frozen; None where the settings name none.
+def open_trunk(s, saved, device):
+    """The pretrained encoder whose trunk is taken over, frozen; None where the settings name none. `saved`:
+    the checkpoint of the run, or None.
 
     Raises: ValueError where it is more than a trunk; what follows it is to be trained here.
     """
     if not s.trunk:
         return None
-    trunk = open_encoder(s.trunk, asdict(s), pool=s.pool).to(device)
+    trunk = open_encoder(source_of(s.trunk, saved, 'trunk'), asdict(s), pool=s.pool).to(device)
     if trunk.config.n_latents or trunk.config.projection != 'none':
-        raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP alone')
+        raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP, or '
+                         f'a network of timm, alone')
     return trunk
 
 

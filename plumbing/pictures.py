@@ -118,38 +118,46 @@ def eight_bits(picture):
     return Image.fromarray(grey)
 
 
-def squared(picture, side, fit, border):
+FILTERS = dict(bicubic=Image.BICUBIC, bilinear=Image.BILINEAR, lanczos=Image.LANCZOS)
+
+
+def squared(picture, side, fit, border, crop_pct=1.0, interpolation='bicubic', half_to_even=False):
     """An RGB picture as a square of `side` pixels.
 
     fit: 'squash', out of shape; 'crop', the middle; 'pad', all of it in shape, between bars of the colour
-    `border`.
+    `border`. crop_pct: of the side of that square the middle that is kept. half_to_even: where the middle
+    lies between two pixels, the even one begins it, as in torchvision; else the one before.
     Raises: ValueError.
     """
     w, h = picture.size
+    full = int(side / crop_pct)  # of which `side` pixels are kept
     if fit == 'squash':
-        size = (side, side)
-    elif fit == 'crop':  # the short side becomes `side`; cut down, as CLIP's own preprocessing does
-        size = (side, int(side * h / w)) if w <= h else (int(side * w / h), side)
-    elif fit == 'pad':  # the long side becomes `side`
-        size = (max(1, round(side * w / h)), side) if w <= h else (side, max(1, round(side * h / w)))
+        size = (full, full)
+    elif fit == 'crop':  # the short side becomes `full`; cut down, as CLIP's own preprocessing does
+        size = (full, int(full * h / w)) if w <= h else (int(full * w / h), full)
+    elif fit == 'pad':  # the long side becomes `full`
+        size = (max(1, round(full * w / h)), full) if w <= h else (full, max(1, round(full * h / w)))
     else:
         raise ValueError(f'fit={fit}: expected squash, crop or pad')
     if size[0] * size[1] > 2 ** 26 and max(w, h) > 4 * min(w, h):
         # so long and thin that all of it would fill the memory: its middle is cut out first
         left = max(0, (w - 3 * h) // 2)
         top = max(0, (h - 3 * w) // 2)
-        return squared(picture.crop((left, top, w - left, h - top)), side, fit, border)
+        middle = picture.crop((left, top, w - left, h - top))
+        return squared(middle, side, fit, border, crop_pct, interpolation, half_to_even)
     if picture.size != size:
-        picture = picture.resize(size, Image.BICUBIC)
-    if fit == 'crop':
-        left = (picture.width - side) // 2
-        top = (picture.height - side) // 2
-        return picture.crop((left, top, left + side, top + side))
+        picture = picture.resize(size, FILTERS[interpolation])
     if fit == 'pad':
-        square = Image.new('RGB', (side, side), border)
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        return square
-    return picture
+        square = Image.new('RGB', (full, full), border)
+        square.paste(picture, ((full - picture.width) // 2, (full - picture.height) // 2))
+        picture = square
+    if picture.size == (side, side):
+        return picture
+    # where halves are cut off in both ways, round() takes the even one
+    left, top = ((n - side) / 2 for n in picture.size)
+    left = round(left) if half_to_even else int(left)
+    top = round(top) if half_to_even else int(top)
+    return picture.crop((left, top, left + side, top + side))
 
 
 def picture_sheet(tiles, columns=6, scale=3, colors=None):

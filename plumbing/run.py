@@ -162,6 +162,14 @@ def saved_run(settings, free, stage):
     return saved
 
 
+def source_of(path, saved, key):
+    """The path or name of what a run reads; where that is from the hub, at the revision that it began with.
+    `saved`: its checkpoint or None, key: encoder or trunk."""
+    if saved and path == saved['settings'][key]:
+        return saved.get(f'{key}_source') or path
+    return path
+
+
 def unchanged(settings, saved, key, fingerprint):
     """Raises: ValueError where a run that goes on finds another dataset or encoder, wherever it lies."""
     if saved and saved[f'{key}_fingerprint'] != fingerprint:

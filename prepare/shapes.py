@@ -394,9 +394,15 @@ def balanced_choice(candidates, given, rng):
 
 
 def rows(config, shard=2000):
-    """Yields (split, row) for train, val and test, drawn shard by shard on all cores. No scene is in two
-    splits: a scene is drawn from its split's name and its number, with places to fractions of a pixel."""
+    """Yields (split, row) for train, val and test. No scene is in two splits: a scene is drawn from its
+    split's name and its number, with places to fractions of a pixel."""
     sizes = dict(train=config.n_train, val=config.n_val, test=config.n_test)
+    yield from on_all_cores(partial(shapes_rows, config), sizes, shard)
+
+
+def on_all_cores(draw, sizes, shard):
+    """Yields (split, row), drawn shard by shard in several processes. draw: a function (split, number of the
+    first picture, how many) -> rows; sizes: {split: its pictures}."""
     spawn = multiprocessing.get_context('spawn')
     pool = ProcessPoolExecutor(mp_context=spawn, initializer=end_with_parent)
     try:
@@ -404,7 +410,7 @@ def rows(config, shard=2000):
         for split, n in sizes.items():
             starts = range(0, n, shard)
             lengths = [min(shard, n - start) for start in starts]
-            drawn[split] = pool.map(shapes_rows, repeat(config), repeat(split), starts, lengths)
+            drawn[split] = pool.map(draw, repeat(split), starts, lengths)
         for split, shards in drawn.items():
             for shard_rows in shards:
                 for row in shard_rows:
@@ -434,11 +440,11 @@ def contact_sheet(config):
     return sheet_of(shapes_rows(config, 'train', 0, 24), config.image_px)
 
 
-def sheet_of(rows, side):
+def sheet_of(rows, side, scale=3):
     """A sheet of the pictures of some rows, all of one size."""
     tiles = {}
     for row in rows:
         picture = squared(rgb_picture(row['image']), side, 'squash', border=None)
         _, lines = tiles.setdefault(row['image'], (picture, []))
         lines.append(f"{row['question']} {row['answer']}" if row['question'] else row['caption'])
-    return picture_sheet(list(tiles.values()), columns=6, scale=3)
+    return picture_sheet(list(tiles.values()), columns=6, scale=scale)

@@ -1,0 +1,296 @@
+"""
+Mosaics: questions with known answers about photographs of one's own. Four photographs, or nine, make a
+picture; questions ask what is where, as those of the drawn shapes do.
+
+    python data.py mosaics --source=FOLDER --out=data/mosaics
+
+FOLDER has a folder of photographs for each class, whose name is what is seen there; or folders train, test
+and perhaps val, of which each has such folders. A photograph is in the mosaics of one split only: where
+splits are not given they follow a hash of its file. --groups names a text file with lines such as
+`animals: cat, dog, horse`, which allows questions about animals.
+"""
+
+import hashlib
+import io
+import math
+import random
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from plumbing.console import progress
+from plumbing.pictures import as_seen, open_picture, squared
+from plumbing.tables import SPLITS
+from prepare import split_of
+from prepare.shapes import on_all_cores, sheet_of
+
+PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+ROWS = {2: ('top', 'bottom'), 3: ('top', 'middle', 'bottom')}
+COLUMNS = {2: ('left', 'right'), 3: ('left', 'center', 'right')}
+SIDES = {'left of': (0, -1), 'right of': (0, 1), 'above': (-1, 0), 'below': (1, 0)}  # rows, columns
+SAME_IN_PLURAL = ('deer', 'sheep', 'fish', 'aircraft', 'moose', 'salmon')
+IRREGULAR = dict(person='people', man='men', woman='women', child='children', mouse='mice', goose='geese',
+                 wolf='wolves', leaf='leaves', knife='knives', tooth='teeth', foot='feet')
+
+
+@dataclass
+class Config:
+    source: str = ''            # folder of the photographs: class folders, or train/ and test/ with such
+    out: str = 'data/mosaics'   # folder to write the dataset to
+    groups: str | None = None   # text file, lines "animals: cat, dog": questions about groups too
+    n_train: int = 16000        # mosaics in train.parquet
+    n_val: int = 1000           # mosaics in val.parquet
+    n_test: int = 2000          # mosaics in test.parquet
+    grid: int = 2               # photographs along a side: 2 or 3
+    cell_px: int = 112          # side of a photograph in the mosaic, in pixels
+    describe: float = 0.25      # share of the mosaics that ask for a caption too
+    seed: int = 1337            # the same seed and photographs make the same mosaics
+    show: bool = False          # draw a contact sheet, mosaics.png, and nothing else
+
+    def __post_init__(self):
+        if not self.source:
+            raise ValueError('--source is needed: --source=FOLDER, with a folder of photographs a class')
+        if self.grid not in ROWS:
+            raise ValueError(f'grid={self.grid}: expected 2 or 3')
+        if min(self.n_train, self.n_val, self.n_test) < 0 or not 8 <= self.cell_px <= 1024:
+            raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, '
+                             f'cell_px={self.cell_px}: expected 0 or more, and 8 to 1024 pixels')
+        if not 0 <= self.describe <= 1:
+            raise ValueError(f'describe={self.describe}: expected a share, 0 to 1')
+
+
+def rows(config):
+    """Yields (split, row). A mosaic is a pure function of (seed, split, its number) and the photographs."""
+    photos = photographs(config)
+    classes = sorted({name for of_split in photos.values() for name in of_split})
+    groups = read_groups(config.groups, classes)
+    sizes = dict(train=config.n_train, val=config.n_val, test=config.n_test)
+    for split, n in sizes.items():
+        if n and len(photos[split]) < 3:
+            raise ValueError(f'{config.source}: photographs of {len(photos[split])} classes for {split}: '
+                             f'expected three or more; it has '
+                             f'{", ".join(sorted(photos[split])[:8]) or "none"}')
+    yield from on_all_cores(partial(mosaic_rows, config, photos, groups), sizes, shard=1000)
+
+
+def contact_sheet(config):
+    """Mosaics with their questions and answers, to look at -> a Pillow picture."""
+    few = replace(config, n_train=6, n_val=0, n_test=6)
+    return sheet_of([row for _, row in rows(few)], config.grid * config.cell_px, scale=1)
+
+
+def mosaic_rows(config, photos, groups, split, start, n):
+    """The rows of so many mosaics of a split, from number `start` on. photos: {split: {class: its files}},
+    groups: {name: its classes}."""
+    classes = sorted(photos[split])
+    asked = {type: Counter() for type in ASK}  # how often each question got each answer
+    made = []
+    for i in range(start, start + n):
+        rng = random.Random(f'{config.seed}/{split}/{i}')
+        cells = draw_cells(rng, classes, config.grid ** 2)
+        files = [rng.choice(photos[split][name]) for name in cells]
+        row = dict(image=paste(files, config), caption=describe(cells))
+        for type, ask in ASK.items():
+            candidates = ask(cells, classes, groups)
+            if candidates:
+                # the least asked: every answer to a question is as likely as it can be, for a blind guess
+                least = min(asked[type][both] for both in candidates)
+                both = rng.choice([both for both in candidates if asked[type][both] == least])
+                asked[type][both] += 1
+                question, answer = both
+                sample_id = f'{split}-{i}-{type}'.replace(' ', '')
+                made.append(row | dict(question=question, answer=answer, type=type, sample_id=sample_id))
+        if rng.random() < config.describe:
+            sample_id = f'{split}-{i}-describe'
+            made.append(row | dict(question=None, answer=None, type='describe', sample_id=sample_id))
+    return made
+
+
+# ----------------------------------------------------------------------------
+# the photographs
+
+def photographs(config):
+    """-> {split: {class: its files}}. Raises: FileNotFoundError, ValueError."""
+    source = Path(config.source)
+    if not source.is_dir():
+        raise FileNotFoundError(f'{source}: no such folder; --source is a folder of class folders')
+    given = {split: source / split for split in SPLITS if (source / split).is_dir()}
+    folders = given or {None: source}
+    if given and not {'train', 'test'} <= given.keys():
+        raise ValueError(f'{source}: it has {", ".join(given)}: expected train and test, or class folders '
+                         'alone')
+    if 'train' in folders and 'val' not in folders:
+        folders['train or val'] = folders.pop('train')
+    photos = {split: {} for split in SPLITS}
+    seen = {}  # digest of a photograph: its split
+    shared = 0
+    start = time.time()
+    # test first: what is in it is in no other split
+    for published in sorted(folders, key=lambda split: (split != 'test', split != 'val')):
+        files = sorted(file for file in folders[published].glob('*/**/*') if file.suffix.lower() in PICTURES)
+        for k, file in enumerate(files):
+            if k % 1000 == 0 or k == len(files) - 1:
+                progress(f'{folders[published]}: reading photographs', k + 1, len(files), start)
+            digest = hashlib.sha256(file.read_bytes()).digest()
+            split = split_of(published, digest)
+            if seen.setdefault(digest, split) != split:
+                shared += 1
+                continue
+            of_class = file.relative_to(folders[published]).parts[0]
+            photos[split].setdefault(class_name(of_class), []).append(str(file))
+        print()
+    if shared:
+        print(f'{source}: {shared} photographs are left out, as a split that comes before has them too')
+    print(' | '.join(f'{split} {sum(map(len, of_split.values()))}' for split, of_split in photos.items()),
+          'photographs')
+    return photos
+
+
+def class_name(folder):
+    """What a folder is called in questions: `Golden_Retriever` is a golden retriever."""
+    return re.sub(r'[\W_]+', ' ', folder).strip().lower()
+
+
+def read_groups(path, classes):
+    """-> {name of a group, in plural: set of its classes}. Raises: FileNotFoundError, ValueError."""
+    groups = {}
+    if path is None:
+        return groups
+    for i, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines()):
+        name, colon, members = line.partition(':')
+        if not line.strip() or line.startswith('#'):
+            continue
+        members = {class_name(member) for member in members.split(',')}
+        unknown = members - set(classes)
+        if not colon or unknown:
+            raise ValueError(f'{path}: line {i + 1}: {line!r}: expected "name: class, class", of the classes '
+                             f'{", ".join(classes[:20])}')
+        groups[name.strip().lower()] = members
+    return groups
+
+
+def draw_cells(rng, classes, n):
+    """The classes of n cells: one to n different ones, so that there is something to count."""
+    different = rng.sample(classes, min(rng.randint(1, n), len(classes)))
+    cells = different + rng.choices(different, k=n - len(different))
+    rng.shuffle(cells)
+    return cells
+
+
+def paste(files, config):
+    """-> the bytes of a mosaic's file. Raises: ValueError naming a photograph that cannot be used."""
+    px = config.cell_px
+    mosaic = Image.new('RGB', (config.grid * px, config.grid * px))
+    for k, file in enumerate(files):
+        try:
+            photo = as_seen(open_picture(Path(file).read_bytes()))
+        except ValueError as e:
+            raise ValueError(f'{file}: {e}: remove or repair it') from None
+        row, column = divmod(k, config.grid)
+        mosaic.paste(squared(photo, px, 'crop', border=None), (column * px, row * px))
+    file = io.BytesIO()
+    mosaic.save(file, 'JPEG', quality=92)
+    return file.getvalue()
+
+
+# ----------------------------------------------------------------------------
+# words: each function lists the questions that a mosaic allows, with their answers
+
+def ask_what(cells, classes, groups):
+    return [(f'what is at the {place(k, cells)}?', name) for k, name in enumerate(cells)]
+
+
+def ask_exist(cells, classes, groups):
+    asked = [(f'is there {a(name)}?', 'yes' if name in cells else 'no') for name in classes]
+    for group, members in groups.items():
+        asked.append((f'are there any {group}?', 'yes' if members & set(cells) else 'no'))
+    return asked
+
+
+def ask_count(cells, classes, groups):
+    counts = counts_of(cells, classes, groups)
+    return [(f'how many {words} are there?', str(n)) for words, n in counts.items()]
+
+
+def ask_compare(cells, classes, groups):
+    """Two that are there both; a draw is a no."""
+    there = {words: n for words, n in counts_of(cells, classes, {}).items() if n}
+    asked = [(f'are there more {a} than {b}?', 'yes' if m > n else 'no')
+             for a, m in there.items() for b, n in there.items() if a != b]
+    of_groups = counts_of(cells, [], groups)
+    return asked + [(f'are there more {a} than {b}?', 'yes' if m > n else 'no')
+                    for a, m in of_groups.items() for b, n in of_groups.items() if a != b]
+
+
+def ask_relation(cells, classes, groups):
+    return [(f'what is {side} the {name}?', cells[neighbour])
+            for k, name in only_ones(cells) for side, neighbour in neighbours(k, cells).items()]
+
+
+def ask_two_steps(cells, classes, groups):
+    return [(f'what is {second} the photo {first} the {name}?', cells[end])
+            for k, name in only_ones(cells)
+            for first, middle in neighbours(k, cells).items()
+            for second, end in neighbours(middle, cells).items() if end != k]
+
+
+ASK = {'what': ask_what, 'exist': ask_exist, 'count': ask_count, 'compare': ask_compare,
+       'relation': ask_relation, '2 steps': ask_two_steps}
+
+
+def counts_of(cells, classes, groups):
+    """How many there are of classes and of groups, under the words that a question uses."""
+    counts = {plural_of(name): cells.count(name) for name in classes}
+    return counts | {group: sum(name in members for name in cells) for group, members in groups.items()}
+
+
+def only_ones(cells):
+    """The cells that can be told by their class: [(number, class)]."""
+    return [(k, name) for k, name in enumerate(cells) if cells.count(name) == 1]
+
+
+def neighbours(k, cells):
+    """-> {side: number of the cell there}"""
+    grid = math.isqrt(len(cells))
+    row, column = divmod(k, grid)
+    found = {}
+    for side, (down, right) in SIDES.items():
+        if 0 <= row + down < grid and 0 <= column + right < grid:
+            found[side] = (row + down) * grid + column + right
+    return found
+
+
+def place(k, cells):
+    grid = math.isqrt(len(cells))
+    row, column = divmod(k, grid)
+    words = f'{ROWS[grid][row]} {COLUMNS[grid][column]}'
+    return 'center' if words == 'middle center' else words
+
+
+def describe(cells):
+    """The caption that the `describe` questions ask for: every photograph, row by row."""
+    parts = [f'{a(name)} at the {place(k, cells)}' for k, name in enumerate(cells)]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def a(name):
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural_of(name):
+    """English, mostly: `a box` and `boxes`, `a pony` and `ponies`."""
+    first, last = name[:name.rfind(' ') + 1], name[name.rfind(' ') + 1:]
+    if last in SAME_IN_PLURAL:
+        return name
+    if last in IRREGULAR:
+        return first + IRREGULAR[last]
+    if last.endswith(('s', 'x', 'z', 'ch', 'sh')):
+        return name + 'es'
+    if re.fullmatch('.*[^aeiou]y', last):
+        return name[:-1] + 'ies'
+    return name + 's'
