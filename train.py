@@ -102,6 +102,7 @@ class TrainConfig:
     inner_steps: int = 4                      # n, passes of a cycle; add makes one more; judged with so many
     recall: bool = True                       # written tokens come in at every pass; add always has them
     min_inner_steps: int | None = None        # a step draws its passes, from this to inner_steps; None: no
+    draw_after: float = 0.0                   # share of the steps that have min_inner_steps, before any draws
     outer_steps: int = 1                      # T, cycles of so many passes; no gradient crosses them
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute passes for the gradient: less memory, more time
@@ -142,6 +143,8 @@ class TrainConfig:
         self.model_config(vision_dim=1)  # bad sizes are said now, not after the pictures are encoded
         if self.kind == 'plain':
             self.min_inner_steps = None  # it is passed once
+        if not 0 <= self.draw_after <= 1:
+            raise ValueError(f'draw_after={self.draw_after}: expected a share of the steps, 0 to 1')
         if self.min_inner_steps is not None and self.min_inner_steps > self.inner_steps:
             raise ValueError(f'min_inner_steps={self.min_inner_steps}: expected at most '
                              f'inner_steps={self.inner_steps}')
@@ -362,19 +365,22 @@ def is_due(step, s):
 def passes_of_step(step, s):
     """The passes of a training step, drawn by (seed, step); None where they are not drawn.
 
-    A share of (min_inner_steps / k)^2 of the steps has k passes or more: deep steps are rare, so they cost
-    little.
+    Of those that are drawn a share of (min_inner_steps / k)^2 has k passes or more: deep steps are rare, so
+    they cost little.
     """
     if s.min_inner_steps is None:
         return None
+    if step < s.draw_after * s.max_steps:  # what passes are for is learnt sooner while they do not change
+        return s.min_inner_steps
     u = 1 - random.Random(f'{s.seed}/{step}').random()                 # in (0, 1]
     return min(s.inner_steps, int(s.min_inner_steps / u ** .5))
 
 
 def mean_passes(s):
-    """The mean of the draws of `passes_of_step`, where passes are drawn."""
+    """The mean of `passes_of_step`, where passes are drawn."""
     deeper = range(s.min_inner_steps + 1, s.inner_steps + 1)
-    return s.min_inner_steps + sum((s.min_inner_steps / k) ** 2 for k in deeper)
+    more = sum((s.min_inner_steps / k) ** 2 for k in deeper)
+    return s.min_inner_steps + (1 - s.draw_after) * more
 
 
 def draw_if_missing():

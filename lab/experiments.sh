@@ -103,8 +103,8 @@ add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 
 
 # elastic: passes drawn for every training step, beside always as many, at equal training FLOPs; and y alone
 for k in "elastic elastic" "elastic_loop elastic --recursion=loop" "main trm" \
-         "swaps_elastic swaps" "swaps_elastic_loop swaps --recursion=loop" \
-         "swaps_four swaps --inner_steps=4 --min_inner_steps=None --recall=false --max_steps=3000 --eval_interval=500"; do
+         "swaps_elastic swaps" "swaps_drawn swaps --draw_after=0 --max_steps=2350 --eval_interval=470" "swaps_elastic_loop swaps --recursion=loop" \
+         "swaps_four swaps --inner_steps=4 --min_inner_steps=None --draw_after=0 --recall=false --max_steps=3000 --eval_interval=500"; do
     set -- $k; add elastic $1 config/$2.py "${@:3}"
 done
 

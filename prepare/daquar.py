@@ -4,8 +4,8 @@ research only).
 
 --source holds all_qa_pairs.txt with train_images_list.txt and test_images_list.txt, or qa.894.raw.train.txt
 and qa.894.raw.test.txt (or 37), as published: a line with a question, then one with its answer. --images
-holds image1.png and so on. The published split is kept, and val is taken from the training pictures. Left out are
-the words `in the image17`, and the _ of `garbage_bin`.
+holds image1.png and so on. The published split is kept, and val is taken from the training pictures. Left
+out are the words `in the image17`, and the _ of `garbage_bin`.
 """
 
 import re

@@ -124,6 +124,9 @@ def test_passes_of_steps(flags, tmp_path, monkeypatch):
     assert sum(drawn) / len(drawn) == pytest.approx(train.mean_passes(s), rel=.02)
     assert drawn[:50] != [train.passes_of_step(step, train.TrainConfig(seed=1, min_inner_steps=2, inner_steps=16)) for step in range(50)]
     assert train.passes_of_step(3, train.TrainConfig()) is None
+    later = train.TrainConfig(min_inner_steps=2, inner_steps=16, draw_after=.75, max_steps=20_000)
+    late = [train.passes_of_step(step, later) for step in range(20_000)]
+    assert set(late[:15_000]) == {2} and late[15_000:] == drawn[15_000:] and sum(late) / len(late) == pytest.approx(train.mean_passes(later), rel=.02)
 
     seen = []
     forward = Decoder.forward
