@@ -59,7 +59,7 @@ from prepare.shapes import draw_shapes
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
 # variety is a setting of align
 MAY_BE_ZERO = ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay', 'min_lr_ratio', 'warmup_ratio',
-               'beta1', 'beta2', 'momentum', 'variety')
+               'beta1', 'beta2', 'momentum', 'variety', 'draw_after')
 
 
 @dataclass

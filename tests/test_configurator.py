@@ -184,7 +184,7 @@ def test_progress(console, said, capsys, monkeypatch):
 
 @pytest.mark.parametrize('module, name', [
     ('train', 'TrainConfig'), ('eval', 'EvalConfig'), ('align.config', 'AlignConfig'), ('align.judge', 'JudgeConfig'), ('lab.bench', 'BenchConfig'), ('lab.states', 'StatesConfig'),
-    ('lab.passes', 'PassesConfig'), ('lab.depths', 'DepthsConfig'), ('lab.guess', 'GuessConfig'), ('lab.compare', 'CompareConfig'), ('prepare', 'ImportConfig'), ('prepare.shapes', 'Config'), ('prepare.sortofclevr', 'Config')])
+    ('lab.passes', 'PassesConfig'), ('lab.depths', 'DepthsConfig'), ('lab.guess', 'GuessConfig'), ('lab.cells', 'CellsConfig'), ('prepare.mosaics', 'Config'), ('lab.compare', 'CompareConfig'), ('prepare', 'ImportConfig'), ('prepare.shapes', 'Config'), ('prepare.sortofclevr', 'Config')])
 def test_help_lists_every_setting(module, name):
     """No setting is missing from --help, which reads a setting, its value and its comment off one line of the source."""
     config = getattr(importlib.import_module(module), name)

@@ -1,0 +1,129 @@
+"""
+What the tokens of mosaics allow (prepare/mosaics.py): how often a linear probe names a photograph from the
+tokens of its part of the picture, and what EM who sees no better would have, who reasons without a mistake.
+
+    python -m lab.cells --out_dir=out/mosaics --groups=groups.txt
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from configurator import configure
+from eval import load_run, result_table, rows_to_judge, scored, summaries
+from plumbing.console import run_script
+from plumbing.features import vision_source
+from plumbing.machine import pick_device
+from plumbing.run import read_checkpoint
+from prepare.mosaics import ASK, place, read_groups
+
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the probe's weights; the best on val is taken
+
+
+@dataclass
+class CellsConfig:
+    out_dir: str = 'out/mosaics'  # the run whose encoder is looked at, and whose dataset
+    grid: int = 2                 # photographs along a side of a mosaic, as it was made with
+    groups: str | None = None     # the file of groups that the mosaics were made with
+    encoder: str | None = None    # where the encoder of the run lies now
+    split: str = 'test'           # train, val or test
+    device: str = 'auto'          # auto (a GPU if there is one), cpu, cuda, ...
+
+
+@torch.no_grad()
+def cells_of(tokens, grid):
+    """The mean token of every cell; one that two cells share counts for both.
+    Shapes: (B, N, D) -> (B, grid * grid, D)"""
+    side = math.isqrt(tokens.size(1))
+    image = tokens.mT.unflatten(2, (side, side))                       # (B, D, side, side)
+    return F.adaptive_avg_pool2d(image, grid).flatten(2).mT            # (B, grid * grid, D)
+
+
+def labelled(rows, vision_of, grid):
+    """Cells whose class a question tells -> mean tokens (n, D), names of classes [n]"""
+    places = [f'what is at the {place(k, range(grid ** 2))}?' for k in range(grid ** 2)]
+    asked = [i for i, question in enumerate(rows.question) if question in places]
+    seen = []
+    for start in range(0, len(asked), 500):
+        some = asked[start:start + 500]
+        cells = cells_of(vision_of(torch.tensor([rows.picture[i] for i in some])), grid)
+        seen.append(cells[range(len(some)), [places.index(rows.question[i]) for i in some]])   # (B, D)
+    return torch.cat(seen), [rows.references[i][0] for i in asked]
+
+
+def probe(x, y, n_classes, decay):
+    """Multinomial logistic regression. Shapes: x (n, D), y (n,) -> weights (D + 1, n_classes)"""
+    x = F.pad(x, (0, 1), value=1.0)                                    # (n, D + 1)
+    w = torch.zeros(x.size(1), n_classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w], max_iter=200, line_search_fn='strong_wolfe')
+
+    def loss():
+        optimizer.zero_grad()
+        total = F.cross_entropy(x @ w, y) + decay * w[:-1].square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return w.detach()
+
+
+def classes_of(x, w):
+    """Shapes: (..., D), (D + 1, n_classes) -> (...)"""
+    return (x @ w[:-1] + w[-1]).argmax(-1)
+
+
+def answer(type, question, cells, classes, groups):
+    """What follows from the classes of the cells; '' where the question names something that is not there."""
+    return dict(ASK[type](cells, classes, groups)).get(question, '')
+
+
+def main(argv=None):
+    s, _ = configure(CellsConfig, sys.argv[1:] if argv is None else argv, '-m lab.cells')
+    checkpoint = read_checkpoint(s.out_dir)
+    run = checkpoint['settings']
+    device = pick_device(s.device)
+    _, encoder, _ = load_run(checkpoint, device, s.encoder)
+    rows = {split: rows_to_judge(run['dataset'], split) for split in ('train', 'val', s.split)}
+    vision_of = {split: partial(vision_source(run, encoder, of_split, device), encoder)
+                 for split, of_split in rows.items()}
+    x, y = {}, {}
+    for split, of_split in rows.items():
+        x[split], names = labelled(of_split, vision_of[split], s.grid)
+        if split == 'train':
+            classes = sorted(set(names))
+            mean, std = x['train'].mean(0), x['train'].std(0) + 1e-6
+        x[split] = (x[split] - mean) / std
+        y[split] = torch.tensor([classes.index(name) for name in names], device=device)
+    best = None
+    for decay in DECAYS:
+        w = probe(x['train'], y['train'], len(classes), decay)
+        right = (classes_of(x['val'], w) == y['val']).float().mean().item()
+        if best is None or right > best[0]:
+            best = right, decay, w
+    right, decay, w = best
+    on_split = (classes_of(x[s.split], w) == y[s.split]).float().mean().item()
+    print(f'linear probe on the cells: {on_split:.3f} of {len(y[s.split])} named rightly ({right:.3f} on '
+          f'val, decay {decay:g}, {len(y["train"])} cells to learn from)')
+    # who sees what the probe sees, and reasons without a mistake
+    groups = read_groups(s.groups, classes)
+    judged = rows[s.split]
+    predictions = []
+    seen = {}  # picture: the classes of its cells
+    for i, type in enumerate(judged.type):
+        if type not in ASK:
+            continue
+        picture = judged.picture[i]
+        if picture not in seen:
+            cells = cells_of(vision_of[s.split](torch.tensor([picture])), s.grid)[0]           # (cells, D)
+            seen[picture] = [classes[k] for k in classes_of((cells - mean) / std, w)]
+        follows = answer(type, judged.question[i], seen[picture], classes, groups)
+        predictions.append(scored(judged, i, follows))
+    print(result_table(summaries(predictions)))
+
+
+if __name__ == '__main__':
+    run_script(main)
