@@ -49,6 +49,7 @@ class EvalConfig:
     out_dir: str = 'out/trm'        # the run to evaluate
     split: str = 'test'             # train, val or test
     dataset: str | None = None      # another dataset folder than the one of the run, or where that lies now
+    wrong_pictures: bool = False    # a control: every question about the picture of another one
     encoder: str | None = None      # where the encoder of the run lies now
     image: str | None = None        # a picture file: answer `question` about it instead
     question: str | None = None     # the question about `image`
@@ -504,6 +505,12 @@ def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
                          'all states anew')
 
 
+def of_another(vision_of, n, picture):
+    """The image tokens of other pictures than those that are asked about, the same ones every time.
+    Shapes: picture (B,), numbers below n -> (B, N, D)"""
+    return vision_of((picture + n // 2) % n)
+
+
 def main(argv=None):
     s, _ = configure(EvalConfig, sys.argv[1:] if argv is None else argv, 'eval.py')
     with processes(s) as device:
@@ -530,6 +537,8 @@ def judge(s, device):
     questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
     rows = questions.rows
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    if s.wrong_pictures:
+        vision_of = partial(of_another, vision_of, len(rows.pictures))
     batch_size = s.batch_size or min(256, run['batch_size'])
     metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, s.halt, **sampling)
     print(result_table(metrics))

@@ -1,7 +1,6 @@
 """Networks of timm as trunks, names of the hub: tokens and preprocessing are the library's own; nothing is fetched that need not be, and nothing runs."""
 
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,8 +12,12 @@ from conftest import ROOT
 from PIL import Image
 from test_clip import hugging_face, peers
 
+import align.__main__ as align
 import train
+from align import judge
 from encoder import load_encoder
+from prepare.shapes import Config as ShapesConfig
+from prepare.shapes import draw_shapes
 from pretrained import hub
 
 peers()  # imports timm too
@@ -38,6 +41,14 @@ def network(name, px, path, **more):
     torch.save(net.state_dict(), path)
     config = timm.data.resolve_data_config(dict(img_size=px), model=net)
     return net, timm.data.create_transform(**config)
+
+
+@pytest.fixture(scope='module')
+def few_shapes(tmp_path_factory):
+    """Questions with short answers: an untrained decoder never stops."""
+    out = tmp_path_factory.mktemp('few') / 'shapes'
+    draw_shapes(ShapesConfig(out=str(out), n_train=30, n_val=12, n_test=12, describe=0, types='shape,exist'))
+    return out
 
 
 def pictures(folder):
@@ -143,28 +154,21 @@ def test_trained_along_its_statistics_stay(tmp_path):
     assert any('conv' in key for key in moved) and not any('running' in key for key in moved)
 
 
-def test_aligned_then_trained(tiny_shapes, tmp_path):
+def test_aligned_then_trained(few_shapes, tmp_path, capsys):
     """Stage 1 on a network of timm, stage 2 on what came out; its file says which network it is and needs no other."""
     network('test_vit', 160, tmp_path / 'w.pth')
 
-    def run(*argv):
-        code = f'import sys, runpy; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]; import test_clip; sys.argv = sys.argv[1:]; '
-        code += 'runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)'
-        done = subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    common = [f'--dataset={tiny_shapes}', f'--cache_dir={tmp_path}/cache', '--max_steps=2', '--eval_interval=2', '--device=cpu', '--vocab_size=400']
-    run('align', str(ROOT / 'config/align_pixmo.py'), *common, f'--out_dir={tmp_path}/align', f'--trunk=timm/test_vit@{tmp_path}/w.pth', '--batch_size=16',
+    common = [f'--dataset={few_shapes}', f'--cache_dir={tmp_path}/cache', '--max_steps=2', '--eval_interval=2', '--device=cpu', '--vocab_size=300']
+    align.main([str(ROOT / 'config/align_pixmo.py'), *common, f'--out_dir={tmp_path}/align', f'--trunk=timm/test_vit@{tmp_path}/w.pth', '--batch_size=16',
         '--encoder_px=64', '--n_latents=4', '--perceiver_layers=1', '--perceiver_width=32', '--perceiver_heads=2', '--encoder_dim=32', '--prefixes=8,32',
-        '--text_width=32', '--text_layers=1')
+        '--text_width=32', '--text_layers=1'])
     e = load_encoder(tmp_path / 'align/encoder.pt')
     assert e.config.trunk == 'timm/test_vit' and e.encode_images(torch.zeros(1, 3, 64, 64)).shape == (1, 4, 32)
-    assert 'retrieval among 20' in run('align.judge', f'--out_dir={tmp_path}/align', '--split=val')
+    judge.main([f'--out_dir={tmp_path}/align', '--split=val'])
+    assert capsys.readouterr().out.count('retrieval among 12') == 2
     (tmp_path / 'w.pth').unlink()
-    text = run('train', *common, f'--out_dir={tmp_path}/run', f'--encoder={tmp_path}/align/encoder.pt')
-    assert 'describe' in text or 'all' in text
-    assert 'all' in run('eval', f'--out_dir={tmp_path}/run', '--split=val')
+    train.main([*common, f'--out_dir={tmp_path}/run', f'--encoder={tmp_path}/align/encoder.pt', '--max_answer_tokens=12'])
+    assert 'exist' in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------
@@ -243,9 +247,9 @@ def test_what_is_fetched(monkeypatch, tmp_path, capsys):
         load_encoder('someone/clip')
 
 
-def test_a_run_keeps_its_revision(cached, tiny_shapes, tmp_path, capsys):
-    """Where the hub has moved on, a run goes on and is evaluated with the revision that it began with; one that is gone is an error, as is another."""
-    flags = [f'--dataset={tiny_shapes}', '--cache_dir=feat', '--out_dir=run', '--encoder=someone/clip', '--device=cpu', '--vocab_size=400', '--eval_interval=2']
+def test_a_run_keeps_its_revision(cached, few_shapes, tmp_path, monkeypatch):
+    """Where the hub has moved on, a run goes on and is evaluated with the revision that it began with; one that is gone is an error, as is another. With wrong_pictures every question is about another picture."""
+    flags = [f'--dataset={few_shapes}', '--cache_dir=feat', '--out_dir=run', '--encoder=someone/clip', '--device=cpu', '--vocab_size=300', '--max_answer_tokens=12']
     train.main([*flags, '--max_steps=2'])
     moved = 'd' * 40
     hugging_face(hidden_size=64).save_pretrained(cached / 'snapshots' / moved)
@@ -256,8 +260,16 @@ def test_a_run_keeps_its_revision(cached, tiny_shapes, tmp_path, capsys):
     checkpoint = read_checkpoint('run')
     assert checkpoint['encoder_source'] == f'someone/clip@{SHA}' and checkpoint['run']['step'] == 4
     evaluation.main(['--out_dir=run', '--split=val', '--device=cpu'])
+    asked = []
+    of_picture = evaluation.vision_source
+    monkeypatch.setattr(evaluation, 'vision_source', lambda *args: lambda encoder, picture: asked.append(picture) or of_picture(*args)(encoder, picture))
+    for flags_of in ([], ['--wrong_pictures=true']):
+        evaluation.main(['--out_dir=run', '--split=val', '--device=cpu', *flags_of])
+    n = len(asked) // 2  # every picture is another one then, and none is left out
+    right, wrong = torch.cat(asked[:n]), torch.cat(asked[n:])
+    assert (right != wrong).all() and set(right.tolist()) == set(wrong.tolist()) == set(range(12))
     with pytest.raises(ValueError, match='another fingerprint'):
-        train.main([*flags[:-3], f'--encoder=someone/clip@{moved}', *flags[-3:], '--max_steps=6'])
+        train.main([*flags, f'--encoder=someone/clip@{moved}', '--max_steps=6'])
     shutil.rmtree(cached / 'snapshots' / SHA)
     with pytest.raises(ValueError, match='does not give it'):
         evaluation.main(['--out_dir=run', '--split=val', '--device=cpu'])
