@@ -1,11 +1,13 @@
 """
 What the tokens of mosaics allow (prepare/mosaics.py): how often a linear probe names a photograph from the
-tokens of its part of the picture, and what EM who sees no better would have, who reasons without a mistake.
+tokens of its part of the picture, and what EM who sees no better would have, who reasons without a mistake. A
+question that names a photograph which the probe does not see, or sees twice, counts as wrong.
 
     python -m lab.cells --out_dir=out/mosaics --groups=groups.txt
 """
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,7 @@ from plumbing.console import run_script
 from plumbing.features import vision_source
 from plumbing.machine import pick_device
 from plumbing.run import read_checkpoint
-from prepare.mosaics import ASK, place, read_groups
+from prepare.mosaics import ASK, counts_of, place, read_groups
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the probe's weights; the best on val is taken
 
@@ -77,7 +79,11 @@ def classes_of(x, w):
 
 
 def answer(type, question, cells, classes, groups):
-    """What follows from the classes of the cells; '' where the question names something that is not there."""
+    """What follows from the classes of the cells; '' where the question names something that is not seen."""
+    if type == 'compare':  # none of something is seen too
+        counts = counts_of(cells, classes, groups)
+        first, second = re.fullmatch(r'are there more (.*) than (.*)\?', question).groups()
+        return 'yes' if counts[first] > counts[second] else 'no'
     return dict(ASK[type](cells, classes, groups)).get(question, '')
 
 
