@@ -1,7 +1,6 @@
 """
 What the tokens of mosaics allow (prepare/mosaics.py): how often a linear probe names a photograph from the
-tokens of its part of the picture, and what EM who sees no better would have, who reasons without a mistake. A
-question that names a photograph which the probe does not see, or sees twice, counts as wrong.
+tokens of its part of the picture, and what EM who sees no better would have, who reasons without a mistake.
 
     python -m lab.cells --out_dir=out/mosaics --groups=groups.txt
 """
@@ -21,7 +20,7 @@ from plumbing.console import run_script
 from plumbing.features import vision_source
 from plumbing.machine import pick_device
 from plumbing.run import read_checkpoint
-from prepare.mosaics import ASK, counts_of, place, read_groups
+from prepare.mosaics import ASK, SIDES, counts_of, neighbours, place, read_groups
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the probe's weights; the best on val is taken
 
@@ -73,18 +72,37 @@ def probe(x, y, n_classes, decay):
     return w.detach()
 
 
-def classes_of(x, w):
-    """Shapes: (..., D), (D + 1, n_classes) -> (...)"""
-    return (x @ w[:-1] + w[-1]).argmax(-1)
+def scores_of(x, w):
+    """Shapes: (..., D), (D + 1, n_classes) -> (..., n_classes)"""
+    return x @ w[:-1] + w[-1]
 
 
-def answer(type, question, cells, classes, groups):
-    """What follows from the classes of the cells; '' where the question names something that is not seen."""
+def answer(type, question, scores, classes, groups):
+    """What follows from what is seen. Shapes: scores (cells, n_classes)"""
+    cells = [classes[k] for k in scores.argmax(-1)]
     if type == 'compare':  # none of something is seen too
         counts = counts_of(cells, classes, groups)
         first, second = re.fullmatch(r'are there more (.*) than (.*)\?', question).groups()
         return 'yes' if counts[first] > counts[second] else 'no'
-    return dict(ASK[type](cells, classes, groups)).get(question, '')
+    if type in ('relation', '2 steps'):
+        return followed(question, scores, cells, classes)
+    return dict(ASK[type](cells, classes, groups))[question]
+
+
+def followed(question, scores, cells, classes):
+    """What is some steps away from the cell that looks most like what is named: it is there, as it is asked
+    about."""
+    steps = re.findall('|'.join(SIDES), question)[::-1]
+    named = classes.index(re.search(r'the ([^?]*)\?', question.split(steps[0])[-1])[1])
+    ends = {}
+    for start in range(len(cells)):
+        k = start
+        for side in steps:
+            k = None if k is None else neighbours(k, cells).get(side)
+        if k is not None:
+            ends[start] = k
+    start = max(ends, key=lambda start: scores[start, named].item())
+    return cells[ends[start]]
 
 
 def main(argv=None):
@@ -107,25 +125,25 @@ def main(argv=None):
     best = None
     for decay in DECAYS:
         w = probe(x['train'], y['train'], len(classes), decay)
-        right = (classes_of(x['val'], w) == y['val']).float().mean().item()
+        right = (scores_of(x['val'], w).argmax(-1) == y['val']).float().mean().item()
         if best is None or right > best[0]:
             best = right, decay, w
     right, decay, w = best
-    on_split = (classes_of(x[s.split], w) == y[s.split]).float().mean().item()
+    on_split = (scores_of(x[s.split], w).argmax(-1) == y[s.split]).float().mean().item()
     print(f'linear probe on the cells: {on_split:.3f} of {len(y[s.split])} named rightly ({right:.3f} on '
           f'val, decay {decay:g}, {len(y["train"])} cells to learn from)')
     # who sees what the probe sees, and reasons without a mistake
     groups = read_groups(s.groups, classes)
     judged = rows[s.split]
     predictions = []
-    seen = {}  # picture: the classes of its cells
+    seen = {}  # picture: the scores of its cells
     for i, type in enumerate(judged.type):
         if type not in ASK:
             continue
         picture = judged.picture[i]
         if picture not in seen:
             cells = cells_of(vision_of[s.split](torch.tensor([picture])), s.grid)[0]           # (cells, D)
-            seen[picture] = [classes[k] for k in classes_of((cells - mean) / std, w)]
+            seen[picture] = scores_of((cells - mean) / std, w)         # (cells, n_classes)
         follows = answer(type, judged.question[i], seen[picture], classes, groups)
         predictions.append(scored(judged, i, follows))
     print(result_table(summaries(predictions)))

@@ -7,10 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import data
+import lab.cells
+import train
 from data import read_rows
+from encoder import Encoder, EncoderConfig, save_encoder
 from prepare import mosaics
 
 COLORS = {'red_fox': (200, 30, 30), 'Ox': (30, 200, 30), 'fish': (30, 30, 200), 'airplane': (200, 200, 30), 'bus': (30, 200, 200)}
@@ -26,8 +30,15 @@ def photo(path, color, size=(40, 30)):
     picture.save(path)
 
 
+def on_one_core(draw, sizes, shard):
+    for split, n in sizes.items():
+        for row in draw(split, 0, n):
+            yield split, row
+
+
 @pytest.fixture
-def classes(tmp_path):
+def classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(mosaics, 'on_all_cores', on_one_core)  # to start processes takes seconds
     NOISE.seed(0)
     for name, color in COLORS.items():
         for i in range(24):
@@ -55,6 +66,7 @@ def cells_of(data, grid):
 
 
 PLURALS = {'red foxes': 'red fox', 'oxes': 'ox', 'fish': 'fish', 'airplanes': 'airplane', 'buses': 'bus'}
+CLASSES = sorted(PLURALS.values())
 MEMBERS = dict(animals=('red fox', 'ox', 'fish'), vehicles=('airplane', 'bus'))
 
 
@@ -86,8 +98,10 @@ def answer(question, cells, grid):
 
 
 @pytest.mark.parametrize('grid', [2, 3])
-def test_mosaics_ask_what_is_there(classes, grid):
+def test_mosaics_ask_what_is_there(classes, grid, monkeypatch):
     """Every answer follows from the question and the pixels; captions name what is where; all six types are asked."""
+    if grid == 2:
+        monkeypatch.undo()  # on all cores
     rows = made(classes, f'--groups={classes}/groups.txt', f'--grid={grid}', '--describe=1')
     types = Counter()
     for split in rows.values():
@@ -97,7 +111,10 @@ def test_mosaics_ask_what_is_there(classes, grid):
             if split.type[i] == 'describe':
                 assert re.findall('an? (.*?) at the', split.references[i][0]) == cells
             else:
-                assert list(split.references[i]) == [answer(split.question[i], cells, grid)], split.question[i]
+                true = answer(split.question[i], cells, grid)
+                assert list(split.references[i]) == [true], split.question[i]
+                seen = torch.eye(len(CLASSES))[[CLASSES.index(c) for c in cells]]  # who sees everything, and reasons, is always right
+                assert lab.cells.answer(split.type[i], split.question[i], seen, CLASSES, {name: set(of) for name, of in MEMBERS.items()}) == true
     assert set(types) == {*mosaics.ASK, 'describe'} and len(rows['train'].pictures) > 40  # two may be the same
     asked = ' '.join(rows['train'].question)
     assert 'animals' in asked and 'a bus' in asked and 'an airplane' in asked and 'red foxes' in asked
@@ -136,9 +153,8 @@ def test_one_seed_one_dataset(classes):
     assert first['train'].sum.hexdigest() == second['train'].sum.hexdigest() != other['train'].sum.hexdigest()
 
 
-def test_mosaics_say_what_is_wrong(classes, monkeypatch):
+def test_mosaics_say_what_is_wrong(classes):
     """No source, no folder, too few classes, a group of an unknown class, a photograph that is torn, half of the splits."""
-    monkeypatch.setattr(mosaics, 'on_all_cores', lambda draw, sizes, shard: ((split, row) for split, n in sizes.items() for row in draw(split, 0, n)))
     with pytest.raises(ValueError, match='--source is needed'):
         data.main(['mosaics'])
     with pytest.raises(FileNotFoundError, match='no such folder'):
@@ -172,6 +188,23 @@ def test_mosaics_balance_answers(classes):
     counts = {type: Counter(row['answer'] for row in rows if row['type'] == type) for type in mosaics.ASK}
     for type, most in dict(what=.15, exist=.53, relation=.15, compare=.6, count=.3).items():
         assert counts[type].most_common(1)[0][1] < most * counts[type].total(), (type, counts[type])
+
+
+def test_cells(classes, capsys):
+    """A probe of a random encoder's patches tells the colours of one-coloured photographs, and what follows is right: both are printed."""
+    made(classes, f'--groups={classes}/groups.txt', '--describe=0', '--cell_px=32')
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(width=32, n_layer=1, n_latents=0, projection='none', vision_dim=32, prefixes=(32,)))
+    save_encoder(encoder, classes / 'encoder.pt')
+    train.main([f'--dataset={classes}/out0', f'--encoder={classes}/encoder.pt', f'--out_dir={classes}/run', f'--cache_dir={classes}/cache', '--max_steps=1', '--eval_interval=1', '--device=cpu',
+                '--vocab_size=300', '--max_answer_tokens=12', '--max_question_tokens=60'])
+    capsys.readouterr()
+    lab.cells.main([f'--out_dir={classes}/run', f'--groups={classes}/groups.txt', '--device=cpu'])
+    text = capsys.readouterr().out
+    assert float(re.search('cells: (.*) of 20 named rightly', text)[1]) >= .9
+    assert float(re.search(r'all +\| +\d+ \| (\S+)', text)[1]) >= .85
+    cells = lab.cells.cells_of(torch.arange(16.).view(1, 16, 1), 2)
+    assert cells.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
 
 @pytest.mark.parametrize('form', ['lists', 'raw'])
