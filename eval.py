@@ -538,6 +538,8 @@ def judge(s, device):
     rows = questions.rows
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
     if s.wrong_pictures:
+        if len(rows.pictures) < 2:
+            raise ValueError(f'--wrong_pictures: the {s.split} split has no other picture')
         vision_of = partial(of_another, vision_of, len(rows.pictures))
     batch_size = s.batch_size or min(256, run['batch_size'])
     metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, s.halt, **sampling)

@@ -11,9 +11,15 @@ import csv
 import re
 from pathlib import Path
 
+from plumbing.console import cut
 from prepare import published, text_lines
 
 NAMES = ('captions.txt', 'Flickr8k.token.txt', 'results_20130124.token')
+IMAGE = ('image', 'image_name', 'file', 'filename')
+CAPTION = ('caption', 'comment')
+TOKEN_SIGN = r'#\d+\t'
+TOKEN = r'[^,\t]+' + TOKEN_SIGN
+csv.field_size_limit(2**26)  # signs
 
 
 def rows(config):
@@ -34,14 +40,29 @@ def rows(config):
 
 
 def captions_of(file):
-    """-> {name of a picture: its captions}, in the order of the file."""
+    """-> {name of a picture: its captions}, in the order of the file. Raises: ValueError."""
     captions = {}
-    for line in text_lines(file):
-        if re.match(r'[^,\t]+#\d+\t', line):
-            image, caption = re.split(r'#\d+\t', line, maxsplit=1)
-        else:
-            image, *fields = next(csv.reader([line]), [''])
-            caption = ','.join(fields)
-        if image and (image, caption.strip()) != ('image', 'caption'):
-            captions.setdefault(image.strip(), []).append(caption.strip())
+    for image, caption in pairs(file):
+        captions.setdefault(image, []).append(caption)
     return captions
+
+
+def pairs(file):
+    """Yields (name of a picture, a caption of it). Raises: ValueError."""
+    first = next(iter(text_lines(file)), '')
+    if re.match(TOKEN, first):
+        for line in text_lines(file):
+            if line.strip():
+                image, *caption = re.split(TOKEN_SIGN, line, maxsplit=1)
+                yield image.strip(), ''.join(caption).strip()
+        return
+    reader = csv.reader(text_lines(file, newline=''), delimiter='|' if '|' in first else ',')
+    names = [name.strip().lower() for name in next(reader, [])]
+    places = [[k for k, name in enumerate(names) if name in wanted] for wanted in (IMAGE, CAPTION)]
+    if not all(places):
+        raise ValueError(f'{file}: its first line is {cut(first.strip())}: expected a header such as '
+                         'image,caption, or picture.jpg#0<tab>A caption')
+    image, caption = places[0][0], places[1][0]
+    for fields in reader:
+        if any(map(str.strip, fields)):  # commas of a caption without quotes are its own
+            yield fields[image].strip(), ','.join(fields[caption:]).strip()

@@ -5,7 +5,7 @@ research only).
 --source holds all_qa_pairs.txt with train_images_list.txt and test_images_list.txt, or qa.894.raw.train.txt
 and qa.894.raw.test.txt (or 37), as published: a line with a question, then one with its answer. --images
 holds image1.png and so on. The published split is kept, and val is taken from the training pictures. Left
-out are the words `in the image17`, and the _ of `garbage_bin`.
+out are the words `in the image17`, where they come first, and the _ of `garbage_bin`.
 """
 
 import re
@@ -31,10 +31,12 @@ def rows(config):
         def row(pair):
             question, answer = pair
             found = re.search(IN_IMAGE, question)
-            if answer is None or not found:
+            if not answer or not found:
                 raise ValueError('expected a question that ends in "in the imageN ?", and an answer')
             image = found[1].replace(' ', '')
-            split = split_of_image[image] if split_of_image else 'test' if 'test' in file.name else 'train'
+            if split_of_image and image not in split_of_image:
+                raise ValueError(f'{image} is in neither list of pictures')
+            split = split_of_image.get(image) or ('test' if 'test' in file.name else 'train')
             question = f"{question[:found.start()]}{question[found.end():]}"
             yield 'train or val' if split == 'train' else split, dict(
                 image=images / f'{image}.png',
@@ -60,6 +62,7 @@ def question_files(source):
 
 def pairs(file):
     """Yields (question, answer), the lines two by two."""
-    lines = (line.strip() for line in text_lines(file))
-    lines = [line for line in lines if line]
-    yield from zip_longest(lines[::2], lines[1::2])
+    lines = [line.strip() for line in text_lines(file)]
+    for question, answer in zip_longest(lines[::2], lines[1::2]):
+        if question or answer:  # an empty line is an answer that is missing: those below keep their places
+            yield question, answer

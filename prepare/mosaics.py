@@ -16,6 +16,7 @@ import math
 import random
 import re
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ from PIL import Image
 from plumbing.console import progress
 from plumbing.pictures import as_seen, open_picture, squared
 from plumbing.tables import SPLITS
-from prepare import split_of
+from prepare import split_of, text_lines
 from prepare.shapes import on_all_cores, sheet_of
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
@@ -57,9 +58,11 @@ class Config:
             raise ValueError('--source is needed: --source=FOLDER, with a folder of photographs a class')
         if self.grid not in ROWS:
             raise ValueError(f'grid={self.grid}: expected 2 or 3')
-        if min(self.n_train, self.n_val, self.n_test) < 0 or not 8 <= self.cell_px <= 1024:
+        sizes = self.n_train, self.n_val, self.n_test
+        if min(sizes) < 0 or not any(sizes) or not 8 <= self.cell_px <= 1024:
             raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, '
-                             f'cell_px={self.cell_px}: expected 0 or more, and 8 to 1024 pixels')
+                             f'cell_px={self.cell_px}: expected 0 or more, some at least, and 8 to 1024 '
+                             'pixels')
         if not 0 <= self.describe <= 1:
             raise ValueError(f'describe={self.describe}: expected a share, 0 to 1')
 
@@ -120,6 +123,9 @@ def photographs(config):
     if not source.is_dir():
         raise FileNotFoundError(f'{source}: no such folder; --source is a folder of class folders')
     given = {split: source / split for split in SPLITS if (source / split).is_dir()}
+    others = [folder for folder in source.glob('[!.]*') if folder.is_dir() and folder.name not in SPLITS]
+    if others and not {'train', 'test'} <= given.keys():
+        given = {}  # a class of that name
     folders = given or {None: source}
     if given and not {'train', 'test'} <= given.keys():
         raise ValueError(f'{source}: it has {", ".join(given)}: expected train and test, or class folders '
@@ -127,33 +133,50 @@ def photographs(config):
     if 'train' in folders and 'val' not in folders:
         folders['train or val'] = folders.pop('train')
     photos = {split: {} for split in SPLITS}
-    seen = {}  # digest of a photograph: its split
-    shared = 0
+    seen = {}  # digest of a photograph: its split and class
+    again = 0
     start = time.time()
     # test first: what is in it is in no other split
     for published in sorted(folders, key=lambda split: (split != 'test', split != 'val')):
-        files = sorted(file for file in folders[published].glob('*/**/*') if file.suffix.lower() in PICTURES)
+        files = photo_files(folders[published])
         for k, file in enumerate(files):
             if k % 1000 == 0 or k == len(files) - 1:
                 progress(f'{folders[published]}: reading photographs', k + 1, len(files), start)
             digest = hashlib.sha256(file.read_bytes()).digest()
-            split = split_of(published, digest)
-            if seen.setdefault(digest, split) != split:
-                shared += 1
+            if digest in seen:
+                again += 1
                 continue
-            of_class = file.relative_to(folders[published]).parts[0]
-            photos[split].setdefault(class_name(of_class), []).append(str(file))
+            split = split_of(published, digest)
+            folder = file.relative_to(folders[published]).parts[0]
+            if not class_name(folder):
+                raise ValueError(f'{folders[published] / folder}: a folder is called after its class: '
+                                 'expected a name with letters or digits')
+            seen[digest] = split
+            photos[split].setdefault(class_name(folder), []).append(str(file))
         print()
-    if shared:
-        print(f'{source}: {shared} photographs are left out, as a split that comes before has them too')
+    if again:
+        print(f'{source}: {again} photographs are left out: another file, class or split has the same one')
     print(' | '.join(f'{split} {sum(map(len, of_split.values()))}' for split, of_split in photos.items()),
           'photographs')
     return photos
 
 
+def photo_files(folder):
+    """The photographs below the class folders of a folder, in order; none that is hidden."""
+    files = []
+    for file in sorted(folder.glob('*/**/*')):
+        is_hidden = any(part.startswith('.') for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in PICTURES and not is_hidden and file.is_file():
+            files.append(file)
+    return files
+
+
 def class_name(folder):
     """What a folder is called in questions: `Golden_Retriever` is a golden retriever."""
-    return re.sub(r'[\W_]+', ' ', folder).strip().lower()
+    signs = unicodedata.normalize('NFC', folder)
+    # some scripts write vowels as marks, which are no letters
+    kept = [sign if sign.isalnum() or unicodedata.category(sign).startswith('M') else ' ' for sign in signs]
+    return ' '.join(''.join(kept).split()).lower()
 
 
 def read_groups(path, classes):
@@ -161,16 +184,22 @@ def read_groups(path, classes):
     groups = {}
     if path is None:
         return groups
-    for i, line in enumerate(Path(path).read_text(encoding='utf-8').splitlines()):
-        name, colon, members = line.partition(':')
-        if not line.strip() or line.startswith('#'):
+    taken = {*classes, *map(plural_of, classes)}
+    for i, line in enumerate(text_lines(path)):
+        line = line.strip()
+        if not line or line.startswith('#'):
             continue
-        members = {class_name(member) for member in members.split(',')}
-        unknown = members - set(classes)
-        if not colon or unknown:
+        name, _, members = line.partition(':')
+        name = name.strip().lower()
+        members = {class_name(member) for member in members.split(',') if member.strip()}
+        if not name or not members or members - set(classes):
             raise ValueError(f'{path}: line {i + 1}: {line!r}: expected "name: class, class", of the classes '
                              f'{", ".join(classes[:20])}')
-        groups[name.strip().lower()] = members
+        if name in taken:
+            raise ValueError(f'{path}: line {i + 1}: {name} is a class too, or a group before: take another '
+                             'name')
+        taken.add(name)
+        groups[name] = members
     return groups
 
 
@@ -189,7 +218,7 @@ def paste(files, config):
     for k, file in enumerate(files):
         try:
             photo = as_seen(open_picture(Path(file).read_bytes()))
-        except ValueError as e:
+        except (OSError, ValueError) as e:
             raise ValueError(f'{file}: {e}: remove or repair it') from None
         row, column = divmod(k, config.grid)
         mosaic.paste(squared(photo, px, 'crop', border=None), (column * px, row * px))

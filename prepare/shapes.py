@@ -415,6 +415,10 @@ def on_all_cores(draw, sizes, shard):
             for shard_rows in shards:
                 for row in shard_rows:
                     yield split, row
+    except BaseException:  # stopped: else the processes would first finish their shards
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

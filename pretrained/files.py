@@ -64,9 +64,12 @@ def weight_files(path):
     for name in WEIGHT_NAMES:
         index = f'{name}.index.json'
         if (path / index).is_file():
-            parts = set(read_json(path / index)['weight_map'].values())
-            # their last names alone: no way leads out of the folder
-            return [path / Path(part).name for part in sorted(parts)]
+            try:
+                parts = set(read_json(path / index)['weight_map'].values())
+                # their last names alone: no way leads out of the folder
+                return [path / Path(part).name for part in sorted(parts)]
+            except (AttributeError, KeyError, TypeError):
+                raise ValueError(f'{path / index}: no list of weights; expected a weight_map') from None
         if (path / name).is_file():
             return [path / name]
     raise ValueError(f'{path}: a folder without weights: expected one of {", ".join(WEIGHT_NAMES)}, or '
@@ -124,10 +127,11 @@ def read_torch_file(path):
     if isinstance(saved, dict) and saved.get('kind') == 'encoder':
         return saved.pop('weights', {}), saved
     # training programs put the weights one or two levels down, beside their optimizer
-    for level in ('model_state_dict', 'state_dict'):
+    for level in ('model_state_dict', 'state_dict', 'state_dict_ema', 'model'):
         if not isinstance(saved, dict):
             return {}, {}
-        saved = saved.get(level, saved)
+        if isinstance(saved.get(level), dict):
+            saved = saved[level]
     return {key: t for key, t in saved.items() if torch.is_tensor(t)}, {}
 
 

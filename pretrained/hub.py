@@ -7,14 +7,12 @@ fetched, or weights in another form where there are no safetensors; nothing in t
 """
 
 import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 from pretrained.files import STEMS, weight_files
 
-# weights of a repository that are read here, in its top folder
-SAFE = tuple(f'{stem}*.safetensors' for stem in STEMS)
-OTHERS = tuple(f'{stem}*.bin' for stem in STEMS)
+# weights of a repository that are read here: in its top folder, whole or in pieces
+SAFE, OTHERS = (rf'({"|".join(STEMS)})(-\d+-of-\d+)?\.{ending}' for ending in ('safetensors', 'bin'))
 
 
 def is_hub_name(name):
@@ -67,17 +65,18 @@ def out_of_reach(name, e):
 def files_to_fetch(name, files):
     """Those of a repository that are read here, all in its top folder. Raises: ValueError."""
     for kind in (SAFE, OTHERS):
-        weights = [file for file in files if any(fnmatch(file, pattern) for pattern in kind)]
+        weights = [file for file in files if re.fullmatch(kind, file)]
         if weights:
             break
     else:
         some = ', '.join(sorted(files)[:8]) or 'none'
-        raise ValueError(f'{name}: no weights that are read here: expected {SAFE[0]}, or {OTHERS[0]}; it has '
-                         f'{some}')
-    whole = [file for file in weights if Path(file).stem in STEMS]
-    if whole:  # copies in pieces, or in half precision, may lie beside
-        weights = whole[:1]
+        raise ValueError(f'{name}: no weights that are read here: expected {STEMS[0]}.safetensors or .bin; '
+                         f'it has {some}')
     beside = [file for file in files if file.endswith('.json') and '/' not in file]
+    whole = [file for file in weights if Path(file).stem in STEMS]
+    if whole:  # a copy in pieces may lie beside, whose list would ask for them
+        weights = whole[:1]
+        beside = [file for file in beside if not file.endswith('.index.json')]
     return sorted({*weights, *beside})
 
 

@@ -59,18 +59,22 @@ def read_timm(name, image_px=None):
     image_px: another side than that the network was trained with.
     Raises: ValueError, FileNotFoundError.
     """
-    title = name
-    name, _, file = name.partition('@')
+    title = str(name)
+    name, _, file = title.partition('@')
     about = known_config(name)
     px = image_px or about['input_size'][1]
     path, source = weights_of(name, file, about)
     tensors = open_weights(path)[0]
     net = without_head(load(name, px, tensors, title))
-    with torch.no_grad():
-        tokens = patch_tokens(net, torch.zeros(1, 3, px, px))          # (1, P, W)
+    try:
+        with torch.no_grad():
+            tokens = patch_tokens(net, torch.zeros(1, 3, px, px))      # (1, P, W)
+    except (AssertionError, RuntimeError) as e:
+        raise ValueError(f'{title}: it takes no pictures of {px} pixels: {e}') from None
     side = math.isqrt(tokens.size(1))
-    if side ** 2 != tokens.size(1):
-        raise ValueError(f'{title}: {tokens.size(1)} tokens of a picture: expected a square of them')
+    if side ** 2 != tokens.size(1) or side < 2:
+        raise ValueError(f'{title}: its features are {tokens.size(1)} tokens a picture: expected a square of '
+                         f'patches or cells')
     width = tokens.size(2)
     fits = dict(center='crop', squash='squash', border='pad')
     config = dict(
@@ -95,7 +99,7 @@ def read_timm(name, image_px=None):
 def weights_of(name, file, about):
     """The file of weights, or its folder, on this machine, and where on the hub it is from.
     Raises: ValueError, FileNotFoundError."""
-    if Path(file).is_file():
+    if file and Path(file).exists():
         return Path(file), None
     if not about.get('hf_hub_id'):
         raise ValueError(f'{name}: timm knows no weights of this name on the hub; --encoder={name}@FILE '
@@ -139,8 +143,8 @@ def known_config(name):
     return about.to_dict()
 
 
-def create(name, image_px, **more):
-    """A network as timm builds it. Raises: ValueError."""
+def create(name, image_px, title=None, **more):
+    """A network as timm builds it. `title`: what messages call it. Raises: ValueError."""
     timm = import_timm()
     sized = {}
     if known_config(name).get('fixed_input_size'):  # a transformer's: the others take pictures of any size
@@ -148,7 +152,8 @@ def create(name, image_px, **more):
     try:
         return timm.create_model(name.removeprefix(PREFIX), num_classes=0, **sized, **more).eval()
     except (AssertionError, RuntimeError, TypeError) as e:
-        raise ValueError(f'{name}: timm cannot build it for pictures of {image_px} pixels: {e}') from None
+        raise ValueError(f'{title or name}: timm cannot build it for pictures of {image_px} pixels'
+                         f'{" with these weights" if more else ""}: {e}') from None
 
 
 def load(name, image_px, tensors, title):
@@ -161,14 +166,19 @@ def load(name, image_px, tensors, title):
     except (ValueError, *DAMAGED) as e:
         raise ValueError(f'{title}: damaged ({e})') from None
     # other classes than ImageNet's may stand there: nothing is classified here
-    weights = {key: t for key, t in weights.items() if key.rpartition('.')[0] not in heads}
+    weights = {key.removeprefix('module.'): t for key, t in weights.items()}
+    left_out = tuple(f'{head}.' for head in heads)
+    weights = {key: t for key, t in weights.items() if not key.startswith(left_out)}
     if not weights:
         raise ValueError(f'{title}: no weights in it: {first_few(tensors) or "nothing"}')
     given = dict(state_dict=weights, num_classes=0)
-    return create(name, image_px, pretrained=True, pretrained_cfg_overlay=given)
+    return create(name, image_px, title, pretrained=True, pretrained_cfg_overlay=given)
 
 
 def without_head(net):
-    """What pools and classifies is left out: no token comes from it."""
-    net.reset_classifier(0, '')
+    """What pools and classifies is left out, where a network can do without: no token comes from it."""
+    try:
+        net.reset_classifier(0, '')
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError):
+        pass
     return net

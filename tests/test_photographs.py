@@ -1,5 +1,6 @@
 """Datasets of photographs: mosaics, whose answers are found again in the pixels; DAQUAR and captioned photographs in their published forms."""
 
+import csv
 import io
 import random
 import re
@@ -171,9 +172,38 @@ def test_mosaics_say_what_is_wrong(classes):
         (classes / f'photos/{name}').rename(classes / name)
     with pytest.raises(ValueError, match='photographs of 2 classes for train: expected three'):
         made(classes)
+    for name in ('red_fox', 'bus'):
+        (classes / f'photos/{name}').rename(classes / name)
     (classes / 'photos/train').mkdir()
     with pytest.raises(ValueError, match='it has train: expected train and test'):
         made(classes)
+
+
+def test_what_is_no_photograph_of_a_class(classes, capsys):
+    """Hidden files and folders, links to nothing; the same photograph again, in another class too; a class called train; names in other scripts."""
+    photos = classes / 'photos'
+    for place in ('.ipynb_checkpoints', 'bus/.hidden', 'bus'):
+        photo(photos / place / ('._x.png' if place == 'bus' else 'x.png'), (0, 0, 0))
+    (photos / 'bus/gone.png').symlink_to(classes / 'nothing.png')
+    (photos / 'bus/folder.png').mkdir()
+    (photos / 'Ox/again.png').write_bytes((photos / 'bus/3.png').read_bytes())
+    photo(photos / 'train' / 'e.png', (1, 2, 3))
+    found = mosaics.photographs(mosaics.Config(source=str(photos)))
+    assert {name for of_split in found.values() for name in of_split} == {*CLASSES, 'train'} and '1 photographs are left out' in capsys.readouterr().out
+    assert sum(map(len, (files for of_split in found.values() for files in of_split.values()))) == 121
+    assert mosaics.class_name('E\u0301le\u0301phant_d-Asie') == 'éléphant d asie' and mosaics.class_name('हिन्दी') == 'हिन्दी'
+    (photos / 'bus').rename(photos / '__')
+    with pytest.raises(ValueError, match='__: a folder is called after its class'):
+        mosaics.photographs(mosaics.Config(source=str(photos)))
+
+
+@pytest.mark.parametrize('line', ['buses: airplane', 'animals: fish\nanimals: ox', ': fish', 'animals:', 'ox: fish'])
+def test_groups_that_say_two_things(classes, line):
+    (classes / 'groups.txt').write_bytes(b'\xef\xbb\xbf' + line.encode())
+    with pytest.raises(ValueError, match='line [12]: '):
+        mosaics.read_groups(classes / 'groups.txt', CLASSES)
+    (classes / 'groups.txt').write_bytes(b'\xef\xbb\xbfanimals: fish, ox,\r\n  # more\r\n')
+    assert mosaics.read_groups(classes / 'groups.txt', CLASSES) == dict(animals={'fish', 'ox'})
 
 
 def test_mosaics_balance_answers(classes):
@@ -228,11 +258,16 @@ def test_daquar(form, tmp_path):
     assert len(rows['test']) == 10 and len(rows['train']) + len(rows['val']) == 80 and len(rows['val']) > 0
     assert set(rows['train'].question) == {'what is left of the bed?', 'how many chairs are?'}
     assert {r[0] for r in rows['train'].references} == {'garbage bin', '0', '1', '2'} and set(rows['test'].type) == {'thing', 'count'}
+    if form == 'lists':  # an answer that is missing does not move those below it, a picture that is in no list is said
+        (source / 'all_qa_pairs.txt').write_text(lines['test'] + 'is it in the image3 ?\n\nis it in the image99 ?\nno\n' + lines['train'])
+        data.main(['daquar', f'--source={source}', f'--out={tmp_path}/more', '--max_bad=0.1'])
+        assert [len(read_rows(tmp_path / 'more', split)) for split in rows] == [len(of_split) for of_split in rows.values()]
+        assert 'image99 is in neither list' in (tmp_path / 'more/rejects.jsonl').read_text()
     with pytest.raises(FileNotFoundError, match='expected all_qa_pairs.txt'):
         data.main(['daquar', f'--source={tmp_path}', f'--out={tmp_path}/none'])
 
 
-@pytest.mark.parametrize('form', ['csv', 'token'])
+@pytest.mark.parametrize('form', ['csv', 'quoted', 'bars', 'token'])
 def test_captions(form, tmp_path):
     """All captions of a picture are one row's; commas are words; both published forms."""
     names = [f'{i}_{"ab"[i % 2]}.jpg' for i in range(12)]
@@ -241,11 +276,20 @@ def test_captions(form, tmp_path):
     said = {name: [f'A dog , a cat and number {k} .', f'Again "{k}"'] for k, name in enumerate(names)}
     if form == 'csv':
         text = 'image,caption\n' + ''.join(f'{name},{caption}\n' for name in names for caption in said[name])
+    elif form == 'quoted':
+        text = io.StringIO(newline='')
+        csv.writer(text).writerows([('Image', 'Caption'), *((name, caption) for name in names for caption in said[name])])
+        text = text.getvalue()
+    elif form == 'bars':
+        text = 'image_name| comment_number| comment\n' + ''.join(f'{name}| {k}| {caption}\n' for name in names for k, caption in enumerate(said[name]))
     else:
         text = ''.join(f'{name}#{k}\t{caption}\n' for name in names for k, caption in enumerate(said[name]))
-    (tmp_path / ('captions.txt' if form == 'csv' else 'Flickr8k.token.txt')).write_text(text)
+    (tmp_path / ('Flickr8k.token.txt' if form == 'token' else 'captions.txt')).write_text(text)
     data.main(['captions', f'--source={tmp_path}', f'--out={tmp_path}/out'])
     rows = [(split.sample_id[i], list(split.references[i])) for split in (read_rows(tmp_path / 'out', name) for name in ('train', 'val', 'test')) for i in range(len(split))]
     assert sorted(rows) == sorted(said.items())
+    (tmp_path / 'bad.txt').write_text('a.jpg,A dog\n')
+    with pytest.raises(ValueError, match='first line is a.jpg,A dog: expected a header'):
+        data.main(['captions', f'--source={tmp_path}/bad.txt', f'--out={tmp_path}/none'])
     with pytest.raises(FileNotFoundError, match='captions.txt'):
         data.main(['captions', f'--source={tmp_path}/images', f'--out={tmp_path}/none'])

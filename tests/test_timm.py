@@ -130,6 +130,14 @@ def test_messages(tmp_path, monkeypatch):
         load_encoder('timm/test_vit@none.pth')
     with pytest.raises(ValueError, match='(?s)timm cannot build it.*Missing key.*cls_token'):
         load_encoder('timm/test_vit@w.pth')
+    with pytest.raises(ValueError, match='takes no pictures of 100 pixels.*divisible'):
+        network('test_vit', 160, 'v.pth')
+        load_encoder('timm/test_vit@v.pth', image_px=100)
+    torch.save(timm.create_model('pit_ti_224').state_dict(), 'p.pth')
+    with pytest.raises(ValueError, match='features are 1 tokens a picture: expected a square of patches'):
+        load_encoder('timm/pit_ti_224@p.pth')
+    torch.save({'model': {f'module.{key}': t for key, t in torch.load('v.pth').items()}}, 'm.pth')
+    assert load_encoder('timm/test_vit@m.pth').fingerprint() == load_encoder('timm/test_vit@v.pth').fingerprint()
     with pytest.raises(ValueError, match='timm knows no weights of this name on the hub; --encoder'):
         load_encoder('timm/test_vit4')
     Path('evil.pth').write_bytes(b'cos\nsystem\n(S\'touch ran\'\ntR.')
@@ -215,13 +223,13 @@ def test_a_cache_without_weights_is_not_whole(cached):
 def test_what_is_fetched(monkeypatch, tmp_path, capsys):
     """One line says what and how large; JSON and safetensors alone, of the revision that was asked for; others only where there are no safetensors."""
     fetched = []
+    hugging_face().save_pretrained(tmp_path / 'got')
     files = {'config.json': 10, 'model.safetensors': 2_000_000, 'pytorch_model.bin': 5, 'run.py': 5, 'onnx/model.onnx': 9, 'model.fp16.safetensors': 3, 'a/b.json': 1}
 
     def download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
         if local_files_only:
             raise FileNotFoundError('not cached')
         fetched.append((repo_id, revision, allow_patterns))
-        hugging_face().save_pretrained(tmp_path / 'got')
         return str(tmp_path / 'got')
 
     def info(self, repo_id, revision, files_metadata):
@@ -240,6 +248,9 @@ def test_what_is_fetched(monkeypatch, tmp_path, capsys):
     assert hub.files_to_fetch('x', {'pytorch_model.bin': 1, 'config.json': 1, 'evil.py': 1}) == ['config.json', 'pytorch_model.bin']
     assert hub.files_to_fetch('x', dict.fromkeys(['model-1-of-2.safetensors', 'model-2-of-2.safetensors', 'model.safetensors.index.json'])) == [
         'model-1-of-2.safetensors', 'model-2-of-2.safetensors', 'model.safetensors.index.json']
+    both = ['model-1-of-2.safetensors', 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin']
+    assert hub.files_to_fetch('x', dict.fromkeys(both)) == ['model.safetensors']
+    assert hub.files_to_fetch('x', {'model.fp16.safetensors': 1, 'pytorch_model.bin': 1}) == ['pytorch_model.bin']
     with pytest.raises(ValueError, match='no weights that are read here.*it has evil.py'):
         hub.files_to_fetch('x', {'evil.py': 1})
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
