@@ -267,8 +267,8 @@ class Perceiver(nn.Module):
 
 
 def make_trunk(config):
-    """What turns pictures into patches: (B, 3, S, S) -> (B, P, W), P = side ** 2, row by row. Nothing else is
-    asked of it."""
+    """What turns pictures into patches: (B, 3, S, S) -> (B, P, W), P = side ** 2, row by row; a ViT may keep
+    its class token before them."""
     if config.trunk == 'vit':
         return ViT(config)
     if config.trunk.startswith(PREFIX):
@@ -411,7 +411,7 @@ def load_encoder(path, **changes):
     changes = {key: value for key, value in changes.items() if value is not None}
     config, tensors, source = read_encoder(path, changes)
     if changes.get('fit', config.get('fit')) != config.get('fit'):
-        config['crop_pct'] = 1.0  # fitted in another way, all of it shall be seen
+        config['crop_pct'] = 1.0  # it belongs to the fit that it came with
     config = EncoderConfig(**config | changes)
     check_names(path, tensors.keys(), config)  # first: a wrong file is refused before all of it is read
     try:
@@ -490,8 +490,8 @@ def main(argv):
     parser = argparse.ArgumentParser(description='Encode pictures with a frozen encoder.')
     parser.add_argument('pictures', nargs='+', help='picture files')
     parser.add_argument('--encoder', default='assets/encoder_shapes.pt', type=partial(expanded, 'encoder'),
-                        help="encoder file or folder: this project's, CLIP, or a checkpoint of Edge-Glass "
-                             '(default: %(default)s)')
+                        help="encoder file or folder: this project's, CLIP, a checkpoint of Edge-Glass; or a "
+                             'name: OWNER/NAME of the hub, timm/NAME (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, ...')
     args = parser.parse_args(argv)
     device = pick_device(args.device)

@@ -363,10 +363,10 @@ def is_due(step, s):
 
 
 def passes_of_step(step, s):
-    """The passes of a training step, drawn by (seed, step); None where they are not drawn.
+    """The passes of a training step: inner_steps, for which None stands, without min_inner_steps. Else that
+    in the first steps, a share of draw_after, and then a number drawn by (seed, step).
 
-    Of those that are drawn a share of (min_inner_steps / k)^2 has k passes or more: deep steps are rare, so
-    they cost little.
+    A share of (min_inner_steps / k)^2 of the draws is k or more: deep steps are rare, so they cost little.
     """
     if s.min_inner_steps is None:
         return None
@@ -377,7 +377,7 @@ def passes_of_step(step, s):
 
 
 def mean_passes(s):
-    """The mean of `passes_of_step`, where passes are drawn."""
+    """The mean of `passes_of_step` over the steps of a run with min_inner_steps."""
     deeper = range(s.min_inner_steps + 1, s.inner_steps + 1)
     more = sum((s.min_inner_steps / k) ** 2 for k in deeper)
     return s.min_inner_steps + (1 - s.draw_after) * more

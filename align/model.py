@@ -123,8 +123,8 @@ def open_trunk(s, saved, device):
         return None
     trunk = open_encoder(source_of(s.trunk, saved, 'trunk'), asdict(s), pool=s.pool).to(device)
     if trunk.config.n_latents or trunk.config.projection != 'none':
-        raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP, or '
-                         f'a network of timm, alone')
+        raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP '
+                         'alone, or a network of timm')
     return trunk
 
 

@@ -1,6 +1,7 @@
 """
-What the tokens of mosaics allow (prepare/mosaics.py): how often a linear probe names a photograph from the
-tokens of its part of the picture, and what EM who sees no better would have, who reasons without a mistake.
+What a linear probe makes of the tokens of mosaics (prepare/mosaics.py): how often it names a photograph from
+the tokens of its part of the picture, and the EM of answers that follow by rule from what it names. It is no
+upper bound: a decoder reads the tokens one by one.
 
     python -m lab.cells --out_dir=out/mosaics --groups=groups.txt
 """
@@ -40,12 +41,12 @@ def cells_of(tokens, grid):
     """The mean token of every cell; one that two cells share counts for both.
     Shapes: (B, N, D) -> (B, grid * grid, D)"""
     side = math.isqrt(tokens.size(1))
-    image = tokens.mT.unflatten(2, (side, side))                       # (B, D, side, side)
-    return F.adaptive_avg_pool2d(image, grid).flatten(2).mT            # (B, grid * grid, D)
+    rows = tokens.mT.unflatten(2, (side, side))                        # (B, D, side, side)
+    return F.adaptive_avg_pool2d(rows, grid).flatten(2).mT            # (B, grid * grid, D)
 
 
 def labelled(rows, vision_of, grid):
-    """Cells whose class a question tells -> mean tokens (n, D), names of classes [n]"""
+    """Cells that `what is at ...?` asks about: the answer is the label -> mean tokens (n, D), classes [n]"""
     places = [f'what is at the {place(k, range(grid ** 2))}?' for k in range(grid ** 2)]
     asked = [i for i, question in enumerate(rows.question) if question in places]
     seen = []
@@ -78,20 +79,26 @@ def scores_of(x, w):
 
 
 def answer(type, question, scores, classes, groups):
-    """What follows from what is seen. Shapes: scores (cells, n_classes)"""
+    """What follows from what is seen. Shapes: scores (cells, n_classes). Raises: ValueError."""
     cells = [classes[k] for k in scores.argmax(-1)]
     if type == 'compare':  # none of something is seen too
         counts = counts_of(cells, classes, groups)
         first, second = re.fullmatch(r'are there more (.*) than (.*)\?', question).groups()
-        return 'yes' if counts[first] > counts[second] else 'no'
-    if type in ('relation', '2 steps'):
+        if {first, second} <= counts.keys():
+            return 'yes' if counts[first] > counts[second] else 'no'
+    elif type in ('relation', '2 steps'):
         return followed(question, scores, cells, classes)
-    return dict(ASK[type](cells, classes, groups))[question]
+    else:
+        known = dict(ASK[type](cells, classes, groups))
+        if question in known:
+            return known[question]
+    raise ValueError(f'{question}: not asked about {len(cells)} photographs of these classes and groups: '
+                     f'give the --groups and --grid that the mosaics were made with')
 
 
 def followed(question, scores, cells, classes):
-    """What is some steps away from the cell that looks most like what is named: it is there, as it is asked
-    about."""
+    """What is some steps away from the cell with the highest score for what is named, be it the best class of
+    that cell or not: of those cells from which the steps stay in the picture."""
     steps = re.findall('|'.join(SIDES), question)[::-1]
     named = classes.index(re.search(r'the ([^?]*)\?', question.split(steps[0])[-1])[1])
     ends = {}

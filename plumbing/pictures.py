@@ -153,7 +153,7 @@ def squared(picture, side, fit, border, crop_pct=1.0, interpolation='bicubic', h
         picture = square
     if picture.size == (side, side):
         return picture
-    # where halves are cut off in both ways, round() takes the even one
+    # a margin of k + .5: torchvision rounds it to an even number, CLIP's preprocessing down
     left, top = ((n - side) / 2 for n in picture.size)
     left = round(left) if half_to_even else int(left)
     top = round(top) if half_to_even else int(top)

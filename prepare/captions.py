@@ -3,8 +3,8 @@ Captioned photographs, several captions a picture, as Flickr8k and Flickr30k com
 `picture.jpg,A caption .` below the header image,caption; or Flickr8k.token.txt with lines
 `picture.jpg#0<tab>A caption .`
 
---source is that file, or the folder it is in; --images the photographs, or a folder images or Images beside
-the file. All captions of a picture make one row, and the pictures are divided by their content.
+--source is that file, or the folder it is in; --images the photographs, else a folder images or Images beside
+the file, else its own. All captions of a picture make one row, and the pictures are divided by their content.
 """
 
 import csv
@@ -19,7 +19,7 @@ IMAGE = ('image', 'image_name', 'file', 'filename')
 CAPTION = ('caption', 'comment')
 TOKEN_SIGN = r'#\d+\t'
 TOKEN = r'[^,\t]+' + TOKEN_SIGN
-csv.field_size_limit(2**26)  # signs
+csv.field_size_limit(2**26)  # characters; it stops at 131,072 else
 
 
 def rows(config):

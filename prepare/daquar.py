@@ -3,9 +3,10 @@ DAQUAR: 12,468 questions about 1,449 photographs of rooms (Malinowski and Fritz 
 research only).
 
 --source holds all_qa_pairs.txt with train_images_list.txt and test_images_list.txt, or qa.894.raw.train.txt
-and qa.894.raw.test.txt (or 37), as published: a line with a question, then one with its answer. --images
-holds image1.png and so on. The published split is kept, and val is taken from the training pictures. Left
-out are the words `in the image17`, where they come first, and the _ of `garbage_bin`.
+and qa.894.raw.test.txt (or 37), as published: a line with a question, then one with its answer. --images, or
+else the folder images of --source, holds image1.png and so on. The published split is kept, and val is taken
+from the training pictures. Left out are the words `in the image17`, where they stand first, and the _ of
+`garbage_bin`.
 """
 
 import re
@@ -32,7 +33,7 @@ def rows(config):
             question, answer = pair
             found = re.search(IN_IMAGE, question)
             if not answer or not found:
-                raise ValueError('expected a question that ends in "in the imageN ?", and an answer')
+                raise ValueError('expected a question that names a picture, in the imageN, and an answer')
             image = found[1].replace(' ', '')
             if split_of_image and image not in split_of_image:
                 raise ValueError(f'{image} is in neither list of pictures')
@@ -51,7 +52,8 @@ def rows(config):
 def question_files(source):
     """Test first: its pictures are in no other split. Raises: FileNotFoundError."""
     whole = source / 'all_qa_pairs.txt'
-    if whole.is_file() and (source / 'test_images_list.txt').is_file():
+    lists = [source / f'{split}_images_list.txt' for split in ('train', 'test')]
+    if whole.is_file() and all(map(Path.is_file, lists)):
         return [whole]
     files = sorted(source.glob('qa.*.raw.test.txt'))[-1:] + sorted(source.glob('qa.*.raw.train.txt'))[-1:]
     if len(files) < 2:

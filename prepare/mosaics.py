@@ -101,7 +101,7 @@ def mosaic_rows(config, photos, groups, split, start, n):
         for type, ask in ASK.items():
             candidates = ask(cells, classes, groups)
             if candidates:
-                # the least asked: every answer to a question is as likely as it can be, for a blind guess
+                # the pair asked least so far: then to know the question tells little of the answer
                 least = min(asked[type][both] for both in candidates)
                 both = rng.choice([both for both in candidates if asked[type][both] == least])
                 asked[type][both] += 1
@@ -247,7 +247,7 @@ def ask_count(cells, classes, groups):
 
 
 def ask_compare(cells, classes, groups):
-    """Two that are there both; a draw is a no."""
+    """Two classes that are both there, or any two groups; as many is a no."""
     there = {words: n for words, n in counts_of(cells, classes, {}).items() if n}
     asked = [(f'are there more {a} than {b}?', 'yes' if m > n else 'no')
              for a, m in there.items() for b, n in there.items() if a != b]

@@ -17,7 +17,7 @@ from plumbing.files import DAMAGED
 from pretrained.files import as_tensor, first_few, open_weights
 from pretrained.hub import folder_of
 
-PREFIX = 'timm/'  # of its names, whatever else may be called so
+PREFIX = 'timm/'  # a name that starts so always means timm, also where a folder is called so
 
 
 class TimmTrunk(nn.Module):
@@ -40,7 +40,7 @@ class TimmTrunk(nn.Module):
 
 def patch_tokens(net, images):
     """Shapes: (B, 3, S, S) -> (B, P, W), row by row. Raises: ValueError."""
-    x = net.forward_features(images)
+    x = net.forward_features(images)  # (B, prefix + P, W), (B, W, h, w) or (B, h, w, W)
     if not torch.is_tensor(x) or x.dim() not in (3, 4):
         raise ValueError(f'{net.default_cfg["architecture"]}: its features are no tokens and no map of cells')
     if x.dim() == 4:
@@ -82,7 +82,7 @@ def read_timm(name, image_px=None):
         image_px=px,
         patch_px=-(-px // side),
         width=width,
-        n_head=math.gcd(width, 64 * 64) // 64 or 1,
+        n_head=math.gcd(width, 4096) // 64 or 1,  # of a resampler that follows, unless told otherwise
         n_latents=0,
         projection='none',
         vision_dim=width,
@@ -117,7 +117,7 @@ def import_timm():
     """Raises: ValueError with a hint."""
     try:
         import timm
-    except ImportError as e:
+    except (ImportError, RuntimeError) as e:  # the latter where torchvision is another build than torch
         raise ValueError(f'timm/ names a network of the package timm, which cannot be imported ({e}): '
                          'pip install timm') from None
     return timm
@@ -165,13 +165,13 @@ def load(name, image_px, tensors, title):
         weights = {key: as_tensor(t) for key, t in tensors.items()}
     except (ValueError, *DAMAGED) as e:
         raise ValueError(f'{title}: damaged ({e})') from None
-    # other classes than ImageNet's may stand there: nothing is classified here
     weights = {key.removeprefix('module.'): t for key, t in weights.items()}
+    # other classes than ImageNet's may stand there: nothing is classified here
     left_out = tuple(f'{head}.' for head in heads)
     weights = {key: t for key, t in weights.items() if not key.startswith(left_out)}
     if not weights:
         raise ValueError(f'{title}: no weights in it: {first_few(tensors) or "nothing"}')
-    given = dict(state_dict=weights, num_classes=0)
+    given = dict(state_dict=weights, num_classes=0)  # so nothing is fetched
     return create(name, image_px, title, pretrained=True, pretrained_cfg_overlay=given)
 
 

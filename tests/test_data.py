@@ -381,8 +381,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     data.main(['shapes', '--show=true'])
     assert Image.open('shapes.png').size > (600, 600)
     data.main([])
-    assert 'formats: clevr, easyvqa' in capsys.readouterr().out
-    with pytest.raises(ValueError, match='no such format; there are clevr, easyvqa'):
+    assert 'formats: captions, clevr, daquar, easyvqa' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='no such format; there are captions, clevr, daquar, easyvqa'):
         data.main(['vqa9'])
     with pytest.raises(ValueError, match='--source is needed'):
         data.main(['easyvqa', '--out=x'])
