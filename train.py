@@ -363,8 +363,8 @@ def is_due(step, s):
 
 
 def passes_of_step(step, s):
-    """The passes of a training step: inner_steps, for which None stands, without min_inner_steps. Else that
-    in the first steps, a share of draw_after, and then a number drawn by (seed, step).
+    """The passes of a training step. Without min_inner_steps None, which stands for inner_steps; with it that
+    many in the first steps, a share of draw_after, and then a number drawn by (seed, step).
 
     A share of (min_inner_steps / k)^2 of the draws is k or more: deep steps are rare, so they cost little.
     """

@@ -21,7 +21,7 @@ from plumbing.console import run_script
 from plumbing.features import vision_source
 from plumbing.machine import pick_device
 from plumbing.run import read_checkpoint
-from prepare.mosaics import ASK, SIDES, counts_of, neighbours, place, read_groups
+from prepare.mosaics import ASK, SIDES, counts_of, neighbours, read_groups
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the probe's weights; the best on val is taken
 
@@ -42,12 +42,12 @@ def cells_of(tokens, grid):
     Shapes: (B, N, D) -> (B, grid * grid, D)"""
     side = math.isqrt(tokens.size(1))
     rows = tokens.mT.unflatten(2, (side, side))                        # (B, D, side, side)
-    return F.adaptive_avg_pool2d(rows, grid).flatten(2).mT            # (B, grid * grid, D)
+    return F.adaptive_avg_pool2d(rows, grid).flatten(2).mT             # (B, grid * grid, D)
 
 
 def labelled(rows, vision_of, grid):
     """Cells that `what is at ...?` asks about: the answer is the label -> mean tokens (n, D), classes [n]"""
-    places = [f'what is at the {place(k, range(grid ** 2))}?' for k in range(grid ** 2)]
+    places = [question for question, _ in ASK['what'](range(grid ** 2), [], {})]
     asked = [i for i, question in enumerate(rows.question) if question in places]
     seen = []
     for start in range(0, len(asked), 500):
@@ -93,7 +93,7 @@ def answer(type, question, scores, classes, groups):
         if question in known:
             return known[question]
     raise ValueError(f'{question}: not asked about {len(cells)} photographs of these classes and groups: '
-                     f'give the --groups and --grid that the mosaics were made with')
+                     'give the --groups and --grid that the mosaics were made with')
 
 
 def followed(question, scores, cells, classes):

@@ -28,7 +28,7 @@ from plumbing.console import progress
 from plumbing.pictures import as_seen, open_picture, squared
 from plumbing.tables import SPLITS
 from prepare import split_of, text_lines
-from prepare.shapes import on_all_cores, sheet_of
+from prepare.shapes import balanced_choice, on_all_cores, row_of, sheet_of
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 ROWS = {2: ('top', 'bottom'), 3: ('top', 'middle', 'bottom')}
@@ -76,7 +76,7 @@ def rows(config):
     for split, n in sizes.items():
         if n and len(photos[split]) < 3:
             raise ValueError(f'{config.source}: photographs of {len(photos[split])} classes for {split}: '
-                             f'expected three or more; it has '
+                             'expected three or more; it has '
                              f'{", ".join(sorted(photos[split])[:8]) or "none"}')
     yield from on_all_cores(partial(mosaic_rows, config, photos, groups), sizes, shard=1000)
 
@@ -97,20 +97,15 @@ def mosaic_rows(config, photos, groups, split, start, n):
         rng = random.Random(f'{config.seed}/{split}/{i}')
         cells = draw_cells(rng, classes, config.grid ** 2)
         files = [rng.choice(photos[split][name]) for name in cells]
-        row = dict(image=paste(files, config), caption=describe(cells))
+        picture = dict(image=paste(files, config), caption=describe(cells))
         for type, ask in ASK.items():
             candidates = ask(cells, classes, groups)
             if candidates:
-                # the pair asked least so far: then to know the question tells little of the answer
-                least = min(asked[type][both] for both in candidates)
-                both = rng.choice([both for both in candidates if asked[type][both] == least])
-                asked[type][both] += 1
-                question, answer = both
-                sample_id = f'{split}-{i}-{type}'.replace(' ', '')
-                made.append(row | dict(question=question, answer=answer, type=type, sample_id=sample_id))
+                # by the pair, not the answer alone: then to know the question tells little of the answer
+                both = balanced_choice(candidates, asked[type], rng, key=tuple)
+                made.append(row_of(picture, type, f'{split}-{i}-{type}', *both))
         if rng.random() < config.describe:
-            sample_id = f'{split}-{i}-describe'
-            made.append(row | dict(question=None, answer=None, type='describe', sample_id=sample_id))
+            made.append(row_of(picture, 'describe', f'{split}-{i}-describe'))
     return made
 
 
@@ -133,7 +128,7 @@ def photographs(config):
     if 'train' in folders and 'val' not in folders:
         folders['train or val'] = folders.pop('train')
     photos = {split: {} for split in SPLITS}
-    seen = {}  # digest of a photograph: its split and class
+    seen = set()  # digests of photographs
     again = 0
     start = time.time()
     # test first: what is in it is in no other split
@@ -146,13 +141,13 @@ def photographs(config):
             if digest in seen:
                 again += 1
                 continue
-            split = split_of(published, digest)
+            seen.add(digest)
             folder = file.relative_to(folders[published]).parts[0]
-            if not class_name(folder):
+            name = class_name(folder)
+            if not name:
                 raise ValueError(f'{folders[published] / folder}: a folder is called after its class: '
                                  'expected a name with letters or digits')
-            seen[digest] = split
-            photos[split].setdefault(class_name(folder), []).append(str(file))
+            photos[split_of(published, digest)].setdefault(name, []).append(str(file))
         print()
     if again:
         print(f'{source}: {again} photographs are left out: another file, class or split has the same one')

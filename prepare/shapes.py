@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations, repeat
+from operator import itemgetter
 
 from plumbing.pictures import picture_sheet, rgb_picture, squared
 from plumbing.tables import write_dataset
@@ -371,22 +372,27 @@ def shapes_rows(config, split, start, n_pictures, draw=draw_picture):
         for type, (questions, n) in ask.items():
             candidates = questions(scene)
             for k in range(min(n, len(candidates))):
-                question, answer = balanced_choice(candidates, given[type], rng)
-                candidates.remove((question, answer))
-                sample_id = f'{split}-{i}-{type}-{k}'.replace(' ', '')
-                drawn.append(picture | dict(question=question, answer=answer, type=type, sample_id=sample_id))
+                both = balanced_choice(candidates, given[type], rng)
+                candidates.remove(both)
+                drawn.append(row_of(picture, type, f'{split}-{i}-{type}-{k}', *both))
         if rng.random() < config.describe:
-            sample_id = f'{split}-{i}-describe'
-            drawn.append(picture | dict(question=None, answer=None, type='describe', sample_id=sample_id))
+            drawn.append(row_of(picture, 'describe', f'{split}-{i}-describe'))
     return drawn
 
 
-def balanced_choice(candidates, given, rng):
-    """One of the questions whose answer was given least so far, so that a blind guess gains little."""
-    least = min(given[answer] for _, answer in candidates)
-    question, answer = rng.choice([both for both in candidates if given[both[1]] == least])
-    given[answer] += 1
-    return question, answer
+def row_of(picture, type, sample_id, question=None, answer=None):
+    """A row of a dataset; without a question it asks for the caption. picture: its image and caption."""
+    sample_id = sample_id.replace(' ', '')
+    return picture | dict(question=question, answer=answer, type=type, sample_id=sample_id)
+
+
+def balanced_choice(candidates, given, rng, key=itemgetter(1)):
+    """One of those (question, answer) whose key, the answer, was given least so far, so that a blind guess
+    gains little. given: {key: how often}"""
+    least = min(given[key(both)] for both in candidates)
+    chosen = rng.choice([both for both in candidates if given[key(both)] == least])
+    given[key(chosen)] += 1
+    return chosen
 
 
 # ----------------------------------------------------------------------------

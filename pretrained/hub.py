@@ -86,4 +86,3 @@ def is_whole(folder):
         return all(file.is_file() for file in weight_files(folder))
     except ValueError:
         return False
-

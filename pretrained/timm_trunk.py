@@ -74,7 +74,7 @@ def read_timm(name, image_px=None):
     side = math.isqrt(tokens.size(1))
     if side ** 2 != tokens.size(1) or side < 2:
         raise ValueError(f'{title}: its features are {tokens.size(1)} tokens a picture: expected a square of '
-                         f'patches or cells')
+                         'patches or cells')
     width = tokens.size(2)
     fits = dict(center='crop', squash='squash', border='pad')
     config = dict(
