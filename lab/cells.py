@@ -118,6 +118,8 @@ def main(argv=None):
     run = checkpoint['settings']
     device = pick_device(s.device)
     _, encoder, _ = load_run(checkpoint, device, s.encoder)
+    if not encoder:
+        raise ValueError(f'{s.out_dir}: a run without vision has no tokens to look at')
     rows = {split: rows_to_judge(run['dataset'], split) for split in ('train', 'val', s.split)}
     vision_of = {split: partial(vision_source(run, encoder, of_split, device), encoder)
                  for split, of_split in rows.items()}

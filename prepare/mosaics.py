@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from plumbing.console import progress
+from plumbing.console import cut, progress
 from plumbing.pictures import as_seen, open_picture, squared
 from plumbing.tables import SPLITS
 from prepare import split_of, text_lines
@@ -153,16 +153,31 @@ def photographs(config):
         print(f'{source}: {again} photographs are left out: another file, class or split has the same one')
     print(' | '.join(f'{split} {sum(map(len, of_split.values()))}' for split, of_split in photos.items()),
           'photographs')
+    classes = {name for of_split in photos.values() for name in of_split}
+    for split, of_split in photos.items():
+        if lacking := sorted(classes - of_split.keys()):
+            print(f'{split}: no photograph of {cut(", ".join(lacking))}: no answer there names one; more '
+                  'photographs of a class come into every split')
     return photos
 
 
 def photo_files(folder):
-    """The photographs below the class folders of a folder, in order; none that is hidden."""
+    """The photographs below the class folders of a folder, in order; none that is hidden. Says what else lies
+    there."""
     files = []
+    others = Counter()
     for file in sorted(folder.glob('*/**/*')):
         is_hidden = any(part.startswith('.') for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in PICTURES and not is_hidden and file.is_file():
+        if is_hidden or not file.is_file():
+            continue
+        if file.suffix.lower() in PICTURES:
             files.append(file)
+        else:
+            others[file.suffix.lower() or 'without ending'] += 1
+    if others:
+        counts = ', '.join(f'{n} {ending}' for ending, n in others.most_common(8))
+        print(f'{folder}: {others.total()} other files are left out ({counts}): expected '
+              f'{", ".join(PICTURES)}')
     return files
 
 

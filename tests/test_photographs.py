@@ -188,8 +188,12 @@ def test_what_is_no_photograph_of_a_class(classes, capsys):
     (photos / 'bus/folder.png').mkdir()
     (photos / 'Ox/again.png').write_bytes((photos / 'bus/3.png').read_bytes())
     photo(photos / 'train' / 'e.png', (1, 2, 3))
+    for name in ('a.heic', 'b.HEIC', 'README'):
+        (photos / 'Ox' / name).write_text('no picture of a known kind')
     found = mosaics.photographs(mosaics.Config(source=str(photos)))
-    assert {name for of_split in found.values() for name in of_split} == {*CLASSES, 'train'} and '1 photographs are left out' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert {name for of_split in found.values() for name in of_split} == {*CLASSES, 'train'} and '1 photographs are left out' in said
+    assert '3 other files are left out (2 .heic, 1 without ending)' in said and len(re.findall('(?:train|val|test): no photograph of train: ', said)) == 2
     assert sum(map(len, (files for of_split in found.values() for files in of_split.values()))) == 121
     assert mosaics.class_name('E\u0301le\u0301phant_d-Asie') == 'éléphant d asie' and mosaics.class_name('हिन्दी') == 'हिन्दी'
     (photos / 'bus').rename(photos / '__')
@@ -233,6 +237,10 @@ def test_cells(classes, capsys):
     text = capsys.readouterr().out
     assert float(re.search('cells: (.*) of 20 named rightly', text)[1]) >= .9
     assert float(re.search(r'all +\| +\d+ \| (\S+)', text)[1]) >= .85
+    train.main([f'--dataset={classes}/out0', '--use_vision=false', f'--out_dir={classes}/blind', '--max_steps=1', '--eval_interval=1', '--device=cpu', '--vocab_size=300',
+                '--max_answer_tokens=12', '--max_question_tokens=60'])
+    with pytest.raises(ValueError, match='blind: a run without vision'):
+        lab.cells.main([f'--out_dir={classes}/blind', '--device=cpu'])
     cells = lab.cells.cells_of(torch.arange(16.).view(1, 16, 1), 2)
     assert cells.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
 
