@@ -10,7 +10,8 @@ The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs 
     logits = head(y)
 
 Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion) and
-generate, for which Cache keeps what was computed before; Halting ends the passes of a token early.
+generate, for which a Cache keeps what was computed before. Decoder.from_pretrained fills the same attention
+with the weights of a language model, between blocks of its own kind: LlamaBlock.
 
     B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
     T states that go through F together: A of y, or A of y and then A of z   P the states before them
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import expect
+from plumbing.caches import Cache, Halting
+from pretrained.decoders import read_decoder
 
 # how a pass changes y and z; a new way is a name here and a branch in Decoder.answer_states
 RECURSIONS = ('concat', 'add', 'loop')
@@ -48,22 +51,42 @@ class ModelConfig:
     outer_steps: int = 1        # T, cycles
     deep_supervision: bool = False      # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False  # recompute the passes in the backward pass: less memory, more time
-    norm: str = 'post'          # 'post': blocks norm what they hand on; 'pre': what they read
+    norm: str = 'post'          # 'post': blocks norm what they hand on; 'pre': what they read; 'rms': that,
+                                # by learned scales, and gated MLPs, as pretrained decoders have it
     qk_norm: bool = True        # queries and keys are normed, head by head
     use_vision: bool = True     # false: the blind control, which never sees the picture
     prefix_lm: bool = True      # context tokens see each other both ways; false: causally
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
+    # what pretrained decoders need
+    head_size: int | None = None        # hs; None: C / nh
+    mlp_size: int | None = None         # width inside an MLP; None: 4 C
+    qkv_bias: bool = False
+    rope_freqs: tuple | None = None     # angle a position, for each pair; None: 10000 ** (-2 i / hs)
+    norm_eps: float = 1e-5              # of 'rms'
+    tied_head: bool = True              # the head's weights are the embedding's
+    recur_layers: int | None = None     # F is the last so many blocks; those before are passed once
 
     def __post_init__(self):
-        expect(self, kind=('plain', 'trm'), recursion=RECURSIONS, norm=('pre', 'post'))
+        expect(self, kind=('plain', 'trm'), recursion=RECURSIONS, norm=('pre', 'post', 'rms'))
         for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd', 'vision_dim', 'inner_steps', 'outer_steps'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least 1')
         # RoPE turns the numbers of a head in pairs, so its size must be even
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = {2 * self.n_head}')
+        if self.head_size is None:
+            if self.n_embd % (2 * self.n_head):
+                raise ValueError(f'n_embd={self.n_embd}: expected a multiple of 2 * n_head = '
+                                 f'{2 * self.n_head}')
+            self.head_size = self.n_embd // self.n_head
+        if self.mlp_size is None:
+            self.mlp_size = 4 * self.n_embd
+        if self.kind == 'plain' or self.recur_layers is None:
+            self.recur_layers = self.n_layer
+        if not 1 <= self.recur_layers <= self.n_layer:
+            raise ValueError(f'recur_layers={self.recur_layers}: expected 1 to n_layer={self.n_layer}')
+        if self.norm == 'rms' and self.recursion == 'add':
+            raise ValueError("norm='rms' with recursion='add': expected loop or concat")
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
@@ -73,6 +96,11 @@ class ModelConfig:
             self.inner_steps = 1
             self.outer_steps = 1
             self.recall = False  # there is only a first pass
+
+    @property
+    def gated(self):
+        """Whether what a pass makes enters the next one through gates that start at zero."""
+        return self.kind == 'trm' and self.norm == 'rms'
 
     @property
     def streams(self):
@@ -85,13 +113,16 @@ def norm(x):
     return F.layer_norm(x, (x.size(-1),))
 
 
-def rotations(positions, head_size):
+def rotations(positions, head_size, freqs=None):
     """RoPE: cosines and sines that turn queries and keys by their positions.
 
-    Shapes: positions (B, T) -> two (B, 1, T, hs).
+    Shapes: positions (B, T), freqs, the angle of one position, (hs / 2,) or None -> two (B, 1, T, hs).
     """
     # float32 even under autocast: bfloat16 could not tell far positions apart
-    freqs = 10000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)     # (hs / 2,)
+    if freqs is None:
+        freqs = 10000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)     # (hs / 2,)
+    else:
+        freqs = torch.tensor(freqs, device=positions.device)           # (hs / 2,)
     angles = positions[:, None, :, None] * freqs                       # (B, 1, T, hs / 2)
     # scores are divided by the root of hs: queries and keys take half of that each
     scale = head_size ** -.25
@@ -132,25 +163,28 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head
-        self.head_size = config.n_embd // config.n_head
+        self.head_size = config.head_size
         self.qk_norm = config.qk_norm
         n_heads = self.n_head + 2 * self.n_kv_head  # of queries, keys and values
-        self.qkv = nn.Linear(config.n_embd, n_heads * self.head_size, bias=False)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = nn.Linear(config.n_embd, n_heads * self.head_size, bias=config.qkv_bias)
+        self.out = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=False)
+        self.qk_scale = None  # of 'rms': of each head of queries, then of keys, (nh + kv, 1, hs)
+        if config.qk_norm and config.norm == 'rms':
+            self.qk_scale = nn.Parameter(torch.ones(self.n_head + self.n_kv_head, 1, self.head_size))
+            self.norm_eps = config.norm_eps
 
     def forward(self, h, rope, mask, past=None):
         """
         Shapes: h (B, T, C); mask, added to the scores, (B or 1, 1, T or 1, P + T); past, keys and values of
             P states before these, (B, kv, P, hs) both -> (B, T, C); all keys and values, (B, kv, P + T, hs)
         """
-        B, T, C = h.shape
         q, k, v = self.queries_keys_values(h, rope)                    # (B, nh or kv, T, hs) each
         if past is not None:
             k = torch.cat([past[0], k], dim=2)                         # (B, kv, P + T, hs)
             v = torch.cat([past[1], v], dim=2)                         # (B, kv, P + T, hs)
         att = self.weights(q, k, mask)                                 # (B, nh, T, P + T)
         y = shared_product(att, v)                                     # (B, nh, T, hs)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), (k, v)    # (B, T, C)
+        return self.out(y.transpose(1, 2).flatten(2)), (k, v)          # (B, T, C)
 
     def queries_keys_values(self, h, rope):
         """Shapes: h (B, T, C) -> queries (B, nh, T, hs), keys and values, (B, kv, T, hs) both."""
@@ -162,15 +196,20 @@ class Attention(nn.Module):
 
     def keys_values(self, h, rope):
         """Keys and values alone: all that the context's last layer is asked for. -> (B, kv, T, hs) both"""
-        C = h.size(-1)
-        kv = F.linear(h, self.qkv.weight[C:])                          # (B, T, 2 kv hs), without queries
+        n = self.n_head * self.head_size  # rows that make queries
+        bias = None if self.qkv.bias is None else self.qkv.bias[n:]
+        kv = F.linear(h, self.qkv.weight[n:], bias)                    # (B, T, 2 kv hs)
         k, v = self.heads_of(kv).chunk(2, dim=1)
         return self.turned(k, rope), v                                 # (B, kv, T, hs) both
 
     def turned(self, heads, rope):
         """Queries or keys, normed, at their positions. Shapes: (B, any, T, hs) -> the same."""
-        # of RMS 1 no score gets large, and more is learnt in as many steps (results/minutes.md)
-        return rotate(norm(heads) if self.qk_norm else heads, rope)
+        if self.qk_scale is not None:
+            heads = F.rms_norm(heads, (self.head_size,), eps=self.norm_eps)
+            heads = heads * self.qk_scale[-heads.size(1):]             # keys come last, where they are alone
+        elif self.qk_norm:  # of RMS 1 no score gets large, and more is learnt in as many steps
+            heads = norm(heads)                                        # (results/minutes.md)
+        return rotate(heads, rope)
 
     def heads_of(self, x):
         """Shapes: (B, T, n * hs) -> (B, n, T, hs)."""
@@ -198,8 +237,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm = config.norm
         self.attention = Attention(config)
-        self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.fc1 = nn.Linear(config.n_embd, config.mlp_size, bias=False)
+        self.fc2 = nn.Linear(config.mlp_size, config.n_embd, bias=False)
 
     def forward(self, h, rope, mask, past=None):
         """Shapes: as Attention."""
@@ -216,11 +255,35 @@ class Block(nn.Module):
             raise ValueError(f'norm={self.norm}: expected pre or post')
 
     def mlp(self, h):
-        return self.fc2(F.gelu(self.fc1(h)))                           # (B, T, C), 4 C in between
+        return self.fc2(F.gelu(self.fc1(h)))                           # (B, T, C)
 
     def keys_values(self, h, rope):
         """The keys and values that `forward` would make of h alone, (B, kv, T, hs) both."""
         return self.attention.keys_values(norm(h) if self.norm == 'pre' else h, rope)
+
+
+class LlamaBlock(nn.Module):
+    """The block of pretrained decoders: learned scales, and a gate on what goes through the MLP.
+    Source: Touvron 2023, arXiv 2302.13971; the gate, Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.fc1 = nn.Linear(config.n_embd, 2 * config.mlp_size, bias=False)   # the gate's half first
+        self.fc2 = nn.Linear(config.mlp_size, config.n_embd, bias=False)
+
+    def forward(self, h, rope, mask, past=None):
+        """Shapes: as Attention."""
+        attended, seen = self.attention(self.norm1(h), rope, mask, past)
+        h = h + attended
+        gate, through = self.fc1(self.norm2(h)).chunk(2, dim=-1)       # (B, T, mlp_size) both
+        return h + self.fc2(F.silu(gate) * through), seen
+
+    def keys_values(self, h, rope):
+        """The keys and values that `forward` would make of h alone, (B, kv, T, hs) both."""
+        return self.attention.keys_values(self.norm1(h), rope)
 
 
 @dataclass
@@ -231,96 +294,6 @@ class Context:
     length: torch.Tensor  # tokens that are not padding (B,)
 
 
-class Cache:
-    """What generation keeps: for every pass the keys and values of each block, those of the context first.
-
-    None of it ever has to be computed again: what position t computes in a pass depends on positions up to t
-    alone, and those do not change.
-    """
-
-    def __init__(self):
-        self.positions = 0  # answer positions that are in it
-        self.passes = []    # a list of keys and values for each pass, made when the first token gets there
-        self.begun = 0      # passes of the present positions that have begun
-        self.done = None    # rows whose answer has ended (B,)
-
-    def next_pass(self, context):
-        """Keys and values for the pass that begins, a list by block, which gets those that the pass makes."""
-        if self.begun == len(self.passes):
-            self.passes.append(list(context.layers))
-        # counted as they come, so that a recursion with other passes needs nothing here
-        self.begun += 1
-        return self.passes[self.begun - 1]
-
-    def after_pass(self, states):
-        """What a pass hands on. Shapes: (B, T, C) -> (B, T, C)."""
-        return states
-
-    def settled(self):
-        """Whether more passes would change nothing."""
-        return False
-
-    def end_position(self, n):
-        """After the last pass over n positions: those that follow begin with the first pass again."""
-        self.positions += n
-        self.begun = 0
-
-
-class Halting(Cache):
-    """A cache for answers that think as long as they need: a pass that hardly moves the states of a token is
-    its last. What later tokens read of it in deeper passes is what it had in its last one.
-
-    A token has two passes at least, and a batch goes on until its slowest row has settled.
-    """
-
-    def __init__(self, halt):
-        super().__init__()
-        self.halt = halt    # hardly: by less than this, in RMS, of which states have 1
-        self.taken = []     # passes that each token took, (B,) a token
-        self.moving = None  # rows whose present token goes on (B,)
-        self.states = None  # what the pass before handed on (B, T, C)
-
-    def next_pass(self, context):
-        if self.begun == 0:  # a new token
-            self.taken.append(torch.zeros_like(context.length))                    # (B,)
-            everyone = torch.ones_like(context.length, dtype=torch.bool)           # (B,)
-            self.moving = everyone if self.done is None else ~self.done
-        else:
-            if self.begun == len(self.passes):
-                self.passes.append(list(context.layers))
-            both = zip(self.passes[self.begun], self.passes[self.begun - 1])
-            self.passes[self.begun] = [tuple(map(self.filled, now, before)) for now, before in both]
-        return super().next_pass(context)
-
-    def filled(self, now, before):
-        """Keys, or values, of a pass: tokens that did not get there have those of the pass before.
-        Shapes: (B, kv, P or fewer, hs), (B, kv, P + T, hs) -> (B, kv, P, hs)"""
-        T = self.states.size(1)  # of the present token, which is about to get there
-        return torch.cat([now, before[:, :, now.size(2):-T]], dim=2)
-
-    def after_pass(self, states):
-        self.taken[-1] += self.moving
-        if self.begun > 1:  # two passes tell how far the second one moved
-            states = torch.where(self.moving[:, None, None], states, self.states)  # (B, T, C)
-            moved = (states - self.states).float().square().mean((1, 2)).sqrt()    # (B,)
-            self.moving = self.moving & (moved >= self.halt)
-        self.states = states
-        return states
-
-    def settled(self):
-        # before a token's first pass `moving` is that of the token before
-        return self.begun > 0 and not self.moving.any()
-
-    def end_position(self, n):
-        T = self.states.size(1)
-        for k in range(1, self.begun):
-            ended = (self.taken[-1] <= k)[:, None, None, None]         # (B, 1, 1, 1): before this pass
-            for layer, layer_before in zip(self.passes[k], self.passes[k - 1]):
-                for now, before in zip(layer, layer_before):           # (B, kv, S + P + T, hs) both
-                    now[:, :, -T:] = torch.where(ended, before[:, :, -T:], now[:, :, -T:])
-        super().end_position(n)
-
-
 class Decoder(nn.Module):
     """Answers questions about pictures, plainly or recursively."""
 
@@ -329,15 +302,21 @@ class Decoder(nn.Module):
         self.config = config
         C = config.n_embd
         self.embed = nn.Embedding(config.vocab_size, C)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # F
+        block = LlamaBlock if config.norm == 'rms' else Block
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))  # F
         self.head = nn.Linear(C, config.vocab_size, bias=False)
-        self.head.weight = self.embed.weight
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+        if config.norm == 'rms':
+            self.head = nn.Sequential(nn.RMSNorm(C, config.norm_eps), self.head)
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
         if config.recursion != 'loop':  # there z would never get a gradient
             self.z_start = nn.Parameter(torch.randn(C))
         if config.recursion == 'add':  # e comes in at every pass there; elsewhere y starts as e
             self.y_start = nn.Parameter(torch.randn(C))
+        if config.gated:  # at the start every pass does what the pretrained decoder does
+            self.gates = nn.Parameter(torch.empty(config.streams, C))  # of y, and of z
 
         for p in self.parameters():
             if p.dim() == 2:  # keeps the scale of what goes through; here GPT-2's .02 would shrink it
@@ -347,6 +326,8 @@ class Decoder(nn.Module):
         for block in self.blocks:  # what is added to the residual stream starts small, as in GPT-2
             for p in (block.attention.out.weight, block.fc2.weight):
                 nn.init.normal_(p, std=(p.size(1) * 2 * config.n_layer) ** -.5)
+        if config.gated:
+            nn.init.zeros_(self.gates)
 
     def forward(self, vision, question, answer, targets=None, inner_steps=None):
         """Predicts every answer token from the picture, the question and the tokens before it.
@@ -380,10 +361,9 @@ class Decoder(nn.Module):
         own_mask = mask
         if not c.prefix_lm:
             own_mask = mask + hide(positions[:, None] < positions, x.dtype)    # (B, 1, S, S)
-        rope = rotations(positions[None], x.size(2) // c.n_head)
+        rope = rotations(positions[None], c.head_size, c.rope_freqs)
 
-        # words and image start at RMS 1 alike, whatever the encoder's scale
-        h = norm(x)                                                    # (B, S, C)
+        h = self.entered(x)                                            # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
             h, seen = block(h, rope, own_mask)                         # (B, S, C)
@@ -404,22 +384,21 @@ class Decoder(nn.Module):
         c = self.config
         A = answer.size(1)
         start = 0 if cache is None else cache.positions
-        # RMS 1, as F hands on: the first pass meets the same scale as the others
-        e = norm(self.embed(answer))                                   # (B, A, C)
+        e = self.entered(self.embed(answer))                           # (B, A, C)
 
-        # y_t and z_t are both at time t: they see each other, and neither sees t + 1
-        time = torch.arange(A, device=answer.device).repeat(c.streams)         # (T,): of y, then of z again
-        mask = hide(time[:, None] < time, e.dtype)                     # (T, T): states of later positions
-        mask = F.pad(mask, (c.streams * start, 0))                     # (T, P + T): all earlier ones are seen
-        of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
-        mask = torch.cat([of_context, mask.expand(len(answer), 1, -1, -1)], dim=-1)    # (B, 1, T, S + P + T)
-        # counted from the last real token of x: the padding of a batch moves no answer
-        rope = rotations(context.length[:, None] + start + time, c.n_embd // c.n_head)
-        network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)
+        network = partial(self.network, context=context, cache=cache)
         if c.checkpoint_recursion and torch.is_grad_enabled():
             network = partial(checkpoint, network, use_reentrant=False)
+        first = c.n_layer - c.recur_layers
+        if first:  # blocks that are passed once: F begins after them
+            seen = self.who_sees_whom(context, A, start, streams=1)
+            e = network(e, *seen, range(first))                        # (B, A, C)
+        seen = self.who_sees_whom(context, A, start, c.streams)
+        network = partial(network, rope=seen[0], mask=seen[1], layers=range(first, c.n_layer))
 
         y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else e     # (B, A, C)
+        if c.gated:
+            y = torch.zeros_like(e)
         z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
         supervised = []
         for cycle in range(c.outer_steps):
@@ -434,12 +413,12 @@ class Decoder(nn.Module):
                     if cache is not None and cache.settled():
                         break
                     if c.recursion == 'concat':
-                        both = torch.cat([self.recalled(y, e), z], dim=1)      # (B, 2 A, C)
+                        both = torch.cat(self.entering(y, z, e), dim=1)        # (B, 2 A, C)
                         y, z = network(both).chunk(2, dim=1)           # (B, A, C) both
                     elif c.recursion == 'add':  # e every time: the written tokens come in nowhere else
                         z = network(self.bounded(e + y + z))
                     elif c.recursion == 'loop':
-                        y = network(self.recalled(y, e))
+                        y = network(*self.entering(y, None, e))
                     else:
                         raise ValueError(f'recursion={c.recursion}: has no branch in answer_states')
                 if c.recursion == 'add':  # without e: so F can tell a pass for y from one for z
@@ -450,20 +429,49 @@ class Decoder(nn.Module):
             cache.end_position(A)
         return supervised
 
-    def network(self, states, rope, mask, context, cache):
-        """F: one pass of the states through all blocks. Shapes: (B, T, C) -> (B, T, C)."""
+    def who_sees_whom(self, context, A, start, streams):
+        """The positions of the states, as rotations, and what they see of context, earlier states and each
+        other. y_t and z_t are both at time t: they see each other, and neither sees t + 1.
+
+        Shapes: -> two (B, 1, T, hs), and a mask (B, 1, T, S + P + T)
+        """
+        c = self.config
+        time = torch.arange(A, device=context.length.device).repeat(streams)   # (T,): of y, then of z again
+        hidden = time[:, None] < time                                  # (T, T): states of later positions
+        hidden = F.pad(hidden, (streams * start, 0))                   # (T, P + T): all earlier ones are seen
+        if c.gated and streams == 2:  # y gets z by its gate alone; earlier states are y, z, y, z, ...
+            hidden[:A, 1:2 * start:2] = True
+            hidden[:A, -A:] = True
+        of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
+        mask = hide(hidden, of_context.dtype).expand(len(of_context), 1, -1, -1)   # (B, 1, T, P + T)
+        mask = torch.cat([of_context, mask], dim=-1)                   # (B, 1, T, S + P + T)
+        # counted from the last real token of x: the padding of a batch moves no answer
+        return rotations(context.length[:, None] + start + time, c.head_size, c.rope_freqs), mask
+
+    def network(self, states, rope, mask, layers, context, cache):
+        """F: one pass of the states through these blocks. Shapes: (B, T, C) -> (B, T, C)."""
         past = context.layers if cache is None else cache.next_pass(context)
-        for i, block in enumerate(self.blocks):
-            states, seen = block(states, rope, mask, past[i])
+        for i in layers:
+            states, seen = self.blocks[i](states, rope, mask, past[i])
             if cache is not None:
                 past[i] = seen
         states = self.bounded(states)
         return states if cache is None else cache.after_pass(states)
 
-    def recalled(self, y, e):
-        """y with the written tokens in it again; else they come in at the first pass alone, and may fade.
-        Shapes: (B, A, C) both -> (B, A, C)"""
-        return norm(y + e) if self.config.recall else y
+    def entered(self, x):
+        """What the first block gets. Words and image start at RMS 1 alike, whatever the encoder's scale, as F
+        hands it on; pretrained blocks know their embeddings as they are. Shapes: (B, T, C) -> (B, T, C)"""
+        return x if self.config.norm == 'rms' else norm(x)
+
+    def entering(self, y, z, e):
+        """What enters a pass: y, with the written tokens in it again, or else they come in at the first pass
+        alone, and may fade; and z. Into pretrained blocks both come through gates that start at zero: there y
+        sees z through its gate alone. Shapes: (B, A, C) each, z may be None -> a list of one or two"""
+        if self.config.gated:
+            enters = e + self.gates[0] * norm(y)                       # (B, A, C)
+            return [enters] if z is None else [enters + self.gates[1] * norm(z), e + norm(z)]
+        enters = norm(y + e) if self.config.recall else y              # (B, A, C)
+        return [enters] if z is None else [enters, z]
 
     def bounded(self, states):
         """Keeps states at RMS 1 however many passes there are; 'post' blocks do it themselves."""
@@ -510,11 +518,28 @@ class Decoder(nn.Module):
         return answer[:, 1:]
 
     def parameter_counts(self):
-        """Parameters by part; 'core': blocks and start states; the embedding is tied with the head."""
+        """Parameters by part; 'core': blocks and start states; a head of its own counts as embedding."""
         total = sum(p.numel() for p in self.parameters())
-        embedding = self.embed.weight.numel()
+        embedding = self.embed.weight.numel() * (1 if self.config.tied_head else 2)
         vision = sum(p.numel() for p in self.vision_proj.parameters()) if self.config.use_vision else 0
         return dict(core=total - embedding - vision, embedding=embedding, vision_proj=vision, total=total)
+
+
+    @classmethod
+    def from_pretrained(cls, name, **settings):
+        """A decoder with the weights of a language model of Llama's, SmolLM2's, Qwen2's or Qwen3's kind.
+
+        name: its folder, or its name on the hub; settings: of ModelConfig, use_vision=False say. Each answer
+        starts with the last token of the question: the first answer token takes the place of bos.
+        Raises: ValueError, FileNotFoundError.
+        """
+        sizes, tensors = read_decoder(name)
+        decoder = cls(ModelConfig(**sizes | settings))
+        decoder.load_state_dict(tensors, strict=False)  # the way from pictures into it is new
+        if decoder.config.use_vision:  # an image token starts as long as a word
+            word = decoder.embed.weight.square().mean().sqrt().item()
+            nn.init.normal_(decoder.vision_proj.weight, std=word * decoder.config.vision_dim ** -.5)
+        return decoder
 
 
 def build_model(config):

@@ -1,5 +1,6 @@
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,18 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 if 'PYTEST_XDIST_WORKER' in os.environ:  # tests run side by side: a thread each, before torch counts the cores
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+
+@contextmanager
+def without_torchvision():
+    """Peers that import torchvision can be imported here: its compiled operators do not load beside a CPU build of torch, and none of them is needed."""
+    import torch
+    real = torch.library.register_fake
+    torch.library.register_fake = lambda name, *args, **kwargs: (lambda f: f) if str(name).startswith('torchvision::') else real(name, *args, **kwargs)
+    try:
+        yield
+    finally:
+        torch.library.register_fake = real
 
 
 @pytest.fixture(scope='session')

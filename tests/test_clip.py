@@ -12,25 +12,15 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, without_torchvision
 from PIL import Image
 
 import encoder as encoder_module
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from plumbing.files import safe_load
 
-
-def peers():
-    """transformers and open_clip. Both import torchvision, whose compiled operators do not load beside a CPU build of torch; CLIP needs none."""
-    real = torch.library.register_fake
-    torch.library.register_fake = lambda name, *args, **kwargs: (lambda f: f) if str(name).startswith('torchvision::') else real(name, *args, **kwargs)
-    try:
-        return [pytest.importorskip(name) for name in ('open_clip', 'transformers')]
-    finally:
-        torch.library.register_fake = real
-
-
-open_clip, transformers = peers()
+with without_torchvision():
+    open_clip, transformers = [pytest.importorskip(name) for name in ('open_clip', 'transformers')]
 VISION = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96, image_size=32, patch_size=8)
 TEXT = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=64, max_position_embeddings=8,
             bos_token_id=1, eos_token_id=2)

@@ -1,0 +1,93 @@
+"""What generation keeps, so that nothing is computed twice, and how it ends the passes of a token early."""
+
+import torch
+
+
+class Cache:
+    """What generation keeps: for every pass the keys and values of each block, those of the context first.
+
+    None of it ever has to be computed again: what position t computes in a pass depends on positions up to t
+    alone, and those do not change.
+    """
+
+    def __init__(self):
+        self.positions = 0  # answer positions that are in it
+        self.passes = []    # a list of keys and values for each pass, made when the first token gets there
+        self.begun = 0      # passes of the present positions that have begun
+        self.done = None    # rows whose answer has ended (B,)
+
+    def next_pass(self, context):
+        """Keys and values for the pass that begins, a list by block, which gets those that the pass makes."""
+        if self.begun == len(self.passes):
+            self.passes.append(list(context.layers))
+        # counted as they come, so that a recursion with other passes needs nothing here
+        self.begun += 1
+        return self.passes[self.begun - 1]
+
+    def after_pass(self, states):
+        """What a pass hands on. Shapes: (B, T, C) -> (B, T, C)."""
+        return states
+
+    def settled(self):
+        """Whether more passes would change nothing."""
+        return False
+
+    def end_position(self, n):
+        """After the last pass over n positions: those that follow begin with the first pass again."""
+        self.positions += n
+        self.begun = 0
+
+
+class Halting(Cache):
+    """A cache for answers that think as long as they need: a pass that hardly moves the states of a token is
+    its last. What later tokens read of it in deeper passes is what it had in its last one.
+
+    A token has two passes at least, and a batch goes on until its slowest row has settled.
+    """
+
+    def __init__(self, halt):
+        super().__init__()
+        self.halt = halt    # hardly: by less than this, in RMS, of which states have 1
+        self.taken = []     # passes that each token took, (B,) a token
+        self.moving = None  # rows whose present token goes on (B,)
+        self.states = None  # what the pass before handed on (B, T, C)
+
+    def next_pass(self, context):
+        if self.begun == 0:  # a new token
+            self.taken.append(torch.zeros_like(context.length))                    # (B,)
+            everyone = torch.ones_like(context.length, dtype=torch.bool)           # (B,)
+            self.moving = everyone if self.done is None else ~self.done
+        else:
+            if self.begun == len(self.passes):
+                self.passes.append(list(context.layers))
+            both = zip(self.passes[self.begun], self.passes[self.begun - 1])
+            self.passes[self.begun] = [tuple(map(self.filled, now, before)) for now, before in both]
+        return super().next_pass(context)
+
+    def filled(self, now, before):
+        """Keys, or values, of a pass: tokens that did not get there have those of the pass before.
+        Shapes: (B, kv, P or fewer, hs), (B, kv, P + T, hs) -> (B, kv, P, hs)"""
+        T = self.states.size(1)  # of the present token, which is about to get there
+        return torch.cat([now, before[:, :, now.size(2):-T]], dim=2)
+
+    def after_pass(self, states):
+        self.taken[-1] += self.moving
+        if self.begun > 1:  # two passes tell how far the second one moved
+            states = torch.where(self.moving[:, None, None], states, self.states)  # (B, T, C)
+            moved = (states - self.states).float().square().mean((1, 2)).sqrt()    # (B,)
+            self.moving = self.moving & (moved >= self.halt)
+        self.states = states
+        return states
+
+    def settled(self):
+        # before a token's first pass `moving` is that of the token before
+        return self.begun > 0 and not self.moving.any()
+
+    def end_position(self, n):
+        T = self.states.size(1)
+        for k in range(1, self.begun):
+            ended = (self.taken[-1] <= k)[:, None, None, None]         # (B, 1, 1, 1): before this pass
+            for layer, layer_before in zip(self.passes[k], self.passes[k - 1]):
+                for now, before in zip(layer, layer_before):           # (B, kv, S + P + T, hs) both
+                    now[:, :, -T:] = torch.where(ended, before[:, :, -T:], now[:, :, -T:])
+        super().end_position(n)

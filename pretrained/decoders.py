@@ -1,0 +1,156 @@
+"""
+Pretrained language models, as Hugging Face stores them: Llama 3, SmolLM2, Qwen2, Qwen2.5 and Qwen3. Their
+tensors under the names of `model.Decoder`'s, and the settings of `model.ModelConfig` that they need.
+
+`read_decoder` is the way in.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from plumbing.files import DAMAGED
+from pretrained.files import as_tensor, first_few, open_weights, read_beside
+from pretrained.hub import folder_of, is_hub_name
+
+FAMILIES = ('llama', 'qwen2', 'qwen3')  # model_type of config.json
+
+NAMES = {  # Hugging Face's names: ours
+    r'model\.embed_tokens': 'embed',
+    r'model\.layers': 'blocks',
+    r'input_layernorm': 'norm1',
+    r'post_attention_layernorm': 'norm2',
+    r'self_attn\.o_proj': 'attention.out',
+    r'self_attn\.': 'attention.',
+    r'mlp\.down_proj': 'fc2',
+    r'mlp\.': '',
+    r'model\.norm': 'head.0',
+    r'lm_head': 'head.1',
+}
+
+MERGED = {  # ours: what stands side by side in it, as Hugging Face calls it, under our names
+    'attention.qkv.weight': [f'attention.{part}_proj.weight' for part in 'qkv'],
+    'attention.qkv.bias': [f'attention.{part}_proj.bias' for part in 'qkv'],
+    'fc1.weight': ['gate_proj.weight', 'up_proj.weight'],
+}
+
+
+def read_decoder(name):
+    """The settings of a decoder (a dict), and its weights in float32 under the names of `model.Decoder`'s.
+
+    name: a folder, or a name on the hub. Raises: ValueError, FileNotFoundError.
+    """
+    folder = Path(name)
+    if not folder.exists() and is_hub_name(str(name)):
+        folder = folder_of(str(name))[0]
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{name}: no such folder: expected one with config.json and weights')
+    about = read_beside(folder, 'config.json')
+    if not about:
+        raise ValueError(f'{name}: no config.json in it: expected a language model as Hugging Face stores it')
+    tensors, _ = open_weights(folder)
+    tied = is_tied(about, tensors)
+    try:
+        settings = settings_of(about, f'{folder}/config.json') | dict(tied_head=tied)
+        weights = renamed(tensors, settings, name)
+    except KeyError as e:
+        raise ValueError(f'{name}: {e.args[0]} is missing') from None
+    return settings, weights
+
+
+def settings_of(about, file):
+    """The settings of ModelConfig that a config.json asks for. Raises: ValueError, KeyError."""
+    family = about.get('model_type')
+    if family not in FAMILIES:
+        raise ValueError(f'{file}: model_type {family!r}: expected one of {", ".join(FAMILIES)}')
+    for key, wanted in dict(hidden_act='silu', mlp_bias=False, use_sliding_window=False).items():
+        if about.get(key, wanted) != wanted:
+            raise ValueError(f'{file}: {key} {about[key]!r}: expected {wanted!r}')
+    if family != 'qwen2' and about.get('attention_bias'):
+        raise ValueError(f'{file}: attention_bias: expected none, but for Qwen2')
+    for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'):
+        if type(about[key]) is not int or about[key] < 1:
+            raise ValueError(f'{file}: {key} {about[key]!r}: expected a whole number')
+    n_head = about['num_attention_heads']
+    head_size = about.get('head_dim') or about['hidden_size'] // n_head
+    return dict(
+        kind='plain',
+        norm='rms',
+        prefix_lm=False,
+        vocab_size=about['vocab_size'],
+        n_layer=about['num_hidden_layers'],
+        n_head=n_head,
+        n_kv_head=about.get('num_key_value_heads') or n_head,
+        n_embd=about['hidden_size'],
+        head_size=head_size,
+        mlp_size=about['intermediate_size'],
+        qkv_bias=family == 'qwen2',
+        qk_norm=family == 'qwen3',
+        norm_eps=about.get('rms_norm_eps', 1e-6),
+        rope_freqs=rope_freqs(about, head_size, file),
+    )
+
+
+def rope_freqs(about, head_size, file):
+    """The angle of one position for each pair of a head, as a tuple. Raises: ValueError.
+
+    Source of 'llama3', which stretches what turns slowly for longer texts: Grattafiori 2024, arXiv 2407.21783,
+    as Hugging Face's transformers computes it.
+    """
+    rope = about.get('rope_parameters') or about.get('rope_scaling') or {}
+    base = rope.get('rope_theta') or about.get('rope_theta') or 10000.0
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    freqs = base ** -(torch.arange(0, head_size, 2) / head_size)       # (hs / 2,)
+    if kind == 'llama3':
+        turns = rope['original_max_position_embeddings'] * freqs / (2 * math.pi)
+        low, high = rope['low_freq_factor'], rope['high_freq_factor']
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the angle that stays as it was
+        freqs = freqs * (kept + (1 - kept) / rope['factor'])
+    elif kind != 'default':
+        raise ValueError(f'{file}: rope_type {kind!r}: expected default or llama3')
+    return tuple(freqs.tolist())
+
+
+def is_tied(about, tensors):
+    """Whether the head is the embedding: it may be stored again, or not be said."""
+    return about.get('tie_word_embeddings', 'lm_head.weight' not in tensors)
+
+
+def renamed(tensors, settings, title):
+    """The weights under our names, in float32; what stands side by side is one. Raises: ValueError, KeyError."""
+    found = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in NAMES.items():
+            name = re.sub(rf'(^|(?<=\.)){theirs}', ours, name)
+        found[name] = tensor
+    weights = {}
+
+    def take(name):
+        try:
+            return as_tensor(found.pop(name)).float()
+        except (ValueError, *DAMAGED) as e:
+            if isinstance(e, KeyError):
+                raise
+            raise ValueError(f'{title}: damaged ({e})') from None
+
+    weights['embed.weight'] = take('embed.weight')
+    for i in range(settings['n_layer']):
+        for ours in ('norm1.weight', 'norm2.weight', 'attention.out.weight', 'fc2.weight'):
+            weights[f'blocks.{i}.{ours}'] = take(f'blocks.{i}.{ours}')
+        for ours, theirs in MERGED.items():
+            if ours.endswith('bias') and not settings['qkv_bias']:
+                continue
+            weights[f'blocks.{i}.{ours}'] = torch.cat([take(f'blocks.{i}.{part}') for part in theirs])
+        if settings['qk_norm']:
+            heads = [take(f'blocks.{i}.attention.q_norm.weight').expand(settings['n_head'], 1, -1),
+                     take(f'blocks.{i}.attention.k_norm.weight').expand(settings['n_kv_head'], 1, -1)]
+            weights[f'blocks.{i}.attention.qk_scale'] = torch.cat(heads)   # (nh + kv, 1, hs)
+    weights['head.0.weight'] = take('head.0.weight')
+    head = found.pop('head.1.weight', None)
+    weights['head.1.weight'] = weights['embed.weight'] if settings['tied_head'] else as_tensor(head).float()
+    left = [name for name in found if not name.endswith('rotary_emb.inv_freq')]
+    if left:
+        raise ValueError(f'{title}: weights that no decoder of these families has: {first_few(left)}')
+    return weights

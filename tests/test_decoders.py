@@ -1,0 +1,152 @@
+"""Pretrained language models: logits and texts equal those of transformers, for every family that is read."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import without_torchvision
+
+from model import Decoder
+
+with without_torchvision():
+    transformers = pytest.importorskip('transformers')
+    CLASSES = {kind: (getattr(transformers, f'{kind}Config'), getattr(transformers, f'{kind}ForCausalLM')) for kind in ('Llama', 'Qwen2', 'Qwen3')}
+
+SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=.2)
+STRETCHED = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+FAMILIES = {
+    'llama': dict(tie_word_embeddings=False, rms_norm_eps=1e-5),
+    'llama3': dict(tie_word_embeddings=True, rope_parameters=STRETCHED),
+    'smollm2': dict(tie_word_embeddings=True, rope_parameters=dict(rope_type='default', rope_theta=100000.0), num_key_value_heads=1),
+    'qwen2': dict(tie_word_embeddings=True, rms_norm_eps=1e-6),
+    'qwen3': dict(tie_word_embeddings=False, head_dim=16),
+}
+
+
+def saved(family, folder):
+    """A random small model of transformers, and the folder that it is saved in."""
+    config, causal = CLASSES[dict(qwen2='Qwen2', qwen3='Qwen3').get(family, 'Llama')]
+    torch.manual_seed(0)
+    theirs = causal(config(**SMALL | FAMILIES[family], pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    for name, p in theirs.named_parameters():  # biases and scales start as zeros and ones, which could hide a mix-up
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=float('norm' in name), std=.3)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def asked(n_question=(9, 5), n_answer=7):
+    """Questions of different length, padded on the right, and answers. -> question (B, Q), answer (B, A)"""
+    g = torch.Generator().manual_seed(1)
+    question = torch.randint(3, 97, (len(n_question), max(n_question)), generator=g)
+    for row, n in zip(question, n_question):
+        row[n:] = 0
+    return question, torch.randint(3, 97, (len(n_question), n_answer), generator=g)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_logits_and_text(family, tmp_path):
+    """Text alone, and behind image tokens; a row of a padded batch is that row alone; greedy text, with and without the cache."""
+    theirs = saved(family, tmp_path)
+    ours = Decoder.from_pretrained(tmp_path, vision_dim=24, pad_id=0, bos_id=1, eos_id=2).eval()
+    blind = Decoder.from_pretrained(str(tmp_path), use_vision=False, pad_id=0, bos_id=1, eos_id=2).eval()
+    question, answer = asked()
+    vision = torch.randn(2, 6, 24)
+    with torch.no_grad():
+        logits = ours(vision, question, answer)[0]                         # (B, A, V)
+        without = blind(None, question, answer)[0]
+        for k, n in enumerate((9, 5)):
+            text = torch.cat([question[k, :n], answer[k]])[None]
+            expected = theirs(text).logits[0, n:]
+            assert (without[k] - expected).abs().max() < 1e-4 < expected.std()
+            words = theirs.get_input_embeddings()(text)
+            both = torch.cat([ours.vision_proj(vision[k:k + 1]), words], dim=1)
+            expected = theirs(inputs_embeds=both).logits[0, 6 + n:]
+            assert (logits[k] - expected).abs().max() < 1e-4
+        assert (logits - without).abs().max() > 1e-2
+        # the last token of a question takes the place of <bos>
+        blind.config.bos_id = 7
+        question[:, -1] = 7
+        made = blind.generate(None, question[:1, :-1], 20)
+        expected = theirs.generate(question[:1], max_new_tokens=20, do_sample=False, pad_token_id=0)[0, question.size(1):]
+        assert made[0, :len(expected)].tolist() == expected.tolist() and len(set(expected.tolist())) > 3
+        answer = torch.cat([torch.full((1, 1), 7), made[:, :-1]], dim=1)
+        uncached = blind(None, question[:1, :-1], answer)[0].argmax(-1)
+        assert uncached[0, :len(expected)].tolist() == expected.tolist()
+
+
+def test_image_tokens_are_as_long_as_words(tmp_path):
+    saved('smollm2', tmp_path)
+    decoder = Decoder.from_pretrained(tmp_path, vision_dim=64)
+    image = decoder.vision_proj(torch.randn(4, 8, 64))
+    assert .8 < image.std() / decoder.embed.weight.std() < 1.25
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(model_type='gemma'), "model_type 'gemma': expected one of llama, qwen2, qwen3"),
+    (dict(hidden_act='gelu'), "hidden_act 'gelu': expected 'silu'"),
+    (dict(rope_parameters=dict(rope_type='yarn')), "rope_type 'yarn': expected default or llama3"),
+    (dict(num_hidden_layers=4), r'blocks.3.norm1.weight is missing'),
+    (dict(num_hidden_layers=2), r'no decoder of these families has: blocks.2'),
+    (dict(use_sliding_window=True), 'use_sliding_window True'),
+    (dict(hidden_size=None), 'hidden_size None: expected a whole number'),
+])
+def test_what_is_not_read(change, message, tmp_path):
+    """Another family, activation, positions; layers missing or left over."""
+    saved('llama', tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        Decoder.from_pretrained(tmp_path)
+
+
+def test_where_nothing_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no such folder'):
+        Decoder.from_pretrained(tmp_path / 'none')
+    with pytest.raises(ValueError, match='no config.json'):
+        Decoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('recur_layers', [None, 2])
+@pytest.mark.parametrize('recursion', ['loop', 'concat'])
+def test_recursion_starts_as_the_pretrained_model(recursion, recur_layers, tmp_path):
+    """Any number of passes changes nothing until the gates open; they have a gradient at once, z after one step. Then: no leak, rows alone, the cache."""
+    saved('qwen3', tmp_path)
+    more = dict(kind='trm', recursion=recursion, recur_layers=recur_layers, inner_steps=3, vision_dim=24)
+    decoder = Decoder.from_pretrained(tmp_path, **more, pad_id=0, bos_id=1, eos_id=2)
+    plain = Decoder.from_pretrained(tmp_path, vision_dim=24, pad_id=0, bos_id=1, eos_id=2)
+    plain.vision_proj = decoder.vision_proj
+    question, answer = asked()
+    vision = torch.randn(2, 6, 24)
+    expected = plain(vision, question, answer)[0]
+    for n in (1, 2, 5):
+        assert torch.allclose(decoder(vision, question, answer, inner_steps=n)[0], expected, atol=1e-5)
+    optimizer = torch.optim.SGD(decoder.parameters(), .1)
+    decoder(vision, question, answer, answer)[1].backward()
+    assert (decoder.gates.grad.abs().sum(1) > 0).all() and decoder.vision_proj.weight.grad.abs().sum() > 0
+    if recursion == 'concat':
+        assert decoder.z_start.grad.abs().sum() == 0
+        optimizer.step()
+        optimizer.zero_grad()
+        decoder(vision, question, answer, answer)[1].backward()
+        assert decoder.z_start.grad.abs().sum() > 0
+    with torch.no_grad():
+        decoder.gates.normal_()
+        decoder.eval()
+        logits = decoder(vision, question, answer)[0]
+        assert (logits - expected).abs().max() > .01
+        changed = answer.clone()
+        changed[:, 4] = 5
+        moved = (decoder(vision, question, changed)[0] - logits).abs().amax((0, 2))
+        assert (moved[:4] == 0).all() and (moved[4:] > 0).all()
+        assert torch.allclose(decoder(vision[1:], question[1:, :5], answer[1:])[0], logits[1:], atol=1e-5)
+        made = decoder.generate(vision, question, 12)
+        inputs = torch.cat([torch.ones(2, 1, dtype=torch.long), made[:, :-1]], dim=1)
+        again = decoder(vision, question, inputs)[0].argmax(-1)
+        real = (made != 0).cumprod(1).bool()
+        assert torch.equal(again[real], made[real]) and real.sum() > 8
+    with pytest.raises(ValueError, match='recur_layers=4: expected 1 to n_layer=3'):
+        Decoder.from_pretrained(tmp_path, **more | dict(recur_layers=4))
+    with pytest.raises(ValueError, match="recursion='add': expected loop or concat"):
+        Decoder.from_pretrained(tmp_path, **more | dict(recursion='add'))
