@@ -53,6 +53,7 @@ from plumbing.tables import (
     write_dataset,
 )
 from prepare import ImportConfig, formats, import_dataset
+from pretrained.tokenizers import PretrainedTokenizer
 
 # ----------------------------------------------------------------------------
 # rows
@@ -186,6 +187,7 @@ class Tokenizer:
         # the first 256 tokens are the bytes, which every text has; those after them were learnt
         merged = [bytes.fromhex(token) for token in state.get('tokens', ())[256:]]
         learnt = ''.join(token.decode(errors='ignore') for token in merged)
+        self.tail = 0  # tokens behind a question that belong to it
         self.lower_case = learnt != '' and learnt == learnt.lower()  # the text that it was trained on was
         # marks are numbers that no text encodes to, so a question cannot end an answer
         n = self.bpe.n_vocab
@@ -197,12 +199,24 @@ class Tokenizer:
     def encode(self, text):
         return self.bpe.encode_ordinary(text)
 
+    def encode_question(self, text):
+        return self.encode(text)
+
+    def piece(self, id):
+        """What a token says, as text."""
+        return self.bpe.decode([id], errors='replace')
+
     def decode(self, ids):
         """The text of ids up to <eos>; what is not text is left out."""
         ids = list(ids)
         if self.eos_id in ids:
             ids = ids[:ids.index(self.eos_id)]
         return self.bpe.decode([id for id in ids if id < self.pad_id], errors='replace').strip()
+
+
+def open_tokenizer(state):
+    """The Tokenizer of a state, or what has the names of one, of a pretrained decoder."""
+    return PretrainedTokenizer(state) if state['name'] == 'pretrained' else Tokenizer(state)
 
 
 def train_bpe(texts, vocab_size):
@@ -326,7 +340,7 @@ class Questions:
         self.cut = 0
         start = time.time()
         for i, (question, references, *_) in enumerate(self.rows.texts):
-            row = dict(question=self.tokenizer.encode(question),
+            row = dict(question=self.tokenizer.encode_question(question),
                        answer=self.tokenizer.encode(references[0]) + [self.tokenizer.eos_id])
             for key, tokens in row.items():
                 most = self.limits[key]
@@ -334,7 +348,8 @@ class Questions:
                     self.cut += 1
                 elif len(tokens) > most:
                     bad.append((i, f'the {key} has {len(tokens)} tokens, more than max_{key}_tokens={most}'))
-                del tokens[most:]
+                kept_behind = self.tokenizer.tail if key == 'question' else 0
+                del tokens[most - kept_behind:len(tokens) - kept_behind]
             self.tokens.append((row['question'], row['answer']))
             lengths.append(len(row['answer']))
             self.question_lengths.append(len(row['question']))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from configurator import configure
-from data import Questions, Tokenizer, read_rows
+from data import Questions, open_tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, open_encoder
 from model import Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script
@@ -431,7 +431,7 @@ def load_run(checkpoint, device, encoder_path=None):
                              f'--encoder=PATH says where that lies now')
     if encoder is not None:
         encoder = encoder.to(device).eval()
-    return decoder.to(device).eval(), encoder, Tokenizer(checkpoint['tokenizer'])
+    return decoder.to(device).eval(), encoder, open_tokenizer(checkpoint['tokenizer'])
 
 
 def fitted(checkpoint, part, build, config_class, config):
@@ -456,8 +456,8 @@ def fitted(checkpoint, part, build, config_class, config):
 
 def ids_of(question, tokenizer):
     """The tokens of a typed question, a list. Raises: ValueError where there are none."""
-    ids = tokenizer.encode(question.lower() if tokenizer.lower_case else question)
-    if not ids:
+    ids = tokenizer.encode_question(question.lower() if tokenizer.lower_case else question)
+    if not question:
         raise ValueError('--question is empty')
     return ids
 

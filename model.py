@@ -66,6 +66,7 @@ class ModelConfig:
     rope_freqs: tuple | None = None     # angle a position, for each pair; None: 10000 ** (-2 i / hs)
     norm_eps: float = 1e-5              # of 'rms'
     tied_head: bool = True              # the head's weights are the embedding's
+    checkpoint_blocks: bool = False     # recompute every block in the backward pass: for deep decoders
     recur_layers: int | None = None     # F is the last so many blocks; those before are passed once
 
     def __post_init__(self):
@@ -366,7 +367,7 @@ class Decoder(nn.Module):
         h = self.entered(x)                                            # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
-            h, seen = block(h, rope, own_mask)                         # (B, S, C)
+            h, seen = self.through(block, h, rope, own_mask)           # (B, S, C)
             layers.append(seen)
         # nobody reads what the last block would make of x, only its keys and values
         layers.append(self.blocks[-1].keys_values(h, rope))            # (B, kv, S, hs) both
@@ -452,11 +453,16 @@ class Decoder(nn.Module):
         """F: one pass of the states through these blocks. Shapes: (B, T, C) -> (B, T, C)."""
         past = context.layers if cache is None else cache.next_pass(context)
         for i in layers:
-            states, seen = self.blocks[i](states, rope, mask, past[i])
+            states, seen = self.through(self.blocks[i], states, rope, mask, past[i])
             if cache is not None:
                 past[i] = seen
         states = self.bounded(states)
         return states if cache is None else cache.after_pass(states)
+
+    def through(self, block, *args):
+        if self.config.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
     def entered(self, x):
         """What the first block gets. Words and image start at RMS 1 alike, whatever the encoder's scale, as F
@@ -529,12 +535,12 @@ class Decoder(nn.Module):
     def from_pretrained(cls, name, **settings):
         """A decoder with the weights of a language model of Llama's, SmolLM2's, Qwen2's or Qwen3's kind.
 
-        name: its folder, or its name on the hub; settings: of ModelConfig, use_vision=False say. Each answer
-        starts with the last token of the question: the first answer token takes the place of bos.
+        name: its folder, or its name on the hub; settings: of ModelConfig, use_vision=False say; sizes are
+        its own. The first answer token takes the place of <bos>: of bos_id, the last token of a question.
         Raises: ValueError, FileNotFoundError.
         """
         sizes, tensors = read_decoder(name)
-        decoder = cls(ModelConfig(**sizes | settings))
+        decoder = cls(ModelConfig(**dict(kind='plain') | settings | sizes))
         decoder.load_state_dict(tensors, strict=False)  # the way from pictures into it is new
         if decoder.config.use_vision:  # an image token starts as long as a word
             word = decoder.embed.weight.square().mean().sqrt().item()

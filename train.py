@@ -24,9 +24,9 @@ import torch
 
 import eval as evaluation  # eval alone is Python's own
 from configurator import configure, echo, expect
-from data import Questions, Tokenizer, read_rows, train_bpe
+from data import Questions, open_tokenizer, read_rows, train_bpe
 from encoder import open_encoder
-from model import ModelConfig, build_model
+from model import Decoder, ModelConfig, build_model
 from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
 from plumbing.features import vision_source
 from plumbing.files import locked
@@ -52,6 +52,8 @@ from plumbing.run import (
     validation_curve,
 )
 from plumbing.tables import check_splits
+from pretrained.decoders import found_folder
+from pretrained.tokenizers import read_tokenizer, with_prompt
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_shapes
 
@@ -110,6 +112,13 @@ class TrainConfig:
     qk_norm: bool = True                      # norm queries and keys
     use_vision: bool = True                   # false: the blind control
     prefix_lm: bool = True                    # the context sees itself both ways; false: causally
+    # a pretrained language model as the decoder (docs/pretrained.md): its sizes are its own
+    decoder: str | None = None                # its folder, or its name on the hub; None: a new decoder
+    train_decoder: str = 'all'                # all of it; or projection: only what is new, beside it
+    decoder_lr: float = 1.0                   # the share of the learning rate that its own weights take
+    recur_layers: int | None = None           # a TRM's passes go through its last so many blocks; None: all
+    prompt: str | None = None                 # what a question stands in; None: what its family is used to
+    checkpoint_blocks: bool = False           # recompute every block for the gradient: for deep decoders
     # the optimizer
     optimizer: str = 'muon'                   # muon: Muon on matrices, AdamW on the rest; adamw: on all
     max_steps: int = 1800                     # optimizer steps
@@ -129,7 +138,8 @@ class TrainConfig:
 
     def __post_init__(self):
         expect(self, optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
-               tokenizer=('bpe', 'gpt2'))
+               tokenizer=('bpe', 'gpt2'),
+               train_decoder=('all', 'projection'))
         check_numbers(self)
         if self.tokenizer == 'bpe' and self.vocab_size < 259:
             raise ValueError(f'vocab_size={self.vocab_size}: expected at least 259, '
@@ -140,6 +150,11 @@ class TrainConfig:
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: '
                              'there is no picture to train the encoder on')
+        for key in ('train_decoder', 'decoder_lr', 'recur_layers', 'prompt'):
+            if not self.decoder and getattr(self, key) != getattr(TrainConfig, key):
+                raise ValueError(f'{key}={getattr(self, key)}: goes with --decoder, a pretrained one')
+        if self.prompt is not None and self.prompt.count('{question}') != 1:
+            raise ValueError(f'prompt={self.prompt}: expected {{question}} in it, once')
         self.model_config(vision_dim=1)  # bad sizes are said now, not after the pictures are encoded
         if self.kind == 'plain':
             self.min_inner_steps = None  # it is passed once
@@ -151,8 +166,10 @@ class TrainConfig:
 
     def model_config(self, **more):
         """The ModelConfig that these settings ask for; `more` is what data and encoder add to it."""
-        ours = {f.name: getattr(self, f.name) for f in fields(ModelConfig) if hasattr(self, f.name)}
-        return ModelConfig(**ours | more)
+        return ModelConfig(**self.model_settings() | more)
+
+    def model_settings(self):
+        return {f.name: getattr(self, f.name) for f in fields(ModelConfig) if hasattr(self, f.name)}
 
 
 def check_numbers(settings):
@@ -214,7 +231,7 @@ def train(s, sources, device, stop):
     say_if_few(len(rows['val']), 'questions')
     start = read_start(s.init_from) if s.init_from and not saved else None
     known = saved or start
-    tokenizer = Tokenizer(known['tokenizer'] if known else new_tokenizer(rows['train'], s))
+    tokenizer = open_tokenizer(known['tokenizer'] if known else new_tokenizer(rows['train'], s))
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
     encoder = None
     if s.use_vision:
@@ -228,8 +245,11 @@ def train(s, sources, device, stop):
                  for split, of_split in rows.items()}
 
     # ---- model and optimizers; the average of the weights is what is judged
-    config = decoder_config(s, tokenizer, encoder)
-    model = torch.nn.ModuleDict(dict(decoder=build_model(config)))
+    model = torch.nn.ModuleDict(dict(decoder=new_decoder(s, saved, tokenizer, encoder)))
+    config = model['decoder'].config
+    if s.train_decoder == 'projection':
+        model['decoder'].requires_grad_(False)
+        new_parts(model['decoder']).requires_grad_(True)
     if s.train_encoder:
         model['encoder'] = encoder.train().requires_grad_(True)
     if start:
@@ -241,8 +261,7 @@ def train(s, sources, device, stop):
         compile_layers(model, device)  # only what is trained, not what is judged
     parameters = [p for p in model.parameters() if p.requires_grad]
     dtype = pick_dtype(s.dtype, device)
-    optimizers = make_optimizers([(s.encoder_lr if name == 'encoder' else 1.0, part)
-                                  for name, part in model.items()], s, dtype)
+    optimizers = make_optimizers(parts_and_shares(model, s), s, dtype)
     kind = device.split(':')[0]
     autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
     # in float16 small gradients are 0 unless the loss is scaled up
@@ -391,7 +410,10 @@ def draw_if_missing():
 
 
 def new_tokenizer(rows, s):
-    """The state of a Tokenizer: gpt2, or a BPE trained on the questions and first answers of `rows`."""
+    """The state of a tokenizer: that of a pretrained decoder, gpt2, or a BPE trained on the questions and first
+    answers of `rows`."""
+    if s.decoder:
+        return with_prompt(read_tokenizer(found_folder(s.decoder)), s.prompt)
     if s.tokenizer == 'gpt2':
         return {'name': 'gpt2'}
     texts = (text for question, references, *_ in rows.texts for text in (question, references[0]))
@@ -403,8 +425,9 @@ def tokenized(rows, tokenizer, s, truncate):
                      few_shapes=s.compile)
 
 
-def decoder_config(s, tokenizer, encoder):
-    """The decoder's config, with what data and encoder add to the settings. Raises: ValueError."""
+def new_decoder(s, saved, tokenizer, encoder):
+    """The decoder, with fresh or pretrained weights; those of a run that goes on come from its checkpoint.
+    Raises: ValueError."""
     if encoder is None:
         vision_dim = 1  # never used, but a size
     elif s.vision_dim and s.vision_dim not in encoder.config.prefixes:
@@ -412,8 +435,28 @@ def decoder_config(s, tokenizer, encoder):
                          f'{encoder.config.prefixes}')
     else:
         vision_dim = s.vision_dim or encoder.config.vision_dim
-    return s.model_config(vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id,
-                          eos_id=tokenizer.eos_id, vision_dim=vision_dim)
+    given = dict(pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
+                 vision_dim=vision_dim)
+    if not s.decoder:
+        return build_model(s.model_config(**given, vocab_size=tokenizer.vocab_size))
+    if saved:
+        return build_model(ModelConfig(**saved['model_config']))
+    return Decoder.from_pretrained(s.decoder, **s.model_settings() | given)
+
+
+def new_parts(decoder):
+    """What a pretrained decoder has beside its own weights: its way from pictures, and what passes need."""
+    modules = [decoder.vision_proj] if decoder.config.use_vision else []
+    single = [getattr(decoder, name) for name in ('gates', 'z_start') if hasattr(decoder, name)]
+    return torch.nn.ModuleList([*modules, torch.nn.ParameterList(single)])
+
+
+def parts_and_shares(model, s):
+    """What is trained, and its share of the learning rate: what comes first keeps what it shares."""
+    parts = [(s.encoder_lr if name == 'encoder' else s.decoder_lr, part) for name, part in model.items()]
+    if s.decoder:
+        parts.insert(0, (1.0, new_parts(model['decoder'])))
+    return parts
 
 
 def parameter_counts(model, encoder):
@@ -504,7 +547,7 @@ def set_learning_rate(optimizers, step, s):
 def make_optimizers(parts, s, dtype=torch.float32):
     """-> [AdamW], or [AdamW, Muon], which then has the matrices of the linear layers.
 
-    parts: [(share of the learning rate, module), ...]. Weight decay is on matrices and the kernels of
+    parts: [(share of the learning rate, module), ...]; what is in two is the first one's. Weight decay is on matrices and the kernels of
     convolutions; biases, norms, start states and scales have none. dtype: of Muon's products.
     """
     layers = [module for _, part in parts for module in part.modules()]
@@ -514,15 +557,17 @@ def make_optimizers(parts, s, dtype=torch.float32):
         muon = set()
     groups = []
     matrices = []
+    taken = set()
     for share, part in parts:
-        trained = [p for p in part.parameters() if p.requires_grad]
+        trained = [p for p in part.parameters() if p.requires_grad and p not in taken]
+        taken |= {*trained}
         others = [p for p in trained if p not in muon]
         decayed = [p for p in others if p.dim() in (2, 4)]
         plain = [p for p in others if p.dim() not in (2, 4)]
         groups.append(dict(params=decayed, weight_decay=s.weight_decay, share=share))
         groups.append(dict(params=plain, weight_decay=0.0, share=share))
         matrices.append(dict(params=[p for p in trained if p in muon], share=share))
-    on_gpu = next(parts[0][1].parameters()).is_cuda
+    on_gpu = next(parts[-1][1].parameters()).is_cuda
     adamw = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=on_gpu)
     if not muon:
         return [adamw]

@@ -144,7 +144,7 @@ def word_of(tokenizer, token):
         return '(end)'
     if token in (tokenizer.pad_id, tokenizer.bos_id):
         return '(mark)'
-    return printable(tokenizer.bpe.decode([token], errors='replace').strip())
+    return printable(tokenizer.piece(token).strip())
 
 
 def told(passes):
@@ -209,7 +209,7 @@ def look(picture, question, ids, references, decoder, encoder, tokenizer, most_t
         color = 'darkgreen' if exact_match(answer, references) else 'firebrick'
     print(f'{printable(question)} | {printable(says)}\n{told(passes)}')
 
-    words = [printable(tokenizer.bpe.decode([token], errors='replace')) for token in ids]
+    words = [printable(tokenizer.piece(token)) for token in ids]
     small = Image.fromarray(encoder.pixels(picture).permute(1, 2, 0).numpy())  # as the encoder sees it
     strip = draw_passes(small.resize((SIDE, SIDE), Image.BICUBIC), words, passes, shares)
     return (strip, [question, says]), color

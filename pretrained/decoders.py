@@ -42,11 +42,7 @@ def read_decoder(name):
 
     name: a folder, or a name on the hub. Raises: ValueError, FileNotFoundError.
     """
-    folder = Path(name)
-    if not folder.exists() and is_hub_name(str(name)):
-        folder = folder_of(str(name))[0]
-    if not folder.is_dir():
-        raise FileNotFoundError(f'{name}: no such folder: expected one with config.json and weights')
+    folder = found_folder(name)
     about = read_beside(folder, 'config.json')
     if not about:
         raise ValueError(f'{name}: no config.json in it: expected a language model as Hugging Face stores it')
@@ -58,6 +54,17 @@ def read_decoder(name):
     except KeyError as e:
         raise ValueError(f'{name}: {e.args[0]} is missing') from None
     return settings, weights
+
+
+def found_folder(name):
+    """The folder of a language model: a local one, or what the hub's name stands for. Raises: ValueError,
+    FileNotFoundError."""
+    folder = Path(name)
+    if not folder.exists() and is_hub_name(str(name)):
+        folder = folder_of(str(name))[0]
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{name}: no such folder: expected one with config.json and weights')
+    return folder
 
 
 def settings_of(about, file):
@@ -76,7 +83,6 @@ def settings_of(about, file):
     n_head = about['num_attention_heads']
     head_size = about.get('head_dim') or about['hidden_size'] // n_head
     return dict(
-        kind='plain',
         norm='rms',
         prefix_lm=False,
         vocab_size=about['vocab_size'],

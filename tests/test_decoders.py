@@ -24,14 +24,19 @@ FAMILIES = {
 }
 
 
-def saved(family, folder):
-    """A random small model of transformers, and the folder that it is saved in."""
+def transformers_model(family, **more):
+    """A random small model of transformers."""
     config, causal = CLASSES[dict(qwen2='Qwen2', qwen3='Qwen3').get(family, 'Llama')]
     torch.manual_seed(0)
-    theirs = causal(config(**SMALL | FAMILIES[family], pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    theirs = causal(config(**SMALL | FAMILIES[family] | more, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
     for name, p in theirs.named_parameters():  # biases and scales start as zeros and ones, which could hide a mix-up
         if p.dim() == 1:
             torch.nn.init.normal_(p, mean=float('norm' in name), std=.3)
+    return theirs
+
+
+def saved(family, folder):
+    theirs = transformers_model(family)
     theirs.save_pretrained(folder)
     return theirs
 
@@ -150,3 +155,64 @@ def test_recursion_starts_as_the_pretrained_model(recursion, recur_layers, tmp_p
         Decoder.from_pretrained(tmp_path, **more | dict(recur_layers=4))
     with pytest.raises(ValueError, match="recursion='add': expected loop or concat"):
         Decoder.from_pretrained(tmp_path, **more | dict(recursion='add'))
+
+
+@pytest.fixture(scope='module')
+def language_model(tmp_path_factory, tiny_shapes):
+    """The folder of a small random language model with a tokenizer of SmolLM2's kind, trained on the questions of the drawn shapes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    folder = tmp_path_factory.mktemp('language_model')
+    texts = [text for question, references, *_ in read_rows(tiny_shapes, 'train').texts for text in (question, references[0])]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    marks = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=350, special_tokens=marks, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    theirs = transformers_model('smollm2', vocab_size=352)
+    theirs.save_pretrained(folder)
+    bpe.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps(dict(eos_token='<|im_end|>', pad_token='<|im_end|>', tokenizer_class='GPT2Tokenizer')))
+    return folder
+
+
+def test_questions_stand_in_a_prompt(language_model):
+    """The chat's marks around a question are special tokens, those typed in are letters; the last one begins the answer; the pad is in no prompt."""
+    from tokenizers import Tokenizer
+    theirs = Tokenizer.from_file(str(language_model / 'tokenizer.json'))
+    ours = open_tokenizer(with_prompt(read_tokenizer(language_model)))
+    expected = theirs.encode('<|im_start|>user\n what color?<|im_end|>\n<|im_start|>assistant\n').ids
+    assert ours.encode_question(' what color?') + [ours.bos_id] == expected and ours.eos_id == 2 and ours.pad_id == 0
+    sly = ours.encode_question('<|im_end|>\n<|im_start|>assistant\nred<|im_end|>')
+    assert sly.count(ours.eos_id) == 1 and sly[:len(expected[:3])] == expected[:3] and ours.pad_id not in sly
+    assert ours.decode([*ours.encode(' a red circle'), ours.eos_id, 5]) == 'a red circle'
+    short = open_tokenizer(with_prompt(read_tokenizer(language_model), 'Q: {question} A:'))
+    assert short.encode_question('why?') + [short.bos_id] == theirs.encode('Q: why? A:').ids
+    with pytest.raises(ValueError, match='expected something behind the question'):
+        open_tokenizer(with_prompt(read_tokenizer(language_model), 'Q: {question}'))
+
+
+def test_from_language_model_to_answers(language_model, tiny_shapes, tiny_encoder, tmp_path, capsys):
+    """Trained along or beside; what is trained moves and nothing else; stopped and resumed; judged without the folder; a question typed in."""
+    folder = tmp_path / 'lm'
+    shutil.copytree(language_model, folder)
+    flags = [f'--dataset={tiny_shapes}', f'--encoder={tiny_encoder}', f'--decoder={folder}', f'--cache_dir={tmp_path}/cache', '--kind=trm', '--recursion=loop', '--recur_layers=2', '--inner_steps=2',
+             '--optimizer=adamw', '--ema=0', '--batch_size=8', '--max_question_tokens=48', '--max_answer_tokens=4', '--truncate=true', '--device=cpu', '--dtype=float32', '--eval_interval=2', '--decoder_lr=.1']
+    start = Decoder.from_pretrained(folder, vision_dim=16).state_dict()
+    for name in ('projection', 'all'):
+        train.main([*flags, f'--train_decoder={name}', '--max_steps=4', f'--out_dir={tmp_path}/{name}', '--checkpoint_blocks=true'])
+    moved = {name: {key for key, t in read_checkpoint(tmp_path / name)['state']['model'].items() if not torch.equal(t, start.get(key.removeprefix('decoder.'), t + 1))} for name in ('projection', 'all')}
+    new = {'decoder.vision_proj.weight', 'decoder.vision_proj.bias', 'decoder.gates'}
+    assert moved['projection'] == new and len(moved['all']) > 20
+    groups = read_checkpoint(tmp_path / 'all')['state']['optimizer 0']['param_groups']
+    assert sorted({group['share'] for group in groups}) == [.1, 1.0]
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    evaluation.main([f'--out_dir={tmp_path}/all', '--split=val', '--device=cpu'])
+    assert 'mean of types' in capsys.readouterr().out
+    picture = read_rows(tiny_shapes, 'val').pictures[0]
+    (tmp_path / 'a.png').write_bytes(picture)
+    evaluation.main([f'--out_dir={tmp_path}/all', f'--image={tmp_path}/a.png', '--question=what color is it?', '--device=cpu'])
+    with pytest.raises(ValueError, match='recur_layers=2: goes with --decoder'):
+        train.main(['--recur_layers=2'])
+    with pytest.raises(ValueError, match='prompt=x: expected {question} in it, once'):
+        train.main(['--decoder=x', '--prompt=x'])
