@@ -353,3 +353,84 @@ def last_merge(token, places):
 
 def short(value):
     return json.dumps(value)[:300]
+
+
+# ----------------------------------------------------------------------------
+# in the place of data.Tokenizer
+
+PROMPTS = {  # a special token that the family has: what a question stands in, and what ends an answer
+    '<|im_start|>': ('<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n', '<|im_end|>'),
+    '<|start_header_id|>': ('<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>'
+                            '<|start_header_id|>assistant<|end_header_id|>\n\n', '<|eot_id|>'),
+}
+PADDING = ('<|endoftext|>', '<|finetune_right_pad_id|>', '<|end_of_text|>')  # in no prompt of theirs
+
+
+def with_prompt(state, prompt=None):
+    """The state, and what a question stands in: `prompt`, or None for what the family is used to. Special
+    tokens that stand in the prompt are such. Raises: ValueError."""
+    known = next((PROMPTS[mark] for mark in PROMPTS if mark in state['specials']), None)
+    ids = {id: text for text, id in state['specials'].items()}
+    ends = known[1] if known else ids.get(state['eos'])
+    prompt = prompt or (known[0] if known else '{question}\n')
+    if ends is None:
+        raise ValueError('a tokenizer that names no eos_token: nothing could end an answer')
+    padding = [text for text in (ids.get(state['pad']), *PADDING, *state['specials'])
+               if text in state['specials'] and text not in prompt and text != ends]
+    if not padding:
+        raise ValueError(f'prompt={prompt}: it has all special tokens: none is left for padding')
+    return state | dict(prompt=prompt, end=state['specials'][ends], padding=state['specials'][padding[0]])
+
+
+class PretrainedTokenizer:
+    """A pretrained tokenizer with the names of data.Tokenizer. A question stands in a prompt, whose last token
+    takes the place of <bos>."""
+
+    lower_case = False
+
+    def __init__(self, state):
+        self.state = state
+        self.bpe = encoding_of(state)
+        self.before, self.after = state['prompt'].split('{question}')
+        after = self.marked(self.after)
+        if not after:
+            raise ValueError(f"prompt={state['prompt']}: expected something behind the question, whose last "
+                             'token begins the answer')
+        self.tail = len(after) - 1  # tokens behind the question
+        self.pad_id = state['padding']
+        self.bos_id = after[-1]
+        self.eos_id = state['end']
+        self.vocab_size = len(state['tokens'])
+
+    def encode(self, text):
+        return encode(self.state, self.bpe, text)
+
+    def encode_question(self, text):
+        """The tokens of the prompt around a question, but for the last one."""
+        return self.marked(self.before, text, self.after)[:-1]
+
+    def marked(self, before, text='', after=''):
+        """The tokens of a text between two whose special tokens are such. What lies between two of these is
+        encoded as a whole."""
+        specials = sorted(self.state['specials'], key=len, reverse=True)
+        cut = f"({'|'.join(map(regex.escape, specials))})"
+        parts = regex.split(cut, before) if before else ['']
+        parts[-1] += text
+        first, *rest = regex.split(cut, after) if after else ['']
+        parts[-1] += first
+        ids = []
+        for k, part in enumerate(parts + rest):
+            is_special = part in self.state['specials'] and k != len(parts) - 1
+            ids += [self.state['specials'][part]] if is_special else self.encode(part)
+        return ids
+
+    def piece(self, id):
+        """What a token says, as text."""
+        return decode(self.state, [id])
+
+    def decode(self, ids):
+        """The text of ids up to the end of the answer."""
+        ids = list(ids)
+        if self.eos_id in ids:
+            ids = ids[:ids.index(self.eos_id)]
+        return decode(self.state, ids).strip()

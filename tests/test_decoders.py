@@ -1,13 +1,18 @@
 """Pretrained language models: logits and texts equal those of transformers, for every family that is read."""
 
 import json
+import shutil
 
 import pytest
 import torch
-
 from conftest import without_torchvision
 
+import eval as evaluation
+import train
+from data import open_tokenizer, read_rows
 from model import Decoder
+from plumbing.run import read_checkpoint
+from pretrained.tokenizers import read_tokenizer, with_prompt
 
 with without_torchvision():
     transformers = pytest.importorskip('transformers')
