@@ -499,6 +499,8 @@ class Decoder(nn.Module):
         context = self.read_context(vision, question)
         if isinstance(cache, Halting) and c.recursion == 'add':
             raise ValueError("Halting: with recursion='add' a pass makes z or y, not both")
+        if isinstance(cache, Halting) and c.recur_layers < c.n_layer:
+            raise ValueError(f'Halting: with recur_layers={c.recur_layers} no pass goes through all blocks')
         cache = Cache() if cache is None else cache
         # padding from the start: after an early stop the rest is right
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)

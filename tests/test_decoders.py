@@ -10,7 +10,7 @@ from conftest import without_torchvision
 import eval as evaluation
 import train
 from data import open_tokenizer, read_rows
-from model import Decoder
+from model import Decoder, Halting
 from plumbing.run import read_checkpoint
 from pretrained.tokenizers import read_tokenizer, with_prompt
 
@@ -156,6 +156,11 @@ def test_recursion_starts_as_the_pretrained_model(recursion, recur_layers, tmp_p
         again = decoder(vision, question, inputs)[0].argmax(-1)
         real = (made != 0).cumprod(1).bool()
         assert torch.equal(again[real], made[real]) and real.sum() > 8
+    if recur_layers:
+        with pytest.raises(ValueError, match='Halting: with recur_layers=2'):
+            decoder.generate(vision, question, 2, cache=Halting(.1))
+    else:  # each token has a pass too few or enough
+        assert decoder.generate(vision, question, 2, cache=Halting(1e-9)).shape == (2, 2)
     with pytest.raises(ValueError, match='recur_layers=4: expected 1 to n_layer=3'):
         Decoder.from_pretrained(tmp_path, **more | dict(recur_layers=4))
     with pytest.raises(ValueError, match="recursion='add': expected loop or concat"):
