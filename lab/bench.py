@@ -7,6 +7,7 @@ How large and how fast: parameters, FLOPs, milliseconds of a training step, toke
     python -m lab.bench --memory=true                          # memory of a training step, by passes
     python -m lab.bench --encoder=random --pictures=16         # an encoder of Edge-Glass' shapes
     python -m lab.bench --encoder=assets/encoder_shapes.pt     # the encoder of a file or folder
+    python -m lab.bench --decoder=FOLDER --batch_size=4        # a pretrained decoder beside transformers
 """
 
 import copy
@@ -26,6 +27,7 @@ from PIL import Image
 
 from configurator import configure
 from encoder import EDGE_GLASS_CONFIG, Encoder, load_encoder
+from lab.decoders import compare_decoders
 from lab.naive import naive_generate, naive_logits
 from model import ModelConfig, build_model, cross_entropy
 from plumbing.console import run_script, table
@@ -61,6 +63,7 @@ class BenchConfig:
     profile: bool = False    # the costliest operations of a training step of concat
     encoder: str | None = None  # the speed of this encoder file or folder; random: of Edge-Glass' shapes
     pictures: int = 16       # with encoder: how many drawn photographs
+    decoder: str | None = None  # a language model's folder, beside transformers: n_image more question tokens
 
     def __post_init__(self):
         for key, value in vars(self).items():
@@ -68,8 +71,8 @@ class BenchConfig:
                 raise ValueError(f'{key}={value}: expected at least 1')
         if self.scale not in (None, 'main'):
             raise ValueError(f'scale={self.scale}: expected main')
-        if bool(self.memory) + bool(self.profile) + bool(self.encoder) + bool(self.scale) > 1:
-            raise ValueError('--memory, --profile, --encoder and --scale: one at a time')
+        if sum(map(bool, (self.memory, self.profile, self.encoder, self.decoder, self.scale))) > 1:
+            raise ValueError('--memory, --profile, --encoder, --decoder and --scale: one at a time')
 
 
 def autocast_to(dtype, device):
@@ -376,6 +379,8 @@ def main(argv=None):
         encoder, about = open_for_timing(b.encoder)
         print(about)
         bench_encoder(encoder.to(b.device), b.pictures, b.device)
+    elif b.decoder:
+        compare_decoders(b, partial(peak_flops, b))
     else:
         benchmark(b)
 
