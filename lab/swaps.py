@@ -17,7 +17,7 @@ import torch
 from configurator import configure
 from eval import load_run, questions_to_judge, set_depth
 from lab.cells import probe, scores_of
-from lab.passes import attention_of
+from lab.passes import attention_of, word_of
 from lab.states import watch_passes
 from plumbing.console import run_script, table
 from plumbing.features import vision_source
@@ -31,7 +31,7 @@ DECAY = 1e-3  # of the probe's weights
 class SwapsConfig:
     out_dir: str = 'out/swaps'      # the run to look into
     swaps: int = 3                  # stories with so many swaps
-    split: str = 'train'            # train, val or test; the probe learns from a half and is judged on the other
+    split: str = 'train'            # train, val or test; a probe learns from a half, the other judges it
     most: int = 4000                # stories that are asked, always the same
     inner_steps: int | None = None  # another number of passes than in training
     encoder: str | None = None      # where the encoder of the run lies now
@@ -72,11 +72,11 @@ def swap_of_token(words, swaps):
 
 
 @torch.no_grad()
-def looked_into(decoder, questions, vision_of, chosen, swaps, tokenizer, device, batch_size):
+def looked_into(decoder, questions, vision_of, chosen, swaps, text_of, device, batch_size):
     """States, attention and answers of the first word, pass by pass.
 
-    -> states (passes, n, streams * C), attention (passes, n, swaps), summed over the tokens of a swap, the last
-    swap first, and whether the answer of a pass is right (passes, n)
+    text_of: from a token to its text -> states (passes, n, streams * C); attention on the numbers of each
+    swap, the last swap first, (passes, n, swaps); and whether the answer of a pass is right (passes, n)
     """
     states, looked, right = [], [], []
     for start in range(0, len(chosen), batch_size):
@@ -88,21 +88,20 @@ def looked_into(decoder, questions, vision_of, chosen, swaps, tokenizer, device,
         attention = attention_of(decoder, context, first)              # (B, nh, T, S + T) a block of a pass
         del decoder.network  # unwatched again
         after = torch.stack([made for _, made in passes])              # (passes, B, streams, C)
-        hit = decoder.head(after[:, :, 0]).argmax(-1) == batch['targets'][:, 0]                # (passes, B)
+        words = decoder.head(after[:, :, 0]).argmax(-1)                # (passes, B)
 
         Q = batch['question'].size(1)
         S = context.mask.size(-1)
-        mean = torch.stack([att.float().mean((1, 2)) for att in attention])        # (passes * blocks, B, S + T)
+        mean = torch.stack([att.float().mean((1, 2)) for att in attention])        # (all blocks, B, S + T)
         mean = mean.unflatten(0, (len(passes), -1)).mean(1)[..., S - Q:S]          # (passes, B, Q)
-        words = [[tokenizer.bpe.decode([token], errors='replace') for token in questions.tokens[i][0]]
-                 for i in rows]
         told = torch.full((len(rows), Q), -1, device=device)
-        for k, of_row in enumerate(words):
-            told[k, :len(of_row)] = torch.tensor(swap_of_token(of_row, swaps))
-        on_swaps = torch.stack([(mean * (told == j)).sum(-1) for j in range(swaps)], -1)   # (passes, B, swaps)
-        states.append(after.flatten(2).float())
-        looked.append(on_swaps)
-        right.append(hit)
+        for k, i in enumerate(rows):
+            of_row = swap_of_token([text_of(token) for token in questions.tokens[i][0]], swaps)
+            told[k, :len(of_row)] = torch.tensor(of_row)
+        on_swap = [(mean * (told == j)).sum(-1) for j in range(swaps)]             # (passes, B) each
+        states.append(after.flatten(2).float())                        # (passes, B, streams * C)
+        looked.append(torch.stack(on_swap, -1))                        # (passes, B, swaps)
+        right.append(words == batch['targets'][:, 0])
     return torch.cat(states, 1), torch.cat(looked, 1), torch.cat(right, 1)
 
 
@@ -135,9 +134,11 @@ def main(argv=None):
     wanted = f'{s.swaps} swap' + 's' * (s.swaps > 1)
     chosen = [i for i, type in enumerate(questions.rows.type) if type == wanted][:s.most]
     if len(chosen) < 100:
-        raise ValueError(f'{s.split}.parquet has {len(chosen)} rows of type {wanted!r}: expected at least 100')
+        raise ValueError(f'{s.split}.parquet has {len(chosen)} rows of type {wanted!r}: expected at least '
+                         '100')
     vision_of = partial(vision_source(run, encoder, questions.rows, device), encoder)
-    states, looked, right = looked_into(decoder, questions, vision_of, chosen, s.swaps, tokenizer, device,
+    text_of = partial(word_of, tokenizer)
+    states, looked, right = looked_into(decoder, questions, vision_of, chosen, s.swaps, text_of, device,
                                         s.batch_size)
     places = torch.tensor([places_of(questions.rows.question[i]) for i in chosen], device=device) - 1
     read = readable(states, places)                                    # (passes, swaps + 1)
