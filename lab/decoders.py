@@ -3,6 +3,8 @@ A pretrained decoder beside transformers, on the same weights, in turn: tokens a
 on. `python -m lab.bench --decoder=FOLDER` runs it.
 """
 
+from functools import partial
+
 import torch
 
 from model import Decoder, cross_entropy
@@ -41,8 +43,8 @@ class Theirs:
 
     def loss(self, question, answer):
         text = torch.cat([question, answer], dim=1)                    # (B, Q + A)
-        logits = self.model(text).logits[:, question.size(1) - 1:-1]   # (B, A, V)
-        return cross_entropy(logits, answer)
+        logits = self.model(text, logits_to_keep=answer.size(1) + 1).logits    # (B, A + 1, V)
+        return cross_entropy(logits[:, :-1], answer)
 
 
 def load_theirs(folder):
@@ -79,16 +81,16 @@ def compare_decoders(b, peak_of):
     written = {}
     for _ in range(b.repeats + 1):  # the first round warms up
         for name, one in both.items():
-            times[name]['write'].append(seconds(lambda one=one: write(one), b.device))
-            times[name]['train'].append(seconds(lambda one=one: train(one), b.device))
+            times[name]['write'].append(seconds(partial(write, one), b.device))
+            times[name]['train'].append(seconds(partial(train, one), b.device))
     same = (written[both['ours']] == written[both['transformers']]).float().mean().item()
-    flops = flops_of(lambda: train(both['transformers']))
+    peak = peak_of(dtype)
     rows = []
     for name, of_name in times.items():
         write_s, train_s = (min(of_name[key][1:]) for key in ('write', 'train'))
         rows.append([name, f'{b.n_answer / write_s:.1f}', f'{1e3 * train_s:.0f}',
                      f'{b.batch_size * (question.size(1) + b.n_answer) / train_s:.0f}',
-                     f'{flops / train_s / peak_of(dtype):.0%}'])
+                     f'{flops_of(partial(train, both[name])) / train_s / peak:.0%}'])
     print(f'{folder}: a question of {question.size(1)} tokens, {b.n_answer} to write or to train on, '
           f'{b.batch_size} rows in training; {same:.0%} of the words written are the same')
     print(table(['', 'tokens/s written', 'ms a training step', 'tokens/s trained', 'MFU'], rows), end='')
