@@ -12,7 +12,9 @@ from PIL import Image
 from test_model import decoder_of, sample
 from test_train import TINY
 
+from data import read_rows
 from lab import bench, depths, guess, passes, states
+from lab import swaps as lab_swaps
 from lab.bench import BenchConfig, benchmark, main_job, show_memory, show_profile
 from lab.compare import alike, compare, depth, grouped, labels, paired, spread
 from lab.compare import main as compare_main
@@ -348,6 +350,37 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     capsys.readouterr()
     compare_main([str(out), f'{tmp_path / "plain"},{out}'])
     assert ' ± ' not in capsys.readouterr().out.splitlines()[2]
+
+
+def test_which_pass_follows_which_swap(tiny_encoder, tmp_path, capsys):
+    """Places are told back to front and agree with the answers; tokens of a swap are found; a probe reads what stands in the states, and only that; the table is printed."""
+    import train
+    from prepare.shapes import Config as ShapesConfig
+    from prepare.shapes import draw_shapes
+    data = tmp_path / 'swaps'
+    draw_shapes(ShapesConfig(out=str(data), types='swaps', n_train=60, n_val=8, n_test=8, min_objects=4, max_objects=4, max_swaps=3, describe=0, asked=1))
+    rows = read_rows(data, 'train')
+    colors = {}  # of the places, by picture, from the questions without a swap
+    for i in range(len(rows)):
+        colors.setdefault((rows.picture[i], lab_swaps.places_of(rows.question[i])[-1]), set()).update(rows.references[i])
+    assert all(len(of_place) == 1 for of_place in colors.values()) and len(colors) > 150
+    assert lab_swaps.places_of('swap 1 3, 3 2: what color is number 2?') == [2, 3, 1] and lab_swaps.places_of('what color is number 4?') == [4]
+    words = ['swap', '1', '3', ',', '3', '2', ':', 'what', 'number', '2', '?']
+    assert lab_swaps.swap_of_token(words, 2) == [-1, 1, 1, -1, 0, 0, -1, -1, -1, -1, -1]
+    torch.manual_seed(0)
+    places = torch.randint(0, 4, (400, 2))
+    states_of_two = torch.randn(2, 400, 8)
+    states_of_two[1, :, :4] += 3 * torch.eye(4)[places[:, 1]]
+    shares = lab_swaps.readable(states_of_two, places)
+    assert shares[1, 1] > .9 and max(shares[0, 0], shares[0, 1], shares[1, 0]) < .4
+    out = tmp_path / 'run'
+    train.main([*TINY, f'--dataset={data}', f'--encoder={tiny_encoder}', f'--cache_dir={tmp_path}/cache', f'--out_dir={out}'])
+    capsys.readouterr()
+    lab_swaps.main([f'--out_dir={out}', '--device=cpu', '--inner_steps=2', '--swaps=2'])
+    told = capsys.readouterr().out
+    assert '120 stories of 2 swaps, train' in told and len(re.findall(r'^\| +[12] \| +[01]\.\d\d \|', told, re.MULTILINE)) == 2
+    with pytest.raises(ValueError, match="has 0 rows of type '7 swaps'"):
+        lab_swaps.main([f'--out_dir={out}', '--device=cpu', '--swaps=7'])
 
 
 @pytest.mark.parametrize('main, argv, message', [
