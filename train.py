@@ -52,10 +52,10 @@ from plumbing.run import (
     validation_curve,
 )
 from plumbing.tables import check_splits
-from pretrained.decoders import found_folder
-from pretrained.tokenizers import read_tokenizer, with_prompt
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_shapes
+from pretrained.decoders import found_folder
+from pretrained.tokenizers import read_tokenizer, with_prompt
 
 # may differ when a run goes on: they change its result by rounding at most
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
@@ -155,7 +155,8 @@ class TrainConfig:
                 raise ValueError(f'{key}={getattr(self, key)}: goes with --decoder, a pretrained one')
         if self.prompt is not None and self.prompt.count('{question}') != 1:
             raise ValueError(f'prompt={self.prompt}: expected {{question}} in it, once')
-        self.model_config(vision_dim=1)  # bad sizes are said now, not after the pictures are encoded
+        # bad sizes are said now, not after the pictures are encoded; a pretrained decoder has its own
+        self.model_config(vision_dim=1, **dict(recur_layers=None) if self.decoder else {})
         if self.kind == 'plain':
             self.min_inner_steps = None  # it is passed once
         if not 0 <= self.draw_after <= 1:
@@ -410,7 +411,7 @@ def draw_if_missing():
 
 
 def new_tokenizer(rows, s):
-    """The state of a tokenizer: that of a pretrained decoder, gpt2, or a BPE trained on the questions and first
+    """The state of a tokenizer: a pretrained decoder's, gpt2, or a BPE trained on the questions and first
     answers of `rows`."""
     if s.decoder:
         return with_prompt(read_tokenizer(found_folder(s.decoder)), s.prompt)
@@ -547,8 +548,9 @@ def set_learning_rate(optimizers, step, s):
 def make_optimizers(parts, s, dtype=torch.float32):
     """-> [AdamW], or [AdamW, Muon], which then has the matrices of the linear layers.
 
-    parts: [(share of the learning rate, module), ...]; what is in two is the first one's. Weight decay is on matrices and the kernels of
-    convolutions; biases, norms, start states and scales have none. dtype: of Muon's products.
+    parts: [(share of the learning rate, module), ...]; what is in two is the first one's. Weight decay is on
+    matrices and the kernels of convolutions; biases, norms, start states and scales have none. dtype: of
+    Muon's products.
     """
     layers = [module for _, part in parts for module in part.modules()]
     embeddings = {m.weight for m in layers if isinstance(m, torch.nn.Embedding)}  # tied with the head

@@ -1,5 +1,5 @@
-# A pretrained language model as the decoder, SmolLM2 with 135 million parameters, learns to read pictures: the
-# mosaics of config/mosaics.py. --train_decoder=projection leaves its own weights as they are.
+# A pretrained language model as the decoder, SmolLM2 with 135 million parameters, learns to see: the mosaics
+# of config/mosaics.py. --train_decoder=projection leaves its own weights as they are.
 out_dir = 'out/smollm2'
 decoder = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 kind = 'plain'

@@ -102,8 +102,8 @@ def settings_of(about, file):
 def rope_freqs(about, head_size, file):
     """The angle of one position for each pair of a head, as a tuple. Raises: ValueError.
 
-    Source of 'llama3', which stretches what turns slowly for longer texts: Grattafiori 2024, arXiv 2407.21783,
-    as Hugging Face's transformers computes it.
+    Source of 'llama3', which stretches what turns slowly for longer texts: Grattafiori 2024, arXiv
+    2407.21783, as Hugging Face's transformers computes it.
     """
     rope = about.get('rope_parameters') or about.get('rope_scaling') or {}
     base = rope.get('rope_theta') or about.get('rope_theta') or 10000.0
@@ -125,7 +125,8 @@ def is_tied(about, tensors):
 
 
 def renamed(tensors, settings, title):
-    """The weights under our names, in float32; what stands side by side is one. Raises: ValueError, KeyError."""
+    """The weights under our names, in float32; what stands side by side is one.
+    Raises: ValueError, KeyError."""
     found = {}
     for name, tensor in tensors.items():
         for theirs, ours in NAMES.items():

@@ -360,8 +360,9 @@ def short(value):
 
 PROMPTS = {  # a special token that the family has: what a question stands in, and what ends an answer
     '<|im_start|>': ('<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n', '<|im_end|>'),
-    '<|start_header_id|>': ('<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>'
-                            '<|start_header_id|>assistant<|end_header_id|>\n\n', '<|eot_id|>'),
+    '<|start_header_id|>': (
+        '<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>'
+        '<|start_header_id|>assistant<|end_header_id|>\n\n', '<|eot_id|>'),
 }
 PADDING = ('<|endoftext|>', '<|finetune_right_pad_id|>', '<|end_of_text|>')  # in no prompt of theirs
 
@@ -383,8 +384,8 @@ def with_prompt(state, prompt=None):
 
 
 class PretrainedTokenizer:
-    """A pretrained tokenizer with the names of data.Tokenizer. A question stands in a prompt, whose last token
-    takes the place of <bos>."""
+    """A pretrained tokenizer with the names of data.Tokenizer. A question stands in a prompt, whose last
+    token takes the place of <bos>."""
 
     lower_case = False
 

@@ -325,12 +325,11 @@ def halting_by_hand(decoder, vision, question, n_tokens, halt):
         past = lambda k: [tuple(torch.cat([layer[j], *(e[min(k, len(e) - 1)][i][j] for e in earlier)], dim=2) for j in (0, 1)) for i, layer in enumerate(context.layers)]
         own, made, network = [], [], decoder.network
 
-        def watched(states, rope, mask, context, cache):
+        def watched(states, rope, mask, layers, context, cache):
             if len(made) > 1 and (made[-1] - made[-2]).square().mean().sqrt() < halt:
                 return made[-1]
-            layers = past(len(own))
             h, seen = states, []
-            for block, layer in zip(decoder.blocks, layers):
+            for block, layer in zip(decoder.blocks, past(len(own))):
                 h, (k, v) = block(h, rope, mask, layer)
                 seen.append((k[:, :, layer[0].size(2):], v[:, :, layer[1].size(2):]))
             h = decoder.bounded(h)

@@ -197,5 +197,5 @@ assert decoder.z_start.grad.abs().max() > 0
 written = decoder.generate(vision, question, 3)
 assert torch.equal(written[:, 0], decoder(vision, question, answer[:, :1])[0][:, 0].argmax(-1))
 """
-    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=f'{tmp_path}:{ROOT}'))
     assert done.returncode == 0, done.stderr
