@@ -3,8 +3,10 @@ Exact Match, of the first reference to the letter, against the number of passes;
 
     python -m lab.depths --out_dir=out/trm               # prints a table, draws out/trm/depths.png
     python -m lab.depths --out_dir=out/trm --split=val --passes=1,2,64
+    python -m lab.depths --out_dir=out/swaps --halts=0.1,0.3         # beside it, passes that halting takes
 """
 
+import re
 import sys
 import time
 from collections import Counter
@@ -16,7 +18,8 @@ import numpy as np
 import torch
 
 from configurator import configure
-from eval import load_run, questions_to_judge, type_order
+from eval import load_run, passes_per_token, questions_to_judge, set_depth, type_order
+from model import Halting
 from plumbing.console import printable, progress, run_script, table
 from plumbing.features import vision_source
 from plumbing.files import write_whole
@@ -29,6 +32,7 @@ from plumbing.run import read_checkpoint
 class DepthsConfig:
     out_dir: str = 'out/trm'                  # the run to look into; depths.png is written there
     passes: str = '1,2,3,4,6,8,12,16,32,64'   # numbers of passes
+    halts: str = ''                           # thresholds of halting, as 0.1,0.3: marks in the picture
     most: int = 2000                          # rows of the split that are asked, always the same
     split: str = 'test'                       # train, val or test
     dataset: str | None = None                # another dataset folder than the one of the run
@@ -42,10 +46,24 @@ class DepthsConfig:
         for word in self.passes.split(','):
             if not word.strip().isdecimal() or int(word) < 1:
                 raise ValueError(f'passes={self.passes}: expected whole numbers from 1 on, as 1,2,64')
+        for word in filter(None, self.halts.split(',')):
+            if not re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*', word) or float(word) <= 0:
+                raise ValueError(f'halts={self.halts}: expected numbers above 0, as 0.1,0.3')
         if self.most < 1:
             raise ValueError(f'most={self.most}: expected at least 1')
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f'batch_size={self.batch_size}: expected at least 1')
+
+
+def asked_batches(questions, batch_size, most):
+    """Rows that ask a question, as arrays. Raises: ValueError where none does."""
+    type_of = questions.rows.type
+    batches = [[i for i in rows if type_of[i] != 'describe']
+               for rows in questions.rows_in_order(batch_size, most)]
+    batches = [np.array(rows) for rows in batches if rows]
+    if not batches:
+        raise ValueError('no row asks a question: captions have no Exact Match')
+    return batches
 
 
 @torch.no_grad()
@@ -59,11 +77,7 @@ def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, m
     right = Counter()
     start = time.time()
     type_of = questions.rows.type
-    batches = [[i for i in rows if type_of[i] != 'describe']
-               for rows in questions.rows_in_order(batch_size, most)]
-    batches = [np.array(rows) for rows in batches if rows]
-    if not batches:
-        raise ValueError('no row asks a question: captions have no Exact Match')
+    batches = asked_batches(questions, batch_size, most)
     for k, rows in enumerate(batches):
         batch = on_device(questions.batch(rows), device)
         context = decoder.read_context(vision_of(batch['picture']), batch['question'])
@@ -83,16 +97,49 @@ def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, m
     return scores
 
 
-def draw_depths(path, scores):
-    """A line for each type, Exact Match over passes. Raises: ImportError without matplotlib."""
+@torch.no_grad()
+def scores_by_halt(decoder, questions, vision_of, device, halts, batch_size, most):
+    """-> {type: {halt: (mean of the passes that a token takes, share of right answers)}}"""
+    asked = Counter()
+    right = Counter()
+    taken = Counter()
+    start = time.time()
+    pad_id = decoder.config.pad_id
+    batches = asked_batches(questions, batch_size, most)
+    for k, rows in enumerate(batches):
+        batch = on_device(questions.batch(rows), device)
+        vision = vision_of(batch['picture'])
+        types = [questions.rows.type[i] for i in rows]
+        asked.update(types)
+        true = batch['targets'].masked_fill(batch['targets'] < 0, pad_id)      # (B, A)
+        for halt in halts:
+            cache = Halting(halt)
+            said = decoder.generate(vision, batch['question'], true.size(1), cache=cache)  # (B, A)
+            whole = (said == true).all(1).tolist()                     # (B,)
+            right.update((type, halt) for type, good in zip(types, whole) if good)
+            for type, n in zip(types, passes_per_token(cache.taken, said != pad_id)):
+                taken[type, halt] += n
+        progress('halting', k + 1, len(batches), start)
+    print()
+    return {type: {halt: (taken[type, halt] / asked[type], right[type, halt] / asked[type]) for halt in halts}
+            for type in sorted(asked, key=type_order)}
+
+
+def draw_depths(path, scores, halting):
+    """A line for each type, Exact Match over passes, and a star for each threshold of halting, at the passes
+    that it takes in the mean. Raises: ImportError without matplotlib."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     for type, of_type in scores.items():
         bold = type == 'all'
-        axes.plot(list(of_type), list(of_type.values()), 'o-', markersize=3, label=printable(type),
-                  color='black' if bold else None, linewidth=2.5 if bold else 1)
-    axes.set(xscale='log', xlabel='passes of a cycle, at test time', ylabel='Exact Match', ylim=(0, 1.02))
+        line, = axes.plot(list(of_type), list(of_type.values()), 'o-', markersize=3, label=printable(type),
+                          color='black' if bold else None, linewidth=2.5 if bold else 1)
+        if type in halting:
+            axes.plot(*zip(*halting[type].values()), '*', markersize=10, color=line.get_color())
+    if halting:
+        axes.plot([], [], 'k*', label='halting')
+    axes.set(xscale='log', xlabel='passes of a cycle, at test time', ylabel='Exact Match', ylim=(0, 1.04))
     marks = list(scores['all'])
     axes.set_xticks(marks, map(str, marks))
     axes.minorticks_off()
@@ -116,11 +163,20 @@ def main(argv=None):
     scores = scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, s.most)
     lines = [[printable(type), *(f'{of_type[n]:.3f}' for n in passes)] for type, of_type in scores.items()]
     print(table(['passes', *passes], lines), end='')
+    halts = sorted(float(word) for word in s.halts.split(',') if word)
+    halting = {}
+    if halts:
+        set_depth(decoder, s.out_dir, None, None, halts[0])  # only checks that it can
+        halting = scores_by_halt(decoder, questions, vision_of, device, halts, batch_size, s.most)
+        lines = [[printable(type), *(f'{n:.1f}: {share:.3f}' for n, share in of_type.values())]
+                 for type, of_type in halting.items()]
+        print(f'passes taken, of {decoder.config.inner_steps}: Exact Match')
+        print(table(['halt', *halts], lines), end='')
     path = Path(s.out_dir) / 'depths.png'
     with harmless(path):
         try:
             with plain_text():
-                draw_depths(path, scores)
+                draw_depths(path, scores, halting)
             print(f'written: {path}')
         except ImportError:
             print(f'{path.name} not drawn: pip install matplotlib')
