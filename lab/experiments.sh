@@ -102,14 +102,19 @@ add published sortofclevr_loop4 config/sortofclevr.py --recursion=loop --inner_s
 add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
 # elastic: passes drawn for every training step, beside always as many, at equal training FLOPs; and y alone
-for k in "elastic elastic" "elastic_loop elastic --recursion=loop" "main trm" \
-         "swaps_elastic swaps" "swaps_drawn swaps --draw_after=0 --max_steps=2350 --eval_interval=470" "swaps_elastic_loop swaps --recursion=loop" \
+for k in "elastic elastic" "elastic_loop elastic --recursion=loop --max_steps=3592 --eval_interval=898" "main trm" \
+         "sortofclevr_two sortofclevr --norm=post --qk_norm=true --n_kv_head=1 --max_steps=3000 --eval_interval=750" \
+         "sortofclevr_elastic sortofclevr --norm=post --qk_norm=true --n_kv_head=1 --min_inner_steps=1 --inner_steps=8 --recall=true --max_steps=3232 --eval_interval=808" \
+         "swaps_elastic swaps" "swaps_drawn swaps --draw_after=0 --max_steps=2350 --eval_interval=470" "swaps_elastic_loop swaps --recursion=loop --max_steps=3610 --eval_interval=722" \
          "swaps_four swaps --inner_steps=4 --min_inner_steps=None --draw_after=0 --recall=false --max_steps=3000 --eval_interval=500"; do
     set -- $k; add elastic $1 config/$2.py "${@:3}"
 done
 
 # photographs: needs data/mosaics and data/daquar (docs/photographs.md); left out unless asked for
-for k in "mosaics" "mosaics_blind --use_vision=false" "mosaics_elastic --min_inner_steps=1 --inner_steps=8 --recall=true --max_steps=2060 --eval_interval=515" \
+along="--init_from=out/exp/mosaics_1 --max_steps=100 --eval_interval=100 --batch_size=64 --learning_rate=5e-4"
+for k in "mosaics" "mosaics_blind --use_vision=false" "mosaics_plain4 --kind=plain --n_layer=4 --max_steps=1076 --eval_interval=269" \
+         "mosaics_frozen $along" "mosaics_along $along --train_encoder=true --encoder_lr=0.4" \
+         "mosaics_elastic --min_inner_steps=1 --inner_steps=8 --recall=true --max_steps=2060 --eval_interval=515" \
          "daquar --dataset=data/daquar --max_question_tokens=48 --max_steps=400 --eval_interval=100" \
          "daquar_blind --dataset=data/daquar --max_question_tokens=48 --max_steps=400 --eval_interval=100 --use_vision=false"; do
     set -- $k; add photographs $1 config/mosaics.py "${@:2}"

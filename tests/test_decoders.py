@@ -1,15 +1,18 @@
 """Pretrained language models: logits and texts equal those of transformers, for every family that is read."""
 
 import json
+import os
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import without_torchvision
+from conftest import ROOT, without_torchvision
 
 import eval as evaluation
 import train
 from data import open_tokenizer, read_rows
+from lab import bench
 from model import Decoder, Halting
 from plumbing.run import read_checkpoint
 from pretrained.tokenizers import read_tokenizer, with_prompt
@@ -226,3 +229,36 @@ def test_from_language_model_to_answers(language_model, tiny_shapes, tiny_encode
         train.main(['--recur_layers=2'])
     with pytest.raises(ValueError, match='prompt=x: expected {question} in it, once'):
         train.main(['--decoder=x', '--prompt=x'])
+
+
+def test_beside_transformers(tmp_path, capsys):
+    """The benchmark times both on the same weights, and they write the same words."""
+    saved('qwen2', tmp_path)
+    with without_torchvision():
+        bench.main([f'--decoder={tmp_path}', '--n_image=4', '--n_question=6', '--n_answer=5', '--batch_size=2', '--repeats=1', '--peak_size=64', '--device=cpu'])
+    told = capsys.readouterr().out
+    assert 'a question of 10 tokens, 5 to write or to train on, 2 rows in training; 100% of the words written are the same' in told
+    assert re.search(r'^\| +ours \| +[\d.]+ \| +\d+ \| +\d+ \| +\d+% \|', told, re.M) and '| transformers |' in told
+
+
+REAL = os.environ.get('SMOLLM2')
+
+
+@pytest.mark.skipif(not REAL, reason='SMOLLM2 names no folder with the weights of SmolLM2-135M-Instruct')
+def test_the_real_smollm2():
+    """Logits of some English text, and an answer in the chat, are those of transformers."""
+    with without_torchvision():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+        words = transformers.AutoTokenizer.from_pretrained(REAL)
+    tokenizer = open_tokenizer(with_prompt(read_tokenizer(REAL)))
+    ours = Decoder.from_pretrained(REAL, use_vision=False, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id).eval()
+    readme = (ROOT / 'README.md').read_text()
+    assert tokenizer.encode(readme) == words.encode(readme, add_special_tokens=False)
+    text = torch.tensor([tokenizer.encode(readme)[:160]])
+    asked = torch.tensor([tokenizer.encode_question('What is the capital of France?')])
+    with torch.no_grad():
+        logits = ours(None, text[:, :100], text[:, 100:])[0]
+        assert (logits - theirs(text).logits[:, 100:]).abs().max() < 1e-4
+        said = ours.generate(None, asked, 12)[0].tolist()
+        expected = theirs.generate(torch.cat([asked, torch.tensor([[tokenizer.bos_id]])], 1), max_new_tokens=12, do_sample=False)[0, asked.size(1) + 1:].tolist()
+    assert said[:len(expected)] == expected and 'Paris' in tokenizer.decode(said)
