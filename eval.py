@@ -55,7 +55,7 @@ class EvalConfig:
     question: str | None = None     # the question about `image`
     inner_steps: int | None = None  # test-time depth: another number of passes than in training
     outer_steps: int | None = None  # the same for the cycles
-    halt: float | None = None       # a token's passes end at a move below this (RMS; states have 1)
+    halt: float | None = None       # a token's passes end at a move below this share of its states' RMS
     temperature: float = 0.0        # 0: the likeliest token; above: draw tokens
     top_k: int | None = None        # with a temperature: draw from the k likeliest only
     seed: int = 1337                # of the drawing

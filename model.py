@@ -63,11 +63,11 @@ class ModelConfig:
     head_size: int | None = None        # hs; None: C / nh
     mlp_size: int | None = None         # width inside an MLP; None: 4 C
     qkv_bias: bool = False
-    rope_freqs: tuple | None = None     # angle a position, for each pair; None: 10000 ** (-2 i / hs)
+    rope_freqs: tuple | None = None     # radians a position, one for each pair; None: 10000 ** (-2 i / hs)
     norm_eps: float = 1e-5              # of 'rms'
     tied_head: bool = True              # the head's weights are the embedding's
     checkpoint_blocks: bool = False     # recompute every block in the backward pass: for deep decoders
-    recur_layers: int | None = None     # F is the last so many blocks; those before are passed once
+    recur_layers: int | None = None     # F is the last recur_layers blocks, those before are passed once
 
     def __post_init__(self):
         expect(self, kind=('plain', 'trm'), recursion=RECURSIONS, norm=('pre', 'post', 'rms'))
@@ -86,8 +86,9 @@ class ModelConfig:
             self.recur_layers = self.n_layer
         if not 1 <= self.recur_layers <= self.n_layer:
             raise ValueError(f'recur_layers={self.recur_layers}: expected 1 to n_layer={self.n_layer}')
-        if self.norm == 'rms' and self.recursion == 'add':
-            raise ValueError("norm='rms' with recursion='add': expected loop or concat")
+        if self.has_gates and (self.recursion == 'add' or not self.recall):
+            raise ValueError(f'recursion={self.recursion}, recall={self.recall}: expected loop or concat, '
+                             'and recall, where the blocks are pretrained')
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
@@ -99,8 +100,8 @@ class ModelConfig:
             self.recall = False  # there is only a first pass
 
     @property
-    def gated(self):
-        """Whether what a pass makes enters the next one through gates that start at zero."""
+    def has_gates(self):
+        """Whether what a pass makes enters the next one through gates: where the blocks are pretrained."""
         return self.kind == 'trm' and self.norm == 'rms'
 
     @property
@@ -115,9 +116,9 @@ def norm(x):
 
 
 def rotations(positions, head_size, freqs=None):
-    """RoPE: cosines and sines that turn queries and keys by their positions.
+    """RoPE: cosines and sines that turn queries and keys by their positions, and scale them.
 
-    Shapes: positions (B, T), freqs, the angle of one position, (hs / 2,) or None -> two (B, 1, T, hs).
+    Shapes: positions (B, T); freqs, the angle of one position, (hs / 2,) or None -> two (B, 1, T, hs)
     """
     # float32 even under autocast: bfloat16 could not tell far positions apart
     if freqs is None:
@@ -169,7 +170,7 @@ class Attention(nn.Module):
         n_heads = self.n_head + 2 * self.n_kv_head  # of queries, keys and values
         self.qkv = nn.Linear(config.n_embd, n_heads * self.head_size, bias=config.qkv_bias)
         self.out = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=False)
-        self.qk_scale = None  # of 'rms': of each head of queries, then of keys, (nh + kv, 1, hs)
+        self.qk_scale = None  # learned with 'rms': the heads of queries, then those of keys (nh + kv, 1, hs)
         if config.qk_norm and config.norm == 'rms':
             self.qk_scale = nn.Parameter(torch.ones(self.n_head + self.n_kv_head, 1, self.head_size))
             self.norm_eps = config.norm_eps
@@ -208,8 +209,8 @@ class Attention(nn.Module):
         if self.qk_scale is not None:
             heads = F.rms_norm(heads, (self.head_size,), eps=self.norm_eps)
             heads = heads * self.qk_scale[-heads.size(1):]             # keys come last, where they are alone
-        elif self.qk_norm:  # of RMS 1 no score gets large, and more is learnt in as many steps
-            heads = norm(heads)                                        # (results/minutes.md)
+        elif self.qk_norm:  # of RMS 1 no score gets large, and more is learnt in as many steps: minutes.md
+            heads = norm(heads)
         return rotate(heads, rope)
 
     def heads_of(self, x):
@@ -308,7 +309,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
-        if config.norm == 'rms':
+        if config.norm == 'rms':  # what such blocks hand on is normed before it is read
             self.head = nn.Sequential(nn.RMSNorm(C, config.norm_eps), self.head)
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
@@ -316,19 +317,17 @@ class Decoder(nn.Module):
             self.z_start = nn.Parameter(torch.randn(C))
         if config.recursion == 'add':  # e comes in at every pass there; elsewhere y starts as e
             self.y_start = nn.Parameter(torch.randn(C))
-        if config.gated:  # at the start every pass does what the pretrained decoder does
-            self.gates = nn.Parameter(torch.empty(config.streams, C))  # of y, and of z
+        if config.has_gates:
+            self.gates = nn.Parameter(torch.zeros(config.streams, 1, C))   # of y, and of z
 
         for p in self.parameters():
             if p.dim() == 2:  # keeps the scale of what goes through; here GPT-2's .02 would shrink it
                 nn.init.normal_(p, std=p.size(1) ** -.5)
-        # it is read through a norm, so only the head feels it: the first loss is near log V
+        # our blocks read it through a norm, so only the head feels it: the first loss is near log V
         nn.init.normal_(self.embed.weight, std=.02)
         for block in self.blocks:  # what is added to the residual stream starts small, as in GPT-2
             for p in (block.attention.out.weight, block.fc2.weight):
                 nn.init.normal_(p, std=(p.size(1) * 2 * config.n_layer) ** -.5)
-        if config.gated:
-            nn.init.zeros_(self.gates)
 
     def forward(self, vision, question, answer, targets=None, inner_steps=None):
         """Predicts every answer token from the picture, the question and the tokens before it.
@@ -354,7 +353,10 @@ class Decoder(nn.Module):
         x = self.embed(question)                                       # (B, Q, C)
         real = question != c.pad_id                                    # (B, Q)
         if c.use_vision:
-            image = self.vision_proj(vision.type_as(x))                # (B, N, C)
+            vision = vision.type_as(x)                                 # (B, N, D)
+            if c.norm == 'rms':  # else it is normed as it enters
+                vision = norm(vision)
+            image = self.vision_proj(vision)                           # (B, N, C)
             x = torch.cat([image, x], dim=1)                           # (B, S, C)
             real = F.pad(real, (image.size(1), 0), value=True)         # (B, S): no image token is padding
         mask = hide(~real[:, None, None, :], x.dtype)                  # (B, 1, 1, S): nobody looks at padding
@@ -367,7 +369,7 @@ class Decoder(nn.Module):
         h = self.entered(x)                                            # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
-            h, seen = self.through(block, h, rope, own_mask)           # (B, S, C)
+            h, seen = self.run_block(block, h, rope, own_mask)         # (B, S, C)
             layers.append(seen)
         # nobody reads what the last block would make of x, only its keys and values
         layers.append(self.blocks[-1].keys_values(h, rope))            # (B, kv, S, hs) both
@@ -378,28 +380,29 @@ class Decoder(nn.Module):
 
         The states of position t see all of x and the states of positions up to t, in 'concat' y and z of each
         ('add' has their sums): the mask goes by position, not by place in [y ; z].
-        Shapes: answer (B, A), the positions after those in `cache` -> y (B, A, C) at the end of each
-            supervised cycle, a list; the head predicts from the last one
+        Shapes: answer (B, A); with `cache` (B, 1), the position after those in it -> y (B, A, C) at the end
+            of each supervised cycle, a list; the head predicts from the last one
         Source: 'add' is the form of Jolicoeur-Martineau 2025, arXiv 2510.04871, made causal.
         """
         c = self.config
         A = answer.size(1)
         start = 0 if cache is None else cache.positions
         e = self.entered(self.embed(answer))                           # (B, A, C)
-
-        network = partial(self.network, context=context, cache=cache)
+        n_before = c.n_layer - c.recur_layers
+        if n_before:  # blocks that are passed once: F comes after them
+            rope, mask = self.rope_and_mask(context, A, start, streams=1)
+            e = self.run_blocks(range(n_before), e, rope, mask, context, cache)    # (B, A, C)
+        rope, mask = self.rope_and_mask(context, A, start, c.streams)
+        network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)
         if c.checkpoint_recursion and torch.is_grad_enabled():
             network = partial(checkpoint, network, use_reentrant=False)
-        first = c.n_layer - c.recur_layers
-        if first:  # blocks that are passed once: F begins after them
-            seen = self.who_sees_whom(context, A, start, streams=1)
-            e = network(e, *seen, range(first))                        # (B, A, C)
-        seen = self.who_sees_whom(context, A, start, c.streams)
-        network = partial(network, rope=seen[0], mask=seen[1], layers=range(first, c.n_layer))
 
-        y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else e     # (B, A, C)
-        if c.gated:
+        if c.recursion == 'add':
+            y = norm(self.y_start).expand_as(e)                        # (B, A, C)
+        elif c.has_gates:  # no pass has made anything yet
             y = torch.zeros_like(e)
+        else:
+            y = e
         z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
         supervised = []
         for cycle in range(c.outer_steps):
@@ -430,9 +433,9 @@ class Decoder(nn.Module):
             cache.end_position(A)
         return supervised
 
-    def who_sees_whom(self, context, A, start, streams):
-        """The positions of the states, as rotations, and what they see of context, earlier states and each
-        other. y_t and z_t are both at time t: they see each other, and neither sees t + 1.
+    def rope_and_mask(self, context, A, start, streams):
+        """Where the states of A answer positions stand, and what they see of the context, of earlier states
+        and of each other: y_t and z_t are both at time t, they see each other, and neither sees t + 1.
 
         Shapes: -> two (B, 1, T, hs), and a mask (B, 1, T, S + P + T)
         """
@@ -440,26 +443,32 @@ class Decoder(nn.Module):
         time = torch.arange(A, device=context.length.device).repeat(streams)   # (T,): of y, then of z again
         hidden = time[:, None] < time                                  # (T, T): states of later positions
         hidden = F.pad(hidden, (streams * start, 0))                   # (T, P + T): all earlier ones are seen
-        if c.gated and streams == 2:  # y gets z by its gate alone; earlier states are y, z, y, z, ...
-            hidden[:A, 1:2 * start:2] = True
-            hidden[:A, -A:] = True
+        if c.has_gates and streams == 2:  # y gets z through its gate alone
+            hidden[:A, 1:2 * start:2] = True  # earlier states were made one by one: y, z, y, z, ...
+            hidden[:A, -A:] = True            # those of now: all y, then all z
         of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
         mask = hide(hidden, of_context.dtype).expand(len(of_context), 1, -1, -1)   # (B, 1, T, P + T)
         mask = torch.cat([of_context, mask], dim=-1)                   # (B, 1, T, S + P + T)
         # counted from the last real token of x: the padding of a batch moves no answer
         return rotations(context.length[:, None] + start + time, c.head_size, c.rope_freqs), mask
 
-    def network(self, states, rope, mask, layers, context, cache):
-        """F: one pass of the states through these blocks. Shapes: (B, T, C) -> (B, T, C)."""
-        past = context.layers if cache is None else cache.next_pass(context)
-        for i in layers:
-            states, seen = self.through(self.blocks[i], states, rope, mask, past[i])
-            if cache is not None:
-                past[i] = seen
-        states = self.bounded(states)
+    def network(self, states, rope, mask, context, cache):
+        """F: one pass of the states, through the last recur_layers blocks. Shapes: (B, T, C) -> (B, T, C)."""
+        c = self.config
+        layers = range(c.n_layer - c.recur_layers, c.n_layer)
+        states = self.bounded(self.run_blocks(layers, states, rope, mask, context, cache))
         return states if cache is None else cache.after_pass(states)
 
-    def through(self, block, *args):
+    def run_blocks(self, layers, states, rope, mask, context, cache):
+        """The states through some blocks, given by their numbers. Shapes: (B, T, C) -> (B, T, C)."""
+        past = context.layers if cache is None else cache.next_pass(context)
+        for i in layers:
+            states, seen = self.run_block(self.blocks[i], states, rope, mask, past[i])
+            if cache is not None:
+                past[i] = seen
+        return states
+
+    def run_block(self, block, *args):
         if self.config.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -470,12 +479,16 @@ class Decoder(nn.Module):
         return x if self.config.norm == 'rms' else norm(x)
 
     def entering(self, y, z, e):
-        """What enters a pass: y, with the written tokens in it again, or else they come in at the first pass
-        alone, and may fade; and z. Into pretrained blocks both come through gates that start at zero: there y
-        sees z through its gate alone. Shapes: (B, A, C) each, z may be None -> a list of one or two"""
-        if self.config.gated:
+        """What enters a pass: y + e, or without recall y alone, and z. Into pretrained blocks: e, and what
+        the pass before made as far as gates let it in. They start at zero: then F does what it always did.
+
+        Shapes: (B, A, C) each, z may be None -> a list of one or two
+        """
+        if self.config.has_gates:
             enters = e + self.gates[0] * norm(y)                       # (B, A, C)
-            return [enters] if z is None else [enters + self.gates[1] * norm(z), e + norm(z)]
+            if z is None:
+                return [enters]
+            return [enters + self.gates[1] * norm(z), e + norm(z)]  # no gate for z: y does not look at it
         enters = norm(y + e) if self.config.recall else y              # (B, A, C)
         return [enters] if z is None else [enters, z]
 
@@ -526,24 +539,24 @@ class Decoder(nn.Module):
         return answer[:, 1:]
 
     def parameter_counts(self):
-        """Parameters by part; 'core': blocks and start states; a head of its own counts as embedding."""
+        """Parameters by part; 'core': blocks, start states, gates; a head of its own counts as embedding."""
         total = sum(p.numel() for p in self.parameters())
         embedding = self.embed.weight.numel() * (1 if self.config.tied_head else 2)
         vision = sum(p.numel() for p in self.vision_proj.parameters()) if self.config.use_vision else 0
         return dict(core=total - embedding - vision, embedding=embedding, vision_proj=vision, total=total)
 
-
     @classmethod
     def from_pretrained(cls, name, **settings):
         """A decoder with the weights of a language model of Llama's, SmolLM2's, Qwen2's or Qwen3's kind.
 
-        name: its folder, or its name on the hub; settings: of ModelConfig, use_vision=False say; sizes are
-        its own. The first answer token takes the place of <bos>: of bos_id, the last token of a question.
+        name: its folder, or its name on the hub; settings: of ModelConfig, use_vision=False say. Sizes are
+        its own, marks those of its config.json unless given. It has no <bos>: bos_id is the last token of
+        what a question stands in, and the answer starts behind it.
         Raises: ValueError, FileNotFoundError.
         """
-        sizes, tensors = read_decoder(name)
-        decoder = cls(ModelConfig(**dict(kind='plain') | settings | sizes))
-        decoder.load_state_dict(tensors, strict=False)  # the way from pictures into it is new
+        sizes, marks, tensors = read_decoder(name)
+        decoder = cls(ModelConfig(**dict(kind='plain') | marks | settings | sizes))
+        decoder.load_state_dict(tensors, strict=False)  # new: the way from pictures into it, gates, z
         if decoder.config.use_vision:  # an image token starts as long as a word
             word = decoder.embed.weight.square().mean().sqrt().item()
             nn.init.normal_(decoder.vision_proj.weight, std=word * decoder.config.vision_dim ** -.5)

@@ -63,6 +63,11 @@ FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_
 MAY_BE_ZERO = ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay', 'min_lr_ratio', 'warmup_ratio',
                'beta1', 'beta2', 'momentum', 'variety', 'draw_after')
 
+# settings that a pretrained decoder brings along, and those that go with one
+OF_OURS = ('norm', 'qk_norm', 'prefix_lm', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'tokenizer',
+           'vocab_size')
+OF_PRETRAINED = ('train_decoder', 'decoder_lr', 'recur_layers', 'prompt', 'checkpoint_blocks')
+
 
 @dataclass
 class TrainConfig:
@@ -114,9 +119,9 @@ class TrainConfig:
     prefix_lm: bool = True                    # the context sees itself both ways; false: causally
     # a pretrained language model as the decoder (docs/pretrained.md): its sizes are its own
     decoder: str | None = None                # its folder, or its name on the hub; None: a new decoder
-    train_decoder: str = 'all'                # all of it; or projection: only what is new, beside it
+    train_decoder: str = 'all'                # all of it; or projection: what is new alone, gates and z too
     decoder_lr: float = 1.0                   # the share of the learning rate that its own weights take
-    recur_layers: int | None = None           # a TRM's passes go through its last so many blocks; None: all
+    recur_layers: int | None = None           # a TRM's passes go through so many blocks, the last; None: all
     prompt: str | None = None                 # what a question stands in; None: what its family is used to
     checkpoint_blocks: bool = False           # recompute every block for the gradient: for deep decoders
     # the optimizer
@@ -150,13 +155,16 @@ class TrainConfig:
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: '
                              'there is no picture to train the encoder on')
-        for key in ('train_decoder', 'decoder_lr', 'recur_layers', 'prompt'):
-            if not self.decoder and getattr(self, key) != getattr(TrainConfig, key):
-                raise ValueError(f'{key}={getattr(self, key)}: goes with --decoder, a pretrained one')
+        for key in OF_OURS if self.decoder else OF_PRETRAINED:
+            if getattr(self, key) != getattr(TrainConfig, key):
+                raise ValueError(f'{key}={getattr(self, key)}: goes {"without" if self.decoder else "with"} '
+                                 '--decoder, a pretrained one')
+        if self.norm == 'rms':
+            raise ValueError('norm=rms: --decoder, a pretrained one, sets it')
         if self.prompt is not None and self.prompt.count('{question}') != 1:
             raise ValueError(f'prompt={self.prompt}: expected {{question}} in it, once')
-        # bad sizes are said now, not after the pictures are encoded; a pretrained decoder has its own
-        self.model_config(vision_dim=1, **dict(recur_layers=None) if self.decoder else {})
+        # bad sizes are said now, not after the pictures are encoded
+        self.model_config(vision_dim=1, **dict(recur_layers=None, norm='rms') if self.decoder else {})
         if self.kind == 'plain':
             self.min_inner_steps = None  # it is passed once
         if not 0 <= self.draw_after <= 1:
@@ -453,7 +461,7 @@ def new_parts(decoder):
 
 
 def parts_and_shares(model, s):
-    """What is trained, and its share of the learning rate: what comes first keeps what it shares."""
+    """What is trained, and its share of the learning rate: a parameter in two belongs to the first."""
     parts = [(s.encoder_lr if name == 'encoder' else s.decoder_lr, part) for name, part in model.items()]
     if s.decoder:
         parts.insert(0, (1.0, new_parts(model['decoder'])))

@@ -1,4 +1,4 @@
-# config/smollm2.py, but its last eight blocks are passed twice over the answer: at first that changes nothing.
+# config/smollm2.py, but its last eight blocks are passed twice over the answer; at first that changes nothing
 out_dir = 'out/smollm2_trm'
 decoder = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 kind = 'trm'

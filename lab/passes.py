@@ -54,7 +54,7 @@ class PassesConfig:
 class Pass:
     """What one pass did to the states that make the first word of an answer."""
     guesses: list         # the five likeliest first words and their probabilities: [(text, 0..1), ...]
-    moved: dict           # how far the states moved, in RMS, of which they have 1: {'y': .., 'z': ..}
+    moved: dict           # how far the states moved, as a share of their RMS: {'y': .., 'z': ..}
     looked: torch.Tensor  # mean attention of the first state, over heads and blocks (S + T,)
 
     def moves(self):
@@ -78,7 +78,7 @@ def attention_of(decoder, context, answer):
     decoder.answer_states(context, answer)
     for hook in hooks:
         hook.remove()
-    return seen
+    return seen[decoder.config.n_layer - decoder.config.recur_layers:]  # without blocks that are passed once
 
 
 def encode_and_share(encoder, picture, device):
@@ -119,10 +119,10 @@ def passes_of(decoder, vision, question, tokenizer):
         else:
             makes_y = (k + 1) % (c.inner_steps + 1) == 0
             made = {'y' if makes_y else 'z': after}
-        moved = {name: rms(state - last[name]) for name, state in made.items() if name in last}
+        moved = {name: rms(state - last[name]) / rms(state) for name, state in made.items() if name in last}
         last |= made
         guesses = likeliest(decoder.head(made['y'])[0, 0], tokenizer) if 'y' in made else []
-        blocks = seen[k * c.n_layer:(k + 1) * c.n_layer]               # (1, nh, T, S + T) each
+        blocks = seen[k * c.recur_layers:(k + 1) * c.recur_layers]     # (1, nh, T, S + T) each
         looked = torch.stack([att[0, :, 0].float().mean(0) for att in blocks]).mean(0)     # (S + T,)
         passes.append(Pass(guesses, moved, looked))
     return passes

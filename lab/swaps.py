@@ -127,8 +127,8 @@ def main(argv=None):
     run = checkpoint['settings']
     decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
     if decoder.config.recursion == 'add' or decoder.config.kind == 'plain':
-        raise ValueError(f'{s.out_dir}: a decoder of which not every pass makes y; '
-                         "expected kind='trm' and recursion='concat' or 'loop'")
+        raise ValueError(f"{s.out_dir}: expected kind='trm' and recursion='concat' or 'loop': of these "
+                         'every pass makes y')
     set_depth(decoder, s.out_dir, s.inner_steps, None)
     questions = questions_to_judge(run, None, s.split, tokenizer)
     wanted = f'{s.swaps} swap' + 's' * (s.swaps > 1)
@@ -150,9 +150,9 @@ def main(argv=None):
               *(f'{share:.2f}' for share in looked[k].mean(0).tolist()), f'{right[k].float().mean():.3f}']
              for k in range(len(states))]
     print(f'{len(chosen)} stories of {wanted}, {s.split}. "1 back" is before the last swap.')
-    print(f'Reads: places that a linear probe of the states gets right. Of all objects '
-          f'{sum(same) / len(same):.2f} are where they were a swap before.')
-    print('Looks: attention of the first word on the two numbers of a swap, mean of heads and blocks.')
+    print('Reads: places that a linear probe of the states gets right. Of the swaps '
+          f'{sum(same) / len(same):.2f} leave the object that is asked for where it is.')
+    print('Looks: attention on the two numbers of a swap, mean over heads, blocks, y and z.')
     print(table(head, lines), end='')
 
 

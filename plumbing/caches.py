@@ -1,4 +1,4 @@
-"""What generation keeps, so that nothing is computed twice, and how it ends the passes of a token early."""
+"""What generation keeps, so that nothing is computed twice; and halting, which ends passes early."""
 
 import torch
 
@@ -47,7 +47,7 @@ class Halting(Cache):
 
     def __init__(self, halt):
         super().__init__()
-        self.halt = halt    # hardly: by less than this, in RMS, of which states have 1
+        self.halt = halt    # hardly: by less than this share of their RMS
         self.taken = []     # passes that each token took, (B,) a token
         self.moving = None  # rows whose present token goes on (B,)
         self.states = None  # what the pass before handed on (B, T, C)
@@ -75,7 +75,8 @@ class Halting(Cache):
         if self.begun > 1:  # two passes tell how far the second one moved
             states = torch.where(self.moving[:, None, None], states, self.states)  # (B, T, C)
             moved = (states - self.states).float().square().mean((1, 2)).sqrt()    # (B,)
-            self.moving = self.moving & (moved >= self.halt)
+            size = states.float().square().mean((1, 2)).sqrt()                     # (B,): 1, but of 'rms'
+            self.moving = self.moving & (moved >= self.halt * size)
         self.states = states
         return states
 

@@ -1,8 +1,8 @@
 """
-Pretrained language models, as Hugging Face stores them: Llama 3, SmolLM2, Qwen2, Qwen2.5 and Qwen3. Their
-tensors under the names of `model.Decoder`'s, and the settings of `model.ModelConfig` that they need.
+Pretrained language models, as Hugging Face stores them: Llama 3, SmolLM2, Qwen2, Qwen2.5 and Qwen3.
 
-`read_decoder` is the way in.
+`read_decoder` is the way in: it gives the settings of `model.ModelConfig` that one needs, and its tensors,
+named as in `model.Decoder`.
 """
 
 import math
@@ -17,7 +17,7 @@ from pretrained.hub import folder_of, is_hub_name
 
 FAMILIES = ('llama', 'qwen2', 'qwen3')  # model_type of config.json
 
-NAMES = {  # Hugging Face's names: ours
+NAMES = {  # Hugging Face's names: ours, in this order
     r'model\.embed_tokens': 'embed',
     r'model\.layers': 'blocks',
     r'input_layernorm': 'norm1',
@@ -30,7 +30,7 @@ NAMES = {  # Hugging Face's names: ours
     r'lm_head': 'head.1',
 }
 
-MERGED = {  # ours: what stands side by side in it, as Hugging Face calls it, under our names
+MERGED = {  # our tensor: theirs, joined in this order
     'attention.qkv.weight': [f'attention.{part}_proj.weight' for part in 'qkv'],
     'attention.qkv.bias': [f'attention.{part}_proj.bias' for part in 'qkv'],
     'fc1.weight': ['gate_proj.weight', 'up_proj.weight'],
@@ -38,7 +38,8 @@ MERGED = {  # ours: what stands side by side in it, as Hugging Face calls it, un
 
 
 def read_decoder(name):
-    """The settings of a decoder (a dict), and its weights in float32 under the names of `model.Decoder`'s.
+    """The settings of a decoder and its marks, two dicts, and its weights in float32, named as in
+    `model.Decoder`.
 
     name: a folder, or a name on the hub. Raises: ValueError, FileNotFoundError.
     """
@@ -53,7 +54,16 @@ def read_decoder(name):
         weights = renamed(tensors, settings, name)
     except KeyError as e:
         raise ValueError(f'{name}: {e.args[0]} is missing') from None
-    return settings, weights
+    return settings, marks_of(about), weights
+
+
+def marks_of(about):
+    """The ids that pad, begin and end an answer, a dict. Without a token for padding that is the end's."""
+    eos = about.get('eos_token_id')
+    eos = eos[0] if isinstance(eos, list) else eos
+    pad = about.get('pad_token_id')
+    marks = dict(pad_id=eos if pad is None else pad, bos_id=about.get('bos_token_id'), eos_id=eos)
+    return {key: id for key, id in marks.items() if id is not None}
 
 
 def found_folder(name):
@@ -76,7 +86,7 @@ def settings_of(about, file):
         if about.get(key, wanted) != wanted:
             raise ValueError(f'{file}: {key} {about[key]!r}: expected {wanted!r}')
     if family != 'qwen2' and about.get('attention_bias'):
-        raise ValueError(f'{file}: attention_bias: expected none, but for Qwen2')
+        raise ValueError(f'{file}: attention_bias: only Qwen2 may have it')
     for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'):
         if type(about[key]) is not int or about[key] < 1:
             raise ValueError(f'{file}: {key} {about[key]!r}: expected a whole number')
@@ -120,7 +130,7 @@ def rope_freqs(about, head_size, file):
 
 
 def is_tied(about, tensors):
-    """Whether the head is the embedding: it may be stored again, or not be said."""
+    """Whether the head is the embedding: config.json may not say; a tied head may be stored too."""
     return about.get('tie_word_embeddings', 'lm_head.weight' not in tensors)
 
 

@@ -117,8 +117,7 @@ def read_tokenizer(folder):
     the tokens that are called special, and bos, eos and pad; no text encodes to them. 'added' {text: id}:
     those added but not special, such as Qwen's <tool_call>; they too are ordinary characters in a text.
     'order': the ids that texts encode to, by their merges. 'bos', 'eos', 'pad': ids or None.
-    'chat_template': text or None. 'source_hash': sha256 of tokenizer.json, or of vocab.json, merges.txt and
-    tokenizer_config.json in a row.
+    'source_hash': sha256 of tokenizer.json, or of vocab.json, merges.txt and tokenizer_config.json in a row.
 
     Unlike tokenizers, it never gives an unk_token for a dropped byte, and does not truncate or pad; and new
     characters may be treated otherwise: digits of Unicode 17 in SmolLM2's, any of it where bytes are dropped,
@@ -139,7 +138,6 @@ def read_tokenizer(folder):
     try:
         read = from_one_file if len(files) == 1 else from_parts
         state = state_of(files[0], config, *read(*files[:2], config))
-        state['chat_template'] = chat_template(folder, config)
     except (AttributeError, LookupError, TypeError, UnicodeEncodeError) as e:
         names = ', '.join(str(file) for file in files)
         raise ValueError(f'{names}: damaged, or of another form ({type(e).__name__}: {e})') from None
@@ -220,18 +218,6 @@ def from_parts(vocab, merges, config):
         is_number = id.isdecimal() and len(id) < 10
         added.append({**token, 'id': int(id) if is_number else id})
     return model, added, *CLASSES[kind]
-
-
-def chat_template(folder, config):
-    """The text of chat_template.jinja, or what tokenizer_config.json has, or None. Raises: ValueError."""
-    if (folder / 'chat_template.jinja').is_file():
-        return read_text(folder / 'chat_template.jinja')
-    template = config.get('chat_template')
-    if isinstance(template, list):  # several, each with a name
-        template = {one['name']: one['template'] for one in template}.get('default')
-    if not isinstance(template, str | None):
-        raise TypeError(f'chat_template is a {type(template).__name__}')
-    return template
 
 
 def state_of(file, config, model, added, pattern, nfc):
@@ -358,7 +344,7 @@ def short(value):
 # ----------------------------------------------------------------------------
 # in the place of data.Tokenizer
 
-PROMPTS = {  # a special token that the family has: what a question stands in, and what ends an answer
+CHATS = {  # a special token that the family has: what a question stands in, and what ends an answer
     '<|im_start|>': ('<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n', '<|im_end|>'),
     '<|start_header_id|>': (
         '<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>'
@@ -370,7 +356,7 @@ PADDING = ('<|endoftext|>', '<|finetune_right_pad_id|>', '<|end_of_text|>')  # i
 def with_prompt(state, prompt=None):
     """The state, and what a question stands in: `prompt`, or None for what the family is used to. Special
     tokens that stand in the prompt are such. Raises: ValueError."""
-    known = next((PROMPTS[mark] for mark in PROMPTS if mark in state['specials']), None)
+    known = next((CHATS[mark] for mark in CHATS if mark in state['specials']), None)
     ids = {id: text for text, id in state['specials'].items()}
     ends = known[1] if known else ids.get(state['eos'])
     prompt = prompt or (known[0] if known else '{question}\n')
@@ -393,7 +379,7 @@ class PretrainedTokenizer:
         self.state = state
         self.bpe = encoding_of(state)
         self.before, self.after = state['prompt'].split('{question}')
-        after = self.marked(self.after)
+        after = self.marked(self.after)  # on its own: the last token is always the same
         if not after:
             raise ValueError(f"prompt={state['prompt']}: expected something behind the question, whose last "
                              'token begins the answer')
@@ -408,22 +394,17 @@ class PretrainedTokenizer:
 
     def encode_question(self, text):
         """The tokens of the prompt around a question, but for the last one."""
-        return self.marked(self.before, text, self.after)[:-1]
+        return (self.marked(self.before, text) + self.marked(self.after))[:-1]
 
-    def marked(self, before, text='', after=''):
-        """The tokens of a text between two whose special tokens are such. What lies between two of these is
-        encoded as a whole."""
+    def marked(self, prompt, text=''):
+        """The tokens of a piece of the prompt and a text behind it. Special tokens of the prompt are such;
+        what lies between two of them, or behind the last, is encoded as a whole."""
         specials = sorted(self.state['specials'], key=len, reverse=True)
-        cut = f"({'|'.join(map(regex.escape, specials))})"
-        parts = regex.split(cut, before) if before else ['']
-        parts[-1] += text
-        first, *rest = regex.split(cut, after) if after else ['']
-        parts[-1] += first
+        *parts, last = regex.split(f"({'|'.join(map(regex.escape, specials))})", prompt)
         ids = []
-        for k, part in enumerate(parts + rest):
-            is_special = part in self.state['specials'] and k != len(parts) - 1
-            ids += [self.state['specials'][part]] if is_special else self.encode(part)
-        return ids
+        for part in parts:
+            ids += [self.state['specials'][part]] if part in self.state['specials'] else self.encode(part)
+        return ids + self.encode(last + text)
 
     def piece(self, id):
         """What a token says, as text."""

@@ -325,7 +325,7 @@ def halting_by_hand(decoder, vision, question, n_tokens, halt):
         past = lambda k: [tuple(torch.cat([layer[j], *(e[min(k, len(e) - 1)][i][j] for e in earlier)], dim=2) for j in (0, 1)) for i, layer in enumerate(context.layers)]
         own, made, network = [], [], decoder.network
 
-        def watched(states, rope, mask, layers, context, cache):
+        def watched(states, rope, mask, context, cache):
             if len(made) > 1 and (made[-1] - made[-2]).square().mean().sqrt() < halt:
                 return made[-1]
             h, seen = states, []

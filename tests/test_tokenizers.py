@@ -341,18 +341,14 @@ def test_what_stands_beside(families, tmp_path):
     written['added_tokens'][2]['special'] = False
     folder = save(tmp_path, written)
     state = read_tokenizer(folder)
-    assert (state['bos'], state['eos'], state['pad'], state['chat_template']) == (None, None, None, None)
+    assert (state['bos'], state['eos'], state['pad']) == (None, None, None)
     assert '<|im_end|>' in state['added'] and state['source_hash'] == hashlib.sha256((folder / 'tokenizer.json').read_bytes()).hexdigest()
-    save(tmp_path, written, bos_token=None, eos_token='<|im_end|>', pad_token={'content': '<|endoftext|>'}, chat_template='{{ x }}')
+    save(tmp_path, written, bos_token=None, eos_token='<|im_end|>', pad_token={'content': '<|endoftext|>'})
     state = read_tokenizer(folder)
     ids = {token['content']: token['id'] for token in written['added_tokens']}
     assert (state['bos'], state['eos'], state['pad']) == (None, ids['<|im_end|>'], ids['<|endoftext|>'])
     assert '<|im_end|>' in state['specials'] and '<|im_end|>' not in state['added'] and state['tokens'][state['eos']] == ''
-    assert state['chat_template'] == '{{ x }}' and state['name'] == 'pretrained'
-    save(tmp_path, written, chat_template=[{'name': 'tools', 'template': 'a'}, {'name': 'default', 'template': 'b'}])
-    assert read_tokenizer(folder)['chat_template'] == 'b'
-    (folder / 'chat_template.jinja').write_text('c')
-    assert read_tokenizer(folder)['chat_template'] == 'c'
+    assert state['name'] == 'pretrained'
 
 
 def changed(written, path, value):
@@ -438,7 +434,7 @@ def test_files_that_are_no_tokenizer(families, tmp_path):
     with pytest.raises(ValueError, match='tokenizer.json: no token of a single byte; expected a BPE of bytes'):
         read_tokenizer(save(folder, words, x=1))
     for config, message in ((dict(pad_token='[PAD]'), "no token '\\[PAD\\]', the pad_token"), (dict(add_prefix_space=True), 'says add_prefix_space; expected false'),
-                            (dict(chat_template=5), 'chat_template is a int'), (dict(eos_token={}), "KeyError: 'content'")):
+                            (dict(eos_token={}), "KeyError: 'content'")):
         with pytest.raises(ValueError, match=f'tokenizer.json: .*{message}'):
             read_tokenizer(save(folder, families['qwen'], **config))
     file.unlink()
