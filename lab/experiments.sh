@@ -22,6 +22,7 @@ declare -A FLAGS GROUP
 NAMES=()
 add() {  # GROUP NAME FLAGS; only in group elastic passes are drawn
     local fixed=; [[ $1 == elastic || " ${*:3} " != *" config/"@(trm|swaps)".py "* ]] || fixed=" --min_inner_steps=None"
+    [[ $1 == elastic || " ${*:3} " != *" config/swaps.py "* || " ${*:3} " == *" --recursion="* ]] || fixed+=" --recursion=concat"
     NAMES+=("$2"); GROUP[$2]=$1; FLAGS[$2]="${*:3}$fixed"
 }
 
@@ -102,11 +103,12 @@ add published sortofclevr_loop4 config/sortofclevr.py --recursion=loop --inner_s
 add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 --max_steps=7915
 
 # elastic: passes drawn for every training step, beside always as many, at equal training FLOPs; and y alone
-for k in "elastic elastic" "elastic_loop elastic --recursion=loop --max_steps=3592 --eval_interval=898" "main trm" \
+for k in "elastic elastic --recursion=concat --max_steps=2800 --eval_interval=700" "elastic_loop elastic" "main trm" \
          "sortofclevr_two sortofclevr --norm=post --qk_norm=true --n_kv_head=1 --max_steps=3000 --eval_interval=750" \
          "sortofclevr_elastic sortofclevr --norm=post --qk_norm=true --n_kv_head=1 --min_inner_steps=1 --inner_steps=8 --recall=true --max_steps=3232 --eval_interval=808" \
-         "swaps_elastic swaps" "swaps_drawn swaps --draw_after=0 --max_steps=2350 --eval_interval=470" "swaps_elastic_loop swaps --recursion=loop --max_steps=3610 --eval_interval=722" \
-         "swaps_four swaps --inner_steps=4 --min_inner_steps=None --draw_after=0 --recall=false --max_steps=3000 --eval_interval=500"; do
+         "swaps_elastic swaps --recursion=concat --max_steps=2630 --eval_interval=526" "swaps_elastic_loop swaps" \
+         "swaps_drawn swaps --recursion=concat --draw_after=0 --max_steps=2350 --eval_interval=470" \
+         "swaps_four swaps --recursion=concat --inner_steps=4 --min_inner_steps=None --draw_after=0 --recall=false --max_steps=3000 --eval_interval=500"; do
     set -- $k; add elastic $1 config/$2.py "${@:3}"
 done
 
