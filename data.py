@@ -322,6 +322,9 @@ class Questions:
         self.limits = dict(question=max_question_tokens, answer=max_answer_tokens)
         self.max_answer_tokens = max_answer_tokens
         self.few_shapes = few_shapes
+        if max_question_tokens <= tokenizer.tail:
+            raise ValueError(f'max_question_tokens={max_question_tokens}: the prompt behind a question has '
+                             f'{tokenizer.tail} tokens: expected more')
         self.tokens = OnDisk(pack, unpack)  # (question, answer) of a row
         self.question_lengths = array('i')
         lengths = self.tokenize(truncate)

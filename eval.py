@@ -457,7 +457,7 @@ def fitted(checkpoint, part, build, config_class, config):
 def ids_of(question, tokenizer):
     """The tokens of a typed question, a list. Raises: ValueError where there are none."""
     ids = tokenizer.encode_question(question.lower() if tokenizer.lower_case else question)
-    if not question:
+    if not question or not ids:
         raise ValueError('--question is empty')
     return ids
 
@@ -500,9 +500,10 @@ def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
             if decoder.config.kind == 'plain':
                 raise ValueError(f'--{key}: {out_dir} holds a plain decoder, which takes no steps')
             decoder.config = replace(decoder.config, **{key: value})
-    if halt and (decoder.config.kind == 'plain' or decoder.config.recursion == 'add'):
+    c = decoder.config
+    if halt and (c.kind == 'plain' or c.recursion == 'add' or c.recur_layers < c.n_layer):
         raise ValueError(f"--halt: {out_dir} holds no TRM of recursion='concat' or 'loop', whose passes make "
-                         'all states anew')
+                         'all states anew, in all blocks')
 
 
 def of_another(vision_of, n, picture):

@@ -556,10 +556,15 @@ class Decoder(nn.Module):
         """
         sizes, marks, tensors = read_decoder(name)
         decoder = cls(ModelConfig(**dict(kind='plain') | marks | settings | sizes))
+        other = [key for key, own in decoder.state_dict().items()
+                 if key in tensors and tensors[key].shape != own.shape]
+        if other:
+            raise ValueError(f'{name}: config.json has other sizes than the weights ({", ".join(other[:4])})')
         decoder.load_state_dict(tensors, strict=False)  # new: the way from pictures into it, gates, z
         if decoder.config.use_vision:  # an image token starts as long as a word
             word = decoder.embed.weight.square().mean().sqrt().item()
             nn.init.normal_(decoder.vision_proj.weight, std=word * decoder.config.vision_dim ** -.5)
+            nn.init.zeros_(decoder.vision_proj.bias)
         return decoder
 
 

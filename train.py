@@ -159,6 +159,11 @@ class TrainConfig:
             if getattr(self, key) != getattr(TrainConfig, key):
                 raise ValueError(f'{key}={getattr(self, key)}: goes {"without" if self.decoder else "with"} '
                                  '--decoder, a pretrained one')
+        if self.decoder == '' or self.train_decoder == 'projection' and self.decoder_lr != 1:
+            raise ValueError(f'decoder={self.decoder!r}, decoder_lr={self.decoder_lr}: expected the name of '
+                             'a folder, and no decoder_lr where its own weights are not trained')
+        if self.train_decoder == 'projection' and not self.use_vision:
+            raise ValueError('train_decoder=projection with use_vision=False: there is none to train')
         if self.norm == 'rms':
             raise ValueError('norm=rms: --decoder, a pretrained one, sets it')
         if self.prompt is not None and self.prompt.count('{question}') != 1:
@@ -240,7 +245,10 @@ def train(s, sources, device, stop):
     say_if_few(len(rows['val']), 'questions')
     start = read_start(s.init_from) if s.init_from and not saved else None
     known = saved or start
-    tokenizer = open_tokenizer(known['tokenizer'] if known else new_tokenizer(rows['train'], s))
+    words = known['tokenizer'] if known else new_tokenizer(rows['train'], s)
+    if start and s.prompt:  # the other run may have had another one
+        words = with_prompt(words, s.prompt)
+    tokenizer = open_tokenizer(words)
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
     encoder = None
     if s.use_vision:
@@ -373,7 +381,8 @@ def train(s, sources, device, stop):
         part.load_state_dict(run.best[name])
     print(f"best validation em {run.best['scores']['em']:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
-    facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s))
+    sizes = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd')}  # perhaps pretrained
+    facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s) | sizes)
     facts |= dict(dataset_fingerprint=rows_sum, encoder_fingerprint=fingerprint)
     flops = flops_per_row(model, live_encoder, tokens_of['train'], questions['train'], s)
     facts |= dict(mflop_per_example=flops / 1e6, curve=validation_curve(out_dir))
@@ -450,7 +459,11 @@ def new_decoder(s, saved, tokenizer, encoder):
         return build_model(s.model_config(**given, vocab_size=tokenizer.vocab_size))
     if saved:
         return build_model(ModelConfig(**saved['model_config']))
-    return Decoder.from_pretrained(s.decoder, **s.model_settings() | given)
+    decoder = Decoder.from_pretrained(s.decoder, **s.model_settings() | given)
+    if tokenizer.vocab_size > decoder.config.vocab_size:
+        raise ValueError(f'{s.decoder}: its tokenizer has {tokenizer.vocab_size} tokens, its weights have '
+                         f'{decoder.config.vocab_size}')
+    return decoder
 
 
 def new_parts(decoder):

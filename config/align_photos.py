@@ -1,4 +1,4 @@
-# Stage 1 on hundreds of photographs of one's own with captions: minutes on a CPU. With --trunk=CLIP_FOLDER, or
+# Stage 1 on hundreds of photographs of your own with captions: minutes on a CPU. With --trunk=CLIP_FOLDER, or
 # timm/NAME, it starts from what that sees (--adapter=linear --perceiver_width=256 makes a wide one cheaper);
 # without, a small encoder learns from these pictures alone. docs/photographs.md says what 778 gave.
 out_dir = 'out/align_photos'

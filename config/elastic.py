@@ -1,6 +1,6 @@
 # A TRM whose passes are drawn anew for every training step, so that afterwards any number of them works:
-# python eval.py --out_dir=out/elastic --inner_steps=64 (results/depth.md). It has y alone: with z, captions are
-# worse and passes take longer to come to rest.
+# python eval.py --out_dir=out/elastic --inner_steps=64 (results/depth.md). It has y alone: with z, captions
+# are worse, and passes come to rest later.
 out_dir = 'out/elastic'
 recursion = 'loop'
 n_kv_head = 1

@@ -145,6 +145,7 @@ def depth(m):
     """How many blocks an answer position goes through, one after the other: counted on a tiny decoder that
     has the run's settings; 0 where that cannot be made any more."""
     form = {key: m['settings'][key] for key in ('kind', 'recursion', 'n_layer', 'inner_steps', 'outer_steps')}
+    form['recur_layers'] = m['settings'].get('recur_layers')
     try:
         decoder = build_model(ModelConfig(**form, n_embd=2, n_head=1, vocab_size=4, use_vision=False))
     except ValueError:  # a form of another time, which this code does not know

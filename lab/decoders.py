@@ -35,10 +35,12 @@ class Theirs:
 
     def __init__(self, folder, device):
         self.model = load_theirs(folder).to(device)
+        # greedy, and no end: nothing of what its files say about writing
+        self.model.generation_config = type(self.model.generation_config)(pad_token_id=0)
 
     def write(self, question, n):
         made = self.model.generate(question, attention_mask=torch.ones_like(question), max_new_tokens=n,
-                                   min_new_tokens=n, do_sample=False, pad_token_id=0)  # (B, Q + n)
+                                   do_sample=False)                    # (B, Q + n)
         return made[:, question.size(1):]                              # (B, n)
 
     def loss(self, question, answer):

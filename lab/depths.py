@@ -111,11 +111,11 @@ def scores_by_halt(decoder, questions, vision_of, device, halts, batch_size, mos
         vision = vision_of(batch['picture'])
         types = [questions.rows.type[i] for i in rows]
         asked.update(types)
-        true = batch['targets'].masked_fill(batch['targets'] < 0, pad_id)      # (B, A)
+        true = batch['targets']                                        # (B, A)
         for halt in halts:
             cache = Halting(halt)
             said = decoder.generate(vision, batch['question'], true.size(1), cache=cache)  # (B, A)
-            whole = (said == true).all(1).tolist()                     # (B,)
+            whole = ((said == true) | (true < 0)).all(1).tolist()      # (B,): after the end it says nothing
             right.update((type, halt) for type, good in zip(types, whole) if good)
             for type, n in zip(types, passes_per_token(cache.taken, said != pad_id)):
                 taken[type, halt] += n

@@ -95,9 +95,9 @@ def state_sizes(decoder, vision, question, answer, steps=64):
 def forgetful(decoder, which):
     """Makes every pass of [y ; z] begin with the y, or the z, that the first one had: what the other one
     carries must then do. Raises: ValueError where y and z do not go through F together."""
-    if decoder.config.recursion != 'concat':
-        raise ValueError('--forget: a decoder whose passes have no y and z side by side; '
-                         "expected recursion='concat'")
+    if decoder.config.recursion != 'concat' or decoder.config.has_gates:
+        raise ValueError('--forget: a decoder whose passes have no y and z side by side, or gates that mix '
+                         "them; expected recursion='concat'")
     network = decoder.network
     answer_states = decoder.answer_states
     start = []  # y and z of the first pass

@@ -62,12 +62,13 @@ def places_of(question):
 def swap_of_token(words, swaps):
     """For every token of a question the swap that it tells of, the last one is 0; -1 for the other tokens.
     words: the tokens as text."""
-    end = next(i for i, word in enumerate(words) if ':' in word)
+    begin = next((i for i, word in enumerate(words) if word.strip() == 'swap'), 0)
+    end = next((i for i, word in enumerate(words) if i > begin and ':' in word), len(words))
     told = swaps - 1
     of_token = []
     for i, word in enumerate(words):
-        of_token.append(told if i < end and any(map(str.isdigit, word)) else -1)
-        told -= ',' in word
+        of_token.append(told if begin < i < end and any(map(str.isdigit, word)) else -1)
+        told -= begin < i < end and ',' in word
     return of_token
 
 

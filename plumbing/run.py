@@ -222,8 +222,8 @@ def start_from(start, model, encoder_fingerprint):
     theirs = decoder_settings(start)
     passed_again = all(c['kind'] == 'trm' and c['recursion'] != 'add' for c in (ours, theirs))
     # of the same shapes, and yet of another meaning
-    for key in ('n_head', 'norm', 'qk_norm', *(['recall'] if passed_again else [])):
-        if theirs[key] != ours[key]:
+    for key in ('n_head', 'norm', 'qk_norm', 'rope_freqs', 'norm_eps', *(['recall'] if passed_again else [])):
+        if theirs.get(key, ours[key]) != ours[key]:
             raise ValueError(f'init_from: {folder} was trained with {key}={theirs[key]}, here it is '
                              f'{ours[key]}; give --{key}={theirs[key]}')
 

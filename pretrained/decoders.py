@@ -17,6 +17,11 @@ from pretrained.hub import folder_of, is_hub_name
 
 FAMILIES = ('llama', 'qwen2', 'qwen3')  # model_type of config.json
 
+SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+         'num_key_value_heads', 'head_dim')
+LLAMA3 = ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor', 'factor')
+MAY_LACK = ('num_key_value_heads', 'head_dim')
+
 NAMES = {  # Hugging Face's names: ours, in this order
     r'model\.embed_tokens': 'embed',
     r'model\.layers': 'blocks',
@@ -45,7 +50,7 @@ def read_decoder(name):
     """
     folder = found_folder(name)
     about = read_beside(folder, 'config.json')
-    if not about:
+    if not isinstance(about, dict) or not about:
         raise ValueError(f'{name}: no config.json in it: expected a language model as Hugging Face stores it')
     tensors, _ = open_weights(folder)
     tied = is_tied(about, tensors)
@@ -87,10 +92,16 @@ def settings_of(about, file):
             raise ValueError(f'{file}: {key} {about[key]!r}: expected {wanted!r}')
     if family != 'qwen2' and about.get('attention_bias'):
         raise ValueError(f'{file}: attention_bias: only Qwen2 may have it')
-    for key in ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'):
-        if type(about[key]) is not int or about[key] < 1:
-            raise ValueError(f'{file}: {key} {about[key]!r}: expected a whole number')
     n_head = about['num_attention_heads']
+    for key in SIZES:
+        size = about.get(key, n_head) if key in MAY_LACK else about[key]
+        if size is None and key in MAY_LACK:
+            continue
+        if type(size) is not int or not 0 < size < 2 ** 24:
+            raise ValueError(f'{file}: {key} {size!r}: expected a whole number')
+    norm_eps = about.get('rms_norm_eps', 1e-6)
+    if type(norm_eps) not in (int, float) or norm_eps < 0:
+        raise ValueError(f'{file}: rms_norm_eps {norm_eps!r}: expected 0 or more')
     head_size = about.get('head_dim') or about['hidden_size'] // n_head
     return dict(
         norm='rms',
@@ -104,7 +115,7 @@ def settings_of(about, file):
         mlp_size=about['intermediate_size'],
         qkv_bias=family == 'qwen2',
         qk_norm=family == 'qwen3',
-        norm_eps=about.get('rms_norm_eps', 1e-6),
+        norm_eps=norm_eps,
         rope_freqs=rope_freqs(about, head_size, file),
     )
 
@@ -116,14 +127,19 @@ def rope_freqs(about, head_size, file):
     2407.21783, as Hugging Face's transformers computes it.
     """
     rope = about.get('rope_parameters') or about.get('rope_scaling') or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f'{file}: rope_parameters {rope!r}: expected an object')
     base = rope.get('rope_theta') or about.get('rope_theta') or 10000.0
+    numbers = [base, *(rope.get(key, 1) for key in LLAMA3)]
+    if not all(type(number) in (int, float) and number > 0 for number in numbers):
+        raise ValueError(f'{file}: rope_theta {base!r}, {rope}: expected numbers above 0')
     kind = rope.get('rope_type', rope.get('type', 'default'))
     freqs = base ** -(torch.arange(0, head_size, 2) / head_size)       # (hs / 2,)
     if kind == 'llama3':
-        turns = rope['original_max_position_embeddings'] * freqs / (2 * math.pi)
-        low, high = rope['low_freq_factor'], rope['high_freq_factor']
+        length, low, high, factor = (rope[key] for key in LLAMA3)
+        turns = length * freqs / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of the angle that stays as it was
-        freqs = freqs * (kept + (1 - kept) / rope['factor'])
+        freqs = freqs * (kept + (1 - kept) / factor)
     elif kind != 'default':
         raise ValueError(f'{file}: rope_type {kind!r}: expected default or llama3')
     return tuple(freqs.tolist())
@@ -131,7 +147,8 @@ def rope_freqs(about, head_size, file):
 
 def is_tied(about, tensors):
     """Whether the head is the embedding: config.json may not say; a tied head may be stored too."""
-    return about.get('tie_word_embeddings', 'lm_head.weight' not in tensors)
+    tied = about.get('tie_word_embeddings')
+    return 'lm_head.weight' not in tensors if tied is None else bool(tied)
 
 
 def renamed(tensors, settings, title):
@@ -165,8 +182,15 @@ def renamed(tensors, settings, title):
                      take(f'blocks.{i}.attention.k_norm.weight').expand(settings['n_kv_head'], 1, -1)]
             weights[f'blocks.{i}.attention.qk_scale'] = torch.cat(heads)   # (nh + kv, 1, hs)
     weights['head.0.weight'] = take('head.0.weight')
-    head = found.pop('head.1.weight', None)
-    weights['head.1.weight'] = weights['embed.weight'] if settings['tied_head'] else as_tensor(head).float()
+    if settings['tied_head']:
+        found.pop('head.1.weight', None)
+        weights['head.1.weight'] = weights['embed.weight']
+    else:
+        weights['head.1.weight'] = take('head.1.weight')
+    rows = tuple(weights['embed.weight'].shape)
+    if rows != (settings['vocab_size'], settings['n_embd']):  # before a model of other sizes is built
+        raise ValueError(f'{title}: config.json says vocab_size {settings["vocab_size"]}, hidden_size '
+                         f'{settings["n_embd"]}, the weights have {rows}')
     left = [name for name in found if not name.endswith('rotary_emb.inv_freq')]
     if left:
         raise ValueError(f'{title}: weights that no decoder of these families has: {first_few(left)}')

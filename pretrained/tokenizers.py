@@ -356,9 +356,11 @@ PADDING = ('<|endoftext|>', '<|finetune_right_pad_id|>', '<|end_of_text|>')  # i
 def with_prompt(state, prompt=None):
     """The state, and what a question stands in: `prompt`, or None for what the family is used to. Special
     tokens that stand in the prompt are such. Raises: ValueError."""
-    known = next((CHATS[mark] for mark in CHATS if mark in state['specials']), None)
+    known = next((chat for mark, chat in CHATS.items() if {mark, chat[1]} <= state['specials'].keys()), None)
     ids = {id: text for text, id in state['specials'].items()}
-    ends = known[1] if known else ids.get(state['eos'])
+    ends = ids.get(state['eos'])
+    if known and (not prompt or known[1] in prompt or ends is None):
+        ends = known[1]
     prompt = prompt or (known[0] if known else '{question}\n')
     if ends is None:
         raise ValueError('a tokenizer that names no eos_token: nothing could end an answer')
@@ -399,11 +401,12 @@ class PretrainedTokenizer:
     def marked(self, prompt, text=''):
         """The tokens of a piece of the prompt and a text behind it. Special tokens of the prompt are such;
         what lies between two of them, or behind the last, is encoded as a whole."""
-        specials = sorted(self.state['specials'], key=len, reverse=True)
+        marks = self.state['specials'] | self.state['added']  # in a prompt these are meant too, as <think> is
+        specials = sorted(marks, key=len, reverse=True)
         *parts, last = regex.split(f"({'|'.join(map(regex.escape, specials))})", prompt)
         ids = []
         for part in parts:
-            ids += [self.state['specials'][part]] if part in self.state['specials'] else self.encode(part)
+            ids += [marks[part]] if part in marks else self.encode(part)
         return ids + self.encode(last + text)
 
     def piece(self, id):

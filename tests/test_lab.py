@@ -272,7 +272,7 @@ def test_passes_are_the_decoders(recursion, cycles):
     its states from those of a pass less; looking leaves the decoder as it was."""
     decoder = decoder_of(dict(recursion=recursion, inner_steps=3, outer_steps=cycles))
     vision, question, _ = (t[:1] for t in sample())
-    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, pad_id=0, bpe=SimpleNamespace(decode=lambda ids, errors: f' {ids[0]}'))
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, pad_id=0, piece=lambda id: f' {id}')
     seen = passes.passes_of(decoder, vision, question, tokenizer)
     assert 'network' not in vars(decoder)
     assert len(seen) == cycles * (3 + (recursion == 'add'))
@@ -312,6 +312,10 @@ def test_scores_by_depth(recursion):
     assert list(scores) == ['a', 'b', 'all'] and all(of_type[3] == 1 for of_type in scores.values())
     assert all(scores['all'][n] == (5 * scores['a'][n] + 6 * scores['b'][n]) / 11 for n in (1, 8))
     assert scores['all'][1] < 1
+    if recursion != 'add':  # what halting never ends is what all passes give; what it ends at once is two passes
+        halting = depths.scores_by_halt(decoder, questions, lambda rows: vision[rows], 'cpu', [1e-9, 1e9], 5, 12)
+        two = depths.scores_by_depth(decoder, questions, lambda rows: vision[rows], 'cpu', [2], 5, 12)
+        assert all(halting[type] == {1e-9: (3, 1), 1e9: (2, two[type][2])} for type in 'ab') and two['all'][2] < 1
 
 
 def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
@@ -333,7 +337,7 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     told = capsys.readouterr().out
     assert (out / 'passes.png').stat().st_size > 1000 and (out / 'metrics.json').read_bytes() == before
     assert told.count('pass  1 |') == told.count('pass  3 |') == 4 and 'pass  4' not in told
-    depths.main([f'--out_dir={out}', '--device=cpu', '--passes=3,1', '--most=40'])
+    depths.main([f'--out_dir={out}', '--device=cpu', '--passes=3,1', '--most=40', '--halts=0.1,0.4'])
     told = capsys.readouterr().out
     assert re.search(r'\| +passes \| +1 \| +3 \|', told) and re.search(r'^\| +all \| [01]\.\d{3} \|', told, re.MULTILINE) and (out / 'depths.png').stat().st_size > 1000
     (out / 'passes.png').unlink()
@@ -387,7 +391,7 @@ def test_which_pass_follows_which_swap(tiny_encoder, tmp_path, capsys):
     (states.main, '--forget=x', 'forget=x: expected y or z'), (states.main, '--split=tset', 'split=tset'),
     (states.main, '--inner_steps=2', '--inner_steps goes with --forget'),
     (states.main, '--fresh=true --forget=y', '--forget and --fresh: one at a time'),
-    (passes.main, '--split=tset', 'split=tset'), (depths.main, '--split=tset', 'split=tset'), (depths.main, '--passes=1,x', 'passes=1,x: expected whole numbers'), (depths.main, '--most=0', 'most=0'), (passes.main, '--image=cat.png', '--image and --question belong together'), (passes.main, '--inner_steps=0', 'inner_steps=0'),
+    (passes.main, '--split=tset', 'split=tset'), (depths.main, '--split=tset', 'split=tset'), (depths.main, '--passes=1,x', 'passes=1,x: expected whole numbers'), (depths.main, '--most=0', 'most=0'), (depths.main, '--halts=0.1,x', 'halts=0.1,x: expected numbers above 0'), (passes.main, '--image=cat.png', '--image and --question belong together'), (passes.main, '--inner_steps=0', 'inner_steps=0'),
     (guess.main, '--split=tset', 'split=tset'), (guess.main, '--dataset=/nowhere', 'no such file; a dataset is a folder'), (compare_main, '', 'which runs'),
     (compare_main, '/nowhere', 'none/metrics.json: no such file|nowhere/metrics.json: no such file; lab.compare takes'), (states.main, '--out_dir=/nowhere', 'no such file; a run writes it')])
 def test_mistakes(main, argv, message, monkeypatch, capsys):
