@@ -159,9 +159,8 @@ class TrainConfig:
             if getattr(self, key) != getattr(TrainConfig, key):
                 raise ValueError(f'{key}={getattr(self, key)}: goes {"without" if self.decoder else "with"} '
                                  '--decoder, a pretrained one')
-        if self.decoder == '' or self.train_decoder == 'projection' and self.decoder_lr != 1:
-            raise ValueError(f'decoder={self.decoder!r}, decoder_lr={self.decoder_lr}: expected the name of '
-                             'a folder, and no decoder_lr where its own weights are not trained')
+        if self.decoder == '':  # an unset variable, say
+            raise ValueError('decoder is empty: expected the name of a folder, or of a model on the hub')
         if self.train_decoder == 'projection' and not self.use_vision:
             raise ValueError('train_decoder=projection with use_vision=False: there is none to train')
         if self.norm == 'rms':
