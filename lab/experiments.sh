@@ -106,6 +106,7 @@ add published sortofclevr_plain2 config/sortofclevr.py --kind=plain --n_layer=2 
 for k in "elastic elastic --recursion=concat --max_steps=2800 --eval_interval=700" "elastic_loop elastic" "main trm" \
          "sortofclevr_two sortofclevr --norm=post --qk_norm=true --n_kv_head=1 --max_steps=3000 --eval_interval=750" \
          "sortofclevr_elastic sortofclevr --norm=post --qk_norm=true --n_kv_head=1 --min_inner_steps=1 --inner_steps=8 --recall=true --max_steps=3232 --eval_interval=808" \
+         "sortofclevr_elastic_loop sortofclevr --norm=post --qk_norm=true --n_kv_head=1 --recursion=loop --min_inner_steps=1 --inner_steps=8 --recall=true --max_steps=3828 --eval_interval=957" \
          "swaps_elastic swaps --recursion=concat --max_steps=2630 --eval_interval=526" "swaps_elastic_loop swaps" \
          "swaps_drawn swaps --recursion=concat --draw_after=0 --max_steps=2350 --eval_interval=470" \
          "swaps_four swaps --recursion=concat --inner_steps=4 --min_inner_steps=None --draw_after=0 --recall=false --max_steps=3000 --eval_interval=500"; do
