@@ -241,7 +241,7 @@ def test_bad_bench_settings():
     """A setting out of range, or two things to do at once, is an error that names it."""
     with pytest.raises(ValueError, match='repeats=0'):
         BenchConfig(repeats=0)
-    with pytest.raises(ValueError, match='--memory, --profile, --encoder and --scale: one at a time'):
+    with pytest.raises(ValueError, match='--memory, --profile, --encoder, --decoder and --scale: one at a time'):
         BenchConfig(memory=True, profile=True)
 
 

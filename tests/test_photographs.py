@@ -193,7 +193,7 @@ def test_what_is_no_photograph_of_a_class(classes, capsys):
     found = mosaics.photographs(mosaics.Config(source=str(photos)))
     said = capsys.readouterr().out
     assert {name for of_split in found.values() for name in of_split} == {*CLASSES, 'train'} and '1 photographs are left out' in said
-    assert '3 other files are left out (2 .heic, 1 without ending)' in said and len(re.findall('(?:train|val|test): no photograph of train: ', said)) == 2
+    assert '3 other files are left out (2 .heic, 1 without ending)' in said and len(re.findall('(?:train|val|test): no photograph of (?:.*, )?train: ', said)) == 2
     assert sum(map(len, (files for of_split in found.values() for files in of_split.values()))) == 121
     assert mosaics.class_name('E\u0301le\u0301phant_d-Asie') == 'éléphant d asie' and mosaics.class_name('हिन्दी') == 'हिन्दी'
     (photos / 'bus').rename(photos / '__')

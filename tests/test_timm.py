@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, without_torchvision
 from PIL import Image
-from test_clip import hugging_face, peers
+from test_clip import hugging_face
 
 import align.__main__ as align
 import train
@@ -20,8 +20,8 @@ from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_shapes
 from pretrained import hub
 
-peers()  # imports timm too
-timm = pytest.importorskip('timm')
+with without_torchvision():
+    timm = pytest.importorskip('timm')
 save_file = pytest.importorskip('safetensors.torch').save_file
 # timm's own small networks of each family: a ViT; one that pools by attention, as SigLIP, with a register; CNNs; one whose map has its channels last
 NETWORKS = {'test_vit': 160, 'test_vit3': 160, 'vit_small_patch14_reg4_dinov2': 56, 'test_efficientnet': 160, 'test_resnet': 150, 'swin_s3_tiny_224': 128}
