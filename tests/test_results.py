@@ -193,7 +193,7 @@ INTERVALS = [
     ('Exact Match', 'flops_', 'n1 plain2, n2 n1, n4 n1, n2 plain4, n2 plain4_lr4e-3, plain2 plain4, plain2 plain4_lr4e-3, plain2 plain8_lr4e-3, loop4 plain8, loop4 plain8_lr4e-3, n4 plain2, loop4 plain2, loop2 plain2, n2 loop2, n2 loop4'),
     ('captions, F1', '', 'elastic_loop main, elastic main, elastic_loop elastic'), ('Exact Match', '', 'elastic_loop main, elastic_loop elastic, elastic main, mosaics_elastic mosaics, mosaics_plain4 mosaics, daquar daquar_blind, trm, plain4, n8 n1, trm n1, plain4 plain2, plain8 plain2, loop2 n2, T3 trm, T2_deep T2, T3_deep T3, c64 trm, plain4_c64 plain4, plain4_c64 plain4 c64 trm'),
     ('Exact Match', 'encoder_', 'contrast both'), ('captions, F1', 'flops_', 'n4 plain2, plain4_lr4e-3 plain2, loop4 loop2, n4 n1'), ('captions, F1', '', 'trm n1, loop4 loop2, plain8 plain2, plain8 plain4, plain4_c192 trm, plain4 plain2, loop2 plain2, n6 trm, n8 trm'),
-    ('relational, %', 'sortofclevr_', 'n4 plain2, n4 plain2 3, n4 loop4, n4 loop4 3, loop4 plain2 3'), ('relational, %', 'sortofclevr', ' _plain2, _encoder , _two')]
+    ('relational, %', 'sortofclevr_', 'n4 plain2, n4 plain2 3, n4 loop4, n4 loop4 3, loop4 plain2 3'), ('relational, %', 'sortofclevr', ' _plain2, _encoder , _two, _elastic _two, _elastic_loop _two')]
 
 
 def test_intervals():
