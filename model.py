@@ -82,7 +82,13 @@ class ModelConfig:
             self.head_size = self.n_embd // self.n_head
         if self.mlp_size is None:
             self.mlp_size = 4 * self.n_embd
-        if self.kind == 'plain' or self.recur_layers is None:
+        if self.kind == 'plain':  # the plain decoder is the loop, taken once
+            self.recursion = 'loop'
+            self.inner_steps = 1
+            self.outer_steps = 1
+            self.recall = False  # there is only a first pass
+            self.recur_layers = None
+        if self.recur_layers is None:
             self.recur_layers = self.n_layer
         if not 1 <= self.recur_layers <= self.n_layer:
             raise ValueError(f'recur_layers={self.recur_layers}: expected 1 to n_layer={self.n_layer}')
@@ -93,11 +99,6 @@ class ModelConfig:
             self.n_kv_head = self.n_head
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f'n_kv_head={self.n_kv_head}: expected a divisor of n_head={self.n_head}')
-        if self.kind == 'plain':  # the plain decoder is the loop, taken once
-            self.recursion = 'loop'
-            self.inner_steps = 1
-            self.outer_steps = 1
-            self.recall = False  # there is only a first pass
 
     @property
     def has_gates(self):

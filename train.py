@@ -30,7 +30,7 @@ from model import Decoder, ModelConfig, build_model
 from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
 from plumbing.features import vision_source
 from plumbing.files import locked
-from plumbing.machine import compile_layers, flops_of, most_memory, on_device, pick_dtype
+from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype
 from plumbing.novelty import what_was_seen
 from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
 from plumbing.run import (
@@ -278,10 +278,9 @@ def train(s, sources, device, stop):
     parameters = [p for p in model.parameters() if p.requires_grad]
     dtype = pick_dtype(s.dtype, device)
     optimizers = make_optimizers(parts_and_shares(model, s), s, dtype)
-    kind = device.split(':')[0]
-    autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    autocast = autocast_to(dtype, device)
     # in float16 small gradients are 0 unless the loss is scaled up
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     counts = parameter_counts(model, encoder)
     chance = math.log(config.vocab_size)  # what a guess costs, in nats per token
     print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))

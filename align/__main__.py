@@ -29,7 +29,7 @@ from configurator import configure, echo
 from encoder import load_encoder, save_encoder
 from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
 from plumbing.files import locked, write_whole
-from plumbing.machine import compile_layers, most_memory, on_device, pick_dtype
+from plumbing.machine import autocast_to, compile_layers, most_memory, on_device, pick_dtype
 from plumbing.plots import draw_curves
 from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
 from plumbing.run import (
@@ -87,9 +87,8 @@ def align(s, sources, device, stop):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers([(1.0, model)], s)
     dtype = pick_dtype(s.dtype, device)
-    kind = device.split(':')[0]
-    autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    autocast = autocast_to(dtype, device)
+    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     counts = parameter_counts(model, trunk)
     # what a guess costs, in nats: one caption of a batch, one word of all
     chance = chosen(s, dict(contrast=math.log(batch_size), cloze=math.log(data.tokenizer.vocab_size)))

@@ -31,7 +31,15 @@ from lab.decoders import compare_decoders
 from lab.naive import naive_generate, naive_logits
 from model import ModelConfig, build_model, cross_entropy
 from plumbing.console import run_script, table
-from plumbing.machine import fast_dtypes, flops_of, keep_freed_memory, most_memory, pick_device, seconds
+from plumbing.machine import (
+    autocast_to,
+    fast_dtypes,
+    flops_of,
+    keep_freed_memory,
+    most_memory,
+    pick_device,
+    seconds,
+)
 from plumbing.pictures import open_picture
 from train import TrainConfig, follow, make_optimizers, update
 
@@ -73,11 +81,6 @@ class BenchConfig:
             raise ValueError(f'scale={self.scale}: expected main')
         if sum(map(bool, (self.memory, self.profile, self.encoder, self.decoder, self.scale))) > 1:
             raise ValueError('--memory, --profile, --encoder, --decoder and --scale: one at a time')
-
-
-def autocast_to(dtype, device):
-    """Matrix products in `dtype`; in float32 as they are."""
-    return torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
 
 
 def name_of(dtype):

@@ -9,7 +9,7 @@ import torch
 
 from model import Decoder, cross_entropy
 from plumbing.console import table
-from plumbing.machine import fast_dtypes, flops_of, most_memory, seconds
+from plumbing.machine import autocast_to, fast_dtypes, flops_of, most_memory, seconds
 from pretrained.decoders import found_folder
 
 
@@ -72,7 +72,7 @@ def compare_decoders(b, peak_of):
     times = {name: {'write': [], 'train': []} for name in both}
 
     def train(one):
-        with torch.autocast(b.device.split(':')[0], dtype, enabled=dtype != torch.float32):
+        with autocast_to(dtype, b.device):
             one.loss(question, answer).backward()
         one.model.zero_grad(set_to_none=True)
 

@@ -15,7 +15,7 @@ import torch
 
 from plumbing.console import progress
 from plumbing.files import locked
-from plumbing.machine import fast_dtypes
+from plumbing.machine import autocast_to, fast_dtypes
 from plumbing.pictures import open_picture
 from plumbing.ranks import in_turn
 
@@ -218,7 +218,7 @@ def check_room(n, parts, cache_dir):
 
 def encode_halves(encoder, images, dim, dtype):
     """Shapes: uint8 (B, 3, S, S) on the encoder's device -> float16 (B, N, dim), NumPy's."""
-    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast_to(dtype, images.device.type):
         tokens = encoder.encode_images(encoder.normalise(images))                      # (B, N, D)
         return tokens[..., :dim].half().cpu().numpy()
 

@@ -54,6 +54,11 @@ def pick_dtype(dtype, device):
     return getattr(torch, dtype)
 
 
+def autocast_to(dtype, device):
+    """Matrix products in `dtype`; in float32 as they are."""
+    return torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
+
+
 def seconds(function, device):
     """Wall clock of a call. On a GPU, waits for it."""
     on_gpu = device.startswith('cuda')

@@ -75,7 +75,7 @@ def found_folder(name):
     """The folder of a language model: a local one, or what the hub's name stands for. Raises: ValueError,
     FileNotFoundError."""
     folder = Path(name)
-    if not folder.exists() and is_hub_name(str(name)):
+    if is_hub_name(str(name)):
         folder = folder_of(str(name))[0]
     if not folder.is_dir():
         raise FileNotFoundError(f'{name}: no such folder: expected one with config.json and weights')
@@ -162,11 +162,10 @@ def renamed(tensors, settings, title):
     weights = {}
 
     def take(name):
+        tensor = found.pop(name)
         try:
-            return as_tensor(found.pop(name)).float()
+            return as_tensor(tensor).float()
         except (ValueError, *DAMAGED) as e:
-            if isinstance(e, KeyError):
-                raise
             raise ValueError(f'{title}: damaged ({e})') from None
 
     weights['embed.weight'] = take('embed.weight')

@@ -380,12 +380,15 @@ class PretrainedTokenizer:
     def __init__(self, state):
         self.state = state
         self.bpe = encoding_of(state)
-        self.before, self.after = state['prompt'].split('{question}')
-        after = self.marked(self.after)  # on its own: the last token is always the same
+        before, after = state['prompt'].split('{question}')
+        self.begin, self.joined = self.marked(before)
+        ids, rest = self.marked(after)  # on its own: the last token is always the same
+        after = ids + self.encode(rest)
         if not after:
             raise ValueError(f"prompt={state['prompt']}: expected something behind the question, whose last "
                              'token begins the answer')
-        self.tail = len(after) - 1  # tokens behind the question
+        self.behind = after[:-1]
+        self.tail = len(self.behind)  # tokens behind the question
         self.pad_id = state['padding']
         self.bos_id = after[-1]
         self.eos_id = state['end']
@@ -396,18 +399,18 @@ class PretrainedTokenizer:
 
     def encode_question(self, text):
         """The tokens of the prompt around a question, but for the last one."""
-        return (self.marked(self.before, text) + self.marked(self.after))[:-1]
+        return self.begin + self.encode(self.joined + text) + self.behind
 
-    def marked(self, prompt, text=''):
-        """The tokens of a piece of the prompt and a text behind it. Special tokens of the prompt are such;
-        what lies between two of them, or behind the last, is encoded as a whole."""
+    def marked(self, prompt):
+        """A piece of the prompt, whose special tokens are such -> the tokens up to the last of these, and the
+        text behind it, to be encoded as a whole with what follows."""
         marks = self.state['specials'] | self.state['added']  # in a prompt these are meant too, as <think> is
         specials = sorted(marks, key=len, reverse=True)
         *parts, last = regex.split(f"({'|'.join(map(regex.escape, specials))})", prompt)
         ids = []
         for part in parts:
             ids += [marks[part]] if part in marks else self.encode(part)
-        return ids + self.encode(last + text)
+        return ids, last
 
     def piece(self, id):
         """What a token says, as text."""
