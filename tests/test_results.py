@@ -185,7 +185,7 @@ INTERVALS = [
     ('0 to 3 swaps', 'swaps_', 'n4_lr1e-3 n1_lr1e-3, n4_lr1e-3 n2_lr1e-3, n4_lr1e-3 plain2_lr1e-3, n4_lr1e-3 plain4_lr1e-3, n4_lr1e-3 plain4, loop2_lr1e-3 plain4, n2_lr1e-3 plain4'),
     ('0 to 3 swaps', 'swaps_', 'n2_lr1e-3 loop2_lr1e-3, own4_lr1e-3 n1_lr1e-3, own4_lr1e-3 plain4_lr1e-3, own4_lr1e-3 loop4_lr1e-3, own4 loop4'),
     ('0 to 3 swaps', 'swaps_', 'n4_lr1e-3 plain8_clock, n4_lr1e-3 plain4_clock, n4_lr1e-3 plain4_2360, n4_lr1e-3 plain4_3000, T2_lr1e-3 n4_lr1e-3, T2_deep_lr1e-3 n4_lr1e-3, T2_lr1e-3 n2_lr1e-3, T2_deep_lr1e-3 n2_lr1e-3'),
-    ('0 to 3 swaps', 'swaps_', 'n4 n1, n4 n1 3, n4 plain2, n4 plain2 3, n4 plain4, n4 plain4 3, n4 loop4, n4 loop4 3'),
+    ('0 to 3 swaps', 'swaps_', 'n4 n1, n4 plain2, n4 plain4, n4 loop4'),
     ('3 swaps', 'swaps_', 'n4_lr1e-3 n1_lr1e-3, n4_lr1e-3 n2_lr1e-3, n4_lr1e-3 plain2_lr1e-3, n4_lr1e-3 plain4, n4_lr1e-3 T2_lr1e-3, n4_lr1e-3 T2_deep_lr1e-3'),
     ('4 swaps', 'swaps_', 'n8_lr1e-3'), ('TFLOP until .99', 'swaps_', 'n4_lr1e-3 n8_lr1e-3'), ('TFLOP until .70', 'swaps_', 'n1_lr1e-3 n4_lr1e-3, plain2_lr1e-3 n4_lr1e-3'),
     ('TFLOP until .78', 'swaps_', 'n1_lr1e-3 n4_lr1e-3, plain2_lr1e-3 n4_lr1e-3, plain4 n4_lr1e-3, n8_lr1e-3 loop8_lr1e-3'),
