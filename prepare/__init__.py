@@ -13,6 +13,7 @@ and are not checked. A new format is a new module: nothing else names them.
 """
 
 import codecs
+import csv
 import hashlib
 import json
 import mmap
@@ -455,6 +456,7 @@ def is_dataset(folder):
 # reading published files
 
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what a file in UTF-16 starts with
+csv.field_size_limit(2**26)  # signs; it stops at 131,072 else, and a picture may be written into a table
 DEEPEST = 100    # lists and objects in one another, in a JSON file
 PIECE = 2**16    # bytes of a JSON file that are read at once
 

@@ -19,7 +19,6 @@ IMAGE = ('image', 'image_name', 'file', 'filename')
 CAPTION = ('caption', 'comment')
 TOKEN_SIGN = r'#\d+\t'
 TOKEN = r'[^,\t]+' + TOKEN_SIGN
-csv.field_size_limit(2**26)  # characters; it stops at 131,072 else
 
 
 def rows(config):

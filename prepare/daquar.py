@@ -38,7 +38,7 @@ def rows(config):
             if split_of_image and image not in split_of_image:
                 raise ValueError(f'{image} is in neither list of pictures')
             split = split_of_image.get(image) or ('test' if 'test' in file.name else 'train')
-            question = f"{question[:found.start()]}{question[found.end():]}"
+            question = re.sub(IN_IMAGE, '', question)  # some name it twice
             yield 'train or val' if split == 'train' else split, dict(
                 image=images / f'{image}.png',
                 question=re.sub(r'\s*\?\s*$', '?', re.sub(r'\s+', ' ', question).strip()),

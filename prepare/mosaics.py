@@ -18,6 +18,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ class Config:
     grid: int = 2               # photographs along a side: 2 or 3
     cell_px: int = 112          # side of a photograph in the mosaic, in pixels
     describe: float = 0.25      # share of the mosaics that ask for a caption too
+    max_bad: float = 0.01       # stop where more than this share of the photographs is bad; 0: where any is
     seed: int = 1337            # the same seed and photographs make the same mosaics
     show: bool = False          # draw a contact sheet, mosaics.png, and nothing else
 
@@ -63,8 +65,9 @@ class Config:
             raise ValueError(f'n_train={self.n_train}, n_val={self.n_val}, n_test={self.n_test}, '
                              f'cell_px={self.cell_px}: expected 0 or more, some at least, and 8 to 1024 '
                              'pixels')
-        if not 0 <= self.describe <= 1:
-            raise ValueError(f'describe={self.describe}: expected a share, 0 to 1')
+        for key in ('describe', 'max_bad'):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f'{key}={getattr(self, key)}: expected a share, 0 to 1')
 
 
 def rows(config):
@@ -130,14 +133,16 @@ def photographs(config):
     photos = {split: {} for split in SPLITS}
     seen = set()  # digests of photographs
     again = 0
-    start = time.time()
+    faults = []
+    n_files = 0
     # test first: what is in it is in no other split
     for published in sorted(folders, key=lambda split: (split != 'test', split != 'val')):
         files = photo_files(folders[published])
-        for k, file in enumerate(files):
-            if k % 1000 == 0 or k == len(files) - 1:
-                progress(f'{folders[published]}: reading photographs', k + 1, len(files), start)
-            digest = hashlib.sha256(file.read_bytes()).digest()
+        n_files += len(files)
+        for file, digest, fault in looked_at(files, folders[published]):
+            if fault:
+                faults.append(f'{file}: {fault}')
+                continue
             if digest in seen:
                 again += 1
                 continue
@@ -148,7 +153,13 @@ def photographs(config):
                 raise ValueError(f'{folders[published] / folder}: a folder is called after its class: '
                                  'expected a name with letters or digits')
             photos[split_of(published, digest)].setdefault(name, []).append(str(file))
-        print()
+    if faults:
+        problem = f'{len(faults)} of {n_files} photographs cannot be used: {"; ".join(faults[:3])}'
+        if len(faults) > 3:
+            problem += '; ...'
+        if len(faults) > config.max_bad * n_files:
+            raise ValueError(f'{problem}: remove or repair them; --max_bad={config.max_bad} allows a share')
+        print(f'{problem}: they are left out')
     if again:
         print(f'{source}: {again} photographs are left out: another file, class or split has the same one')
     print(' | '.join(f'{split} {sum(map(len, of_split.values()))}' for split, of_split in photos.items()),
@@ -161,6 +172,26 @@ def photographs(config):
     return photos
 
 
+def looked_at(files, folder):
+    """Yields (file, digest, None) for every photograph, or (file, None, why it cannot be used), in order."""
+    start = time.time()
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        for k, (digest, fault) in enumerate(pool.map(digest_or_fault, files)):
+            if k % 1000 == 0 or k == len(files) - 1:
+                progress(f'{folder}: reading photographs', k + 1, len(files), start)
+            yield files[k], digest, fault
+    print()
+
+
+def digest_or_fault(file):
+    try:
+        data = file.read_bytes()
+        open_picture(data)
+    except (OSError, ValueError) as e:
+        return None, e
+    return hashlib.sha256(data).digest(), None
+
+
 def photo_files(folder):
     """The photographs below the class folders of a folder, in order; none that is hidden. Says what else lies
     there."""
@@ -168,6 +199,8 @@ def photo_files(folder):
     others = Counter()
     for file in sorted(folder.glob('*/**/*')):
         is_hidden = any(part.startswith('.') for part in file.relative_to(folder).parts)
+        if not is_hidden and file.is_dir() and file.is_symlink():
+            others['linked folder'] += 1  # a class folder may be a link, one in it might lead in a circle
         if is_hidden or not file.is_file():
             continue
         if file.suffix.lower() in PICTURES:
@@ -176,7 +209,7 @@ def photo_files(folder):
             others[file.suffix.lower() or 'without ending'] += 1
     if others:
         counts = ', '.join(f'{n} {ending}' for ending, n in others.most_common(8))
-        print(f'{folder}: {others.total()} other files are left out ({counts}): expected '
+        print(f'{folder}: {others.total()} other things are left out ({counts}): expected '
               f'{", ".join(PICTURES)}')
     return files
 

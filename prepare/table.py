@@ -23,7 +23,6 @@ CSV = ('.csv', '.tsv')
 JSON = ('.json', '.jsonl', '.ndjson')
 DELIMITERS = ',;\t|'
 MOST_LINES = 1000  # of a record of a CSV file, whose texts may have lines
-csv.field_size_limit(2**26)  # signs; a picture may be written into the table
 
 
 def rows(config):

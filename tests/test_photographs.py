@@ -154,8 +154,8 @@ def test_one_seed_one_dataset(classes):
     assert first['train'].sum.hexdigest() == second['train'].sum.hexdigest() != other['train'].sum.hexdigest()
 
 
-def test_mosaics_say_what_is_wrong(classes):
-    """No source, no folder, too few classes, a group of an unknown class, a photograph that is torn, half of the splits."""
+def test_mosaics_say_what_is_wrong(classes, capsys):
+    """No source, no folder, too few classes, a group of an unknown class, photographs that are torn, half of the splits."""
     with pytest.raises(ValueError, match='--source is needed'):
         data.main(['mosaics'])
     with pytest.raises(FileNotFoundError, match='no such folder'):
@@ -163,11 +163,15 @@ def test_mosaics_say_what_is_wrong(classes):
     (classes / 'groups.txt').write_text('animals: red fox, unicorn\n')
     with pytest.raises(ValueError, match='line 1.*unicorn.*of the classes airplane, bus, fish'):
         made(classes, f'--groups={classes}/groups.txt')
-    torn = classes / 'photos/bus/0.png'
-    for i in range(24):
-        (classes / f'photos/bus/{i}.png').write_bytes(torn.read_bytes()[:60] + bytes([i]))
-    with pytest.raises(ValueError, match='bus.*png: .*remove or repair it'):
+    torn = (classes / 'photos/bus/0.png').read_bytes()[:60]
+    for i in range(4):
+        (classes / f'photos/bus/torn{i}.png').write_bytes(torn + bytes([i]))
+    with pytest.raises(ValueError, match='4 of 124 photographs cannot be used: .*bus.*torn0.png: .*; ...: remove or repair them'):
         made(classes)
+    made(classes, '--max_bad=0.04')
+    assert '4 of 124 photographs cannot be used' in capsys.readouterr().out
+    for i in range(4):
+        (classes / f'photos/bus/torn{i}.png').unlink()
     for name in ('airplane', 'fish', 'Ox'):
         (classes / f'photos/{name}').rename(classes / name)
     with pytest.raises(ValueError, match='photographs of 2 classes for train: expected three'):
@@ -188,12 +192,13 @@ def test_what_is_no_photograph_of_a_class(classes, capsys):
     (photos / 'bus/folder.png').mkdir()
     (photos / 'Ox/again.png').write_bytes((photos / 'bus/3.png').read_bytes())
     photo(photos / 'train' / 'e.png', (1, 2, 3))
+    (photos / 'Ox/linked').symlink_to(photos / 'bus')
     for name in ('a.heic', 'b.HEIC', 'README'):
         (photos / 'Ox' / name).write_text('no picture of a known kind')
     found = mosaics.photographs(mosaics.Config(source=str(photos)))
     said = capsys.readouterr().out
     assert {name for of_split in found.values() for name in of_split} == {*CLASSES, 'train'} and '1 photographs are left out' in said
-    assert '3 other files are left out (2 .heic, 1 without ending)' in said and len(re.findall('(?:train|val|test): no photograph of (?:.*, )?train: ', said)) == 2
+    assert '4 other things are left out (2 .heic, 1 without ending, 1 linked folder)' in said and len(re.findall('(?:train|val|test): no photograph of (?:.*, )?train: ', said)) == 2
     assert sum(map(len, (files for of_split in found.values() for files in of_split.values()))) == 121
     assert mosaics.class_name('E\u0301le\u0301phant_d-Asie') == 'éléphant d asie' and mosaics.class_name('हिन्दी') == 'हिन्दी'
     (photos / 'bus').rename(photos / '__')
@@ -249,7 +254,7 @@ def test_cells(classes, capsys):
 def test_daquar(form, tmp_path):
     """Lines two by two; the split of the pictures is kept and val is taken from those to train on; the number of the picture is left out."""
     images = {split: [f'image{i}' for i in numbers] for split, numbers in dict(train=range(1, 41), test=range(41, 46)).items()}
-    lines = {split: ''.join(f'what is left of the bed in the {name} ?\ngarbage_bin\nhow many chairs are in the {name} ?\n{k % 3}\n' for k, name in enumerate(names))
+    lines = {split: ''.join(f'what is left of the bed in the {name} ?\ngarbage_bin\nhow many chairs are in the {name} in the {name} ?\n{k % 3}\n' for k, name in enumerate(names))
              for split, names in images.items()}
     source = tmp_path / 'src'
     for k, name in enumerate(images['train'] + images['test']):
