@@ -256,16 +256,17 @@ def train(s, sources, device, stop):
     unchanged(s, saved, 'encoder', fingerprint)
     if evaluation.already_finished(saved, s):
         return
+    decoder = new_decoder(s, saved, tokenizer, encoder)  # what it refuses is said before pictures are encoded
     # each a function: (encoder, picture numbers) -> image tokens; a frozen encoder's come from the cache
     tokens_of = {split: vision_source(asdict(s), encoder, of_split, device)
                  for split, of_split in rows.items()}
 
     # ---- model and optimizers; the average of the weights is what is judged
-    model = torch.nn.ModuleDict(dict(decoder=new_decoder(s, saved, tokenizer, encoder)))
-    config = model['decoder'].config
+    model = torch.nn.ModuleDict(dict(decoder=decoder))
+    config = decoder.config
     if s.train_decoder == 'projection':
-        model['decoder'].requires_grad_(False)
-        new_parts(model['decoder']).requires_grad_(True)
+        decoder.requires_grad_(False)
+        new_parts(decoder).requires_grad_(True)
     if s.train_encoder:
         model['encoder'] = encoder.train().requires_grad_(True)
     if start:
@@ -284,7 +285,8 @@ def train(s, sources, device, stop):
     counts = parameter_counts(model, encoder)
     chance = math.log(config.vocab_size)  # what a guess costs, in nats per token
     print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))
-    print(f'up to {s.batch_size * s.grad_accum} examples per step | expected loss at the start {chance:.2f}')
+    at_first = '' if s.decoder else f' | expected loss at the start {chance:.2f}'
+    print(f'up to {s.batch_size * s.grad_accum} examples per step{at_first}')
 
     # ---- go on where a stopped run stood
     # the whole state: batches and passes follow from step and seed, and nothing in the model is random
@@ -572,8 +574,9 @@ def make_optimizers(parts, s, dtype=torch.float32):
     Muon's products.
     """
     layers = [module for _, part in parts for module in part.modules()]
-    embeddings = {m.weight for m in layers if isinstance(m, torch.nn.Embedding)}  # tied with the head
-    muon = {m.weight for m in layers if isinstance(m, torch.nn.Linear)} - embeddings
+    words = {m.weight.shape for m in layers if isinstance(m, torch.nn.Embedding)}  # the head's shape too
+    linear = [m.weight for m in layers if isinstance(m, torch.nn.Linear)]
+    muon = {weight for weight in linear if weight.shape not in words}
     if s.optimizer == 'adamw':
         muon = set()
     groups = []

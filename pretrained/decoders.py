@@ -20,6 +20,7 @@ FAMILIES = ('llama', 'qwen2', 'qwen3')  # model_type of config.json
 SIZES = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
          'num_key_value_heads', 'head_dim')
 LLAMA3 = ('original_max_position_embeddings', 'low_freq_factor', 'high_freq_factor', 'factor')
+TOKENIZERS = ('tokenizer.json', 'vocab.json')
 MAY_LACK = ('num_key_value_heads', 'head_dim')
 
 NAMES = {  # Hugging Face's names: ours, in this order
@@ -76,7 +77,7 @@ def found_folder(name):
     FileNotFoundError."""
     folder = Path(name)
     if is_hub_name(str(name)):
-        folder = folder_of(str(name))[0]
+        folder = folder_of(str(name), TOKENIZERS)[0]
     if not folder.is_dir():
         raise FileNotFoundError(f'{name}: no such folder: expected one with config.json and weights')
     return folder

@@ -20,9 +20,10 @@ def is_hub_name(name):
     return re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', name) is not None and not Path(name).exists()
 
 
-def folder_of(name):
+def folder_of(name, beside=()):
     """The local folder with the files of a repository -> (its path, its name with its revision, a commit).
 
+    beside: files of which the cache has to have one, beside the weights.
     Raises: ValueError where there is no such repository, or no weights in it; or it is not in the cache and
         the hub cannot be reached.
     """
@@ -35,7 +36,7 @@ def folder_of(name):
     asked = dict(repo_id=repository, revision=revision or None)
     try:
         folder = Path(huggingface_hub.snapshot_download(**asked, local_files_only=True))
-        if is_whole(folder):
+        if is_whole(folder) and (not beside or any((folder / file).is_file() for file in beside)):
             return folder, f'{repository}@{folder.name}'
     except (OSError, ValueError):
         pass  # nothing of it is in the cache

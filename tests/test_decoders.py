@@ -292,8 +292,9 @@ def test_looking_into_a_pretrained_run(recursion, language_model, tiny_shapes, t
         return
     train.main([*flags, f'--out_dir={tmp_path}/other', f'--init_from={tmp_path}/run', '--prompt=Q: {question} A:'])
     assert read_checkpoint(tmp_path / 'other')['tokenizer']['prompt'] == 'Q: {question} A:'
-    for more, message in (['--max_question_tokens=3'], 'the prompt behind a question has'), (['--n_layer=4'], 'n_layer=4: goes without --decoder'), (['--norm=rms'], 'norm=rms: goes without'):
+    for more, message in (['--max_question_tokens=3'], 'the prompt behind a question has'), (['--n_layer=4'], 'n_layer=4: goes without --decoder'), (['--norm=rms'], 'norm=rms: goes without'), ([f'--cache_dir={tmp_path}/unused', '--recur_layers=9'], 'recur_layers=9'):
         with pytest.raises(ValueError, match=message):
             train.main([*flags, f'--out_dir={tmp_path}/none', *more])
+    assert not (tmp_path / 'unused').exists()  # no picture was encoded first
     with pytest.raises(ValueError, match='norm=rms: --decoder, a pretrained one, sets it'):
         train.main(['--norm=rms'])

@@ -214,7 +214,10 @@ def test_a_name_of_the_hub(cached, tmp_path):
 
 
 def test_a_cache_without_weights_is_not_whole(cached):
-    """A config that something else wanted is no network: the hub is asked, which is out of reach."""
+    """A config that something else wanted is no network, nor are weights without a tokenizer a language model: the hub is asked, which is out of reach."""
+    assert hub.folder_of('someone/clip', ['config.json', 'none.json'])
+    with pytest.raises(ValueError, match='does not give it'):
+        hub.folder_of('someone/clip', ['tokenizer.json', 'vocab.json'])
     (cached / 'snapshots' / SHA / 'model.safetensors').unlink()
     with pytest.raises(ValueError, match='does not give it'):
         load_encoder('someone/clip')

@@ -538,6 +538,8 @@ def test_muon():
     assert {names[p] for group in adamw.param_groups for p in group['params']} == {'embed.weight', 'vision_proj.bias', 'z_start'}
     assert len([p for group in muon.param_groups for p in group['params']]) == len(names) - 3
     assert len(train.make_optimizers([(1.0, model)], train.TrainConfig(optimizer='adamw'))) == 1
+    model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8, tied_head=False))
+    assert not any(p is model.head.weight for group in train.make_optimizers([(1.0, model)], train.TrainConfig())[1].param_groups for p in group['params'])
 
 
 def test_dtype(monkeypatch):
