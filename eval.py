@@ -501,7 +501,7 @@ def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
                 raise ValueError(f'--{key}: {out_dir} holds a plain decoder, which takes no steps')
             decoder.config = replace(decoder.config, **{key: value})
     c = decoder.config
-    if halt and (c.kind == 'plain' or c.recursion == 'add' or c.recur_layers < c.n_layer):
+    if halt and (c.kind == 'plain' or c.recursion not in ('concat', 'loop') or c.recur_layers < c.n_layer):
         raise ValueError(f"--halt: {out_dir} holds no TRM of recursion='concat' or 'loop', whose passes make "
                          'all states anew, in all blocks')
 

@@ -6,12 +6,12 @@ The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs 
     y = e                                              # the answer state, one for each answer position
     z = a learned vector, the same at each position    # the latent state: a scratchpad
     repeat n times:                                    # one pass, with the same two blocks F every time
-        y, z = F([y + e ; z]), looking at x            # recursion='concat'; answer_states has two others
+        y, z = F([y + e ; z]), looking at x            # recursion='concat'; without recall F([y ; z])
     logits = head(y)
 
-Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion) and
-generate, for which a Cache keeps what was computed before. Decoder.from_pretrained fills the same attention
-with the weights of a language model, between blocks of its own kind: LlamaBlock.
+Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion, and two
+others) and generate, for which a Cache keeps what was computed before. Skip at first: from_pretrained, which
+fills the same attention with the weights of a language model, between blocks of its own kind, LlamaBlock.
 
     B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
     T states that go through F together: A of y, or A of y and then A of z   P the states before them
@@ -39,7 +39,7 @@ RECURSIONS = ('concat', 'add', 'loop')
 class ModelConfig:
     kind: str = 'trm'           # 'plain': F once over y; 'trm': F again and again over y and z
     vocab_size: int = 512       # V
-    n_layer: int = 2            # blocks in F
+    n_layer: int = 2            # blocks; F is all of them, or the last recur_layers
     n_head: int = 4             # nh, attention heads
     n_kv_head: int | None = None    # kv, of keys and values, which heads share; None: as many as n_head
     n_embd: int = 128           # C
@@ -51,8 +51,8 @@ class ModelConfig:
     outer_steps: int = 1        # T, cycles
     deep_supervision: bool = False      # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False  # recompute the passes in the backward pass: less memory, more time
-    norm: str = 'post'          # 'post': blocks norm what they hand on; 'pre': what they read; 'rms': that,
-                                # by learned scales, and gated MLPs, as pretrained decoders have it
+    norm: str = 'post'          # 'post': blocks norm what they hand on; 'pre': what they read;
+                                # 'rms', for pretrained weights alone: LlamaBlock, and passes through gates
     qk_norm: bool = True        # queries and keys are normed, head by head
     use_vision: bool = True     # false: the blind control, which never sees the picture
     prefix_lm: bool = True      # context tokens see each other both ways; false: causally
@@ -127,7 +127,7 @@ def rotations(positions, head_size, freqs=None):
     else:
         freqs = torch.tensor(freqs, device=positions.device)           # (hs / 2,)
     angles = positions[:, None, :, None] * freqs                       # (B, 1, T, hs / 2)
-    # scores are divided by the root of hs: queries and keys take half of that each
+    # scores are divided by the root of hs: queries and keys by hs ** .25 each
     scale = head_size ** -.25
     cos = scale * angles.cos()
     sin = scale * angles.sin()
@@ -186,8 +186,8 @@ class Attention(nn.Module):
             k = torch.cat([past[0], k], dim=2)                         # (B, kv, P + T, hs)
             v = torch.cat([past[1], v], dim=2)                         # (B, kv, P + T, hs)
         att = self.weights(q, k, mask)                                 # (B, nh, T, P + T)
-        y = shared_product(att, v)                                     # (B, nh, T, hs)
-        return self.out(y.transpose(1, 2).flatten(2)), (k, v)          # (B, T, C)
+        found = shared_product(att, v)                                 # (B, nh, T, hs)
+        return self.out(found.transpose(1, 2).flatten(2)), (k, v)      # (B, T, C)
 
     def queries_keys_values(self, h, rope):
         """Shapes: h (B, T, C) -> queries (B, nh, T, hs), keys and values, (B, kv, T, hs) both."""
@@ -209,8 +209,8 @@ class Attention(nn.Module):
         """Queries or keys, normed, at their positions. Shapes: (B, any, T, hs) -> the same."""
         if self.qk_scale is not None:
             heads = F.rms_norm(heads, (self.head_size,), eps=self.norm_eps)
-            heads = heads * self.qk_scale[-heads.size(1):]             # keys come last, where they are alone
-        elif self.qk_norm:  # of RMS 1 no score gets large, and more is learnt in as many steps: minutes.md
+            heads = heads * self.qk_scale[-heads.size(1):]             # keys alone have the last of them
+        elif self.qk_norm:  # of RMS 1 no score gets large, and more is learnt: results/minutes.md
             heads = norm(heads)
         return rotate(heads, rope)
 
@@ -316,7 +316,7 @@ class Decoder(nn.Module):
             self.vision_proj = nn.Linear(config.vision_dim, C)
         if config.recursion != 'loop':  # there z would never get a gradient
             self.z_start = nn.Parameter(torch.randn(C))
-        if config.recursion == 'add':  # e comes in at every pass there; elsewhere y starts as e
+        if config.recursion == 'add':  # elsewhere y starts as e, which a pass of 'add' has beside y
             self.y_start = nn.Parameter(torch.randn(C))
         if config.has_gates:
             self.gates = nn.Parameter(torch.zeros(config.streams, 1, C))   # of y, and of z
@@ -367,7 +367,7 @@ class Decoder(nn.Module):
             own_mask = mask + hide(positions[:, None] < positions, x.dtype)    # (B, 1, S, S)
         rope = rotations(positions[None], c.head_size, c.rope_freqs)
 
-        h = self.entered(x)                                            # (B, S, C)
+        h = self.embedded(x)                                            # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
             h, seen = self.run_block(block, h, rope, own_mask)         # (B, S, C)
@@ -388,7 +388,7 @@ class Decoder(nn.Module):
         c = self.config
         A = answer.size(1)
         start = 0 if cache is None else cache.positions
-        e = self.entered(self.embed(answer))                           # (B, A, C)
+        e = self.embedded(self.embed(answer))                           # (B, A, C)
         n_before = c.n_layer - c.recur_layers
         if n_before:  # blocks that are passed once: F comes after them
             rope, mask = self.rope_and_mask(context, A, start, streams=1)
@@ -407,8 +407,8 @@ class Decoder(nn.Module):
         z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
         supervised = []
         for cycle in range(c.outer_steps):
-            # the gradient goes through a whole cycle and not beyond it, so y_start and z_start learn from the
-            # first cycle alone, where that one is trained
+            # the gradient goes through a whole cycle and not beyond it, so y_start and z_start learn in the
+            # first cycle alone, and never where only the last one is trained
             if cycle > 0:
                 y = y.detach()
                 z = None if z is None else z.detach()
@@ -418,12 +418,12 @@ class Decoder(nn.Module):
                     if cache is not None and cache.settled():
                         break
                     if c.recursion == 'concat':
-                        both = torch.cat(self.entering(y, z, e), dim=1)        # (B, 2 A, C)
+                        both = torch.cat(self.pass_input(y, z, e), dim=1)        # (B, 2 A, C)
                         y, z = network(both).chunk(2, dim=1)           # (B, A, C) both
                     elif c.recursion == 'add':  # e every time: the written tokens come in nowhere else
                         z = network(self.bounded(e + y + z))
                     elif c.recursion == 'loop':
-                        y = network(*self.entering(y, None, e))
+                        y = network(*self.pass_input(y, None, e))
                     else:
                         raise ValueError(f'recursion={c.recursion}: has no branch in answer_states')
                 if c.recursion == 'add':  # without e: so F can tell a pass for y from one for z
@@ -444,9 +444,10 @@ class Decoder(nn.Module):
         time = torch.arange(A, device=context.length.device).repeat(streams)   # (T,): of y, then of z again
         hidden = time[:, None] < time                                  # (T, T): states of later positions
         hidden = F.pad(hidden, (streams * start, 0))                   # (T, P + T): all earlier ones are seen
-        if c.has_gates and streams == 2:  # y gets z through its gate alone
-            hidden[:A, 1:2 * start:2] = True  # earlier states were made one by one: y, z, y, z, ...
-            hidden[:A, -A:] = True            # those of now: all y, then all z
+        if c.has_gates and streams == 2:  # pretrained blocks: no y looks at a z, it gets z through a gate
+            # columns: P earlier states, made one by one, y z y z ...; then all y of now, then all z
+            hidden[:A, 1:2 * start:2] = True
+            hidden[:A, -A:] = True
         of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
         mask = hide(hidden, of_context.dtype).expand(len(of_context), 1, -1, -1)   # (B, 1, T, P + T)
         mask = torch.cat([of_context, mask], dim=-1)                   # (B, 1, T, S + P + T)
@@ -458,10 +459,11 @@ class Decoder(nn.Module):
         c = self.config
         layers = range(c.n_layer - c.recur_layers, c.n_layer)
         states = self.bounded(self.run_blocks(layers, states, rope, mask, context, cache))
-        return states if cache is None else cache.after_pass(states)
+        return states if cache is None else cache.after_pass(states)   # Halting puts back rows that rest
 
     def run_blocks(self, layers, states, rope, mask, context, cache):
         """The states through some blocks, given by their numbers. Shapes: (B, T, C) -> (B, T, C)."""
+        # a list for each call: blocks that are passed once have the first one to themselves
         past = context.layers if cache is None else cache.next_pass(context)
         for i in layers:
             states, seen = self.run_block(self.blocks[i], states, rope, mask, past[i])
@@ -474,27 +476,31 @@ class Decoder(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def entered(self, x):
-        """What the first block gets. Words and image start at RMS 1 alike, whatever the encoder's scale, as F
-        hands it on; pretrained blocks know their embeddings as they are. Shapes: (B, T, C) -> (B, T, C)"""
+    def embedded(self, x):
+        """Embeddings as the first block wants them: words and image alike at RMS 1, whatever the encoder's
+        scale; pretrained blocks know theirs as they are. Shapes: (B, T, C) -> (B, T, C)"""
         return x if self.config.norm == 'rms' else norm(x)
 
-    def entering(self, y, z, e):
-        """What enters a pass: y + e, or without recall y alone, and z. Into pretrained blocks: e, and what
-        the pass before made as far as gates let it in. They start at zero: then F does what it always did.
-
-        Shapes: (B, A, C) each, z may be None -> a list of one or two
-        """
+    def pass_input(self, y, z, e):
+        """What goes through F: y + e, or without recall y alone; and z, if there is one.
+        Shapes: (B, A, C) each -> a list of one or two"""
         if self.config.has_gates:
-            enters = e + self.gates[0] * norm(y)                       # (B, A, C)
-            if z is None:
-                return [enters]
-            return [enters + self.gates[1] * norm(z), e + norm(z)]  # no gate for z: y does not look at it
-        enters = norm(y + e) if self.config.recall else y              # (B, A, C)
-        return [enters] if z is None else [enters, z]
+            return self.gated_input(y, z, e)
+        y = norm(y + e) if self.config.recall else y                   # (B, A, C)
+        return [y] if z is None else [y, z]
+
+    def gated_input(self, y, z, e):
+        """What goes through pretrained blocks: e, and what the pass before made, as far as gates let it in.
+        Gates start at zero: then F does what it always did. Shapes: as pass_input."""
+        y = e + self.gates[0] * norm(y)                                # (B, A, C)
+        if z is None:
+            return [y]
+        # z goes on beside it ungated: no y looks there
+        return [y + self.gates[1] * norm(z), e + norm(z)]
 
     def bounded(self, states):
-        """Keeps states at RMS 1 however many passes there are; 'post' blocks do it themselves."""
+        """Keeps what 'pre' blocks hand on at RMS 1 however many passes there are. 'post' blocks do so
+        themselves, and what comes from 'rms' blocks is normed as it enters again."""
         return norm(states) if self.config.norm == 'pre' else states
 
     @torch.no_grad()
@@ -511,8 +517,8 @@ class Decoder(nn.Module):
         c = self.config
         B = len(question)
         context = self.read_context(vision, question)
-        if isinstance(cache, Halting) and c.recursion == 'add':
-            raise ValueError("Halting: with recursion='add' a pass makes z or y, not both")
+        if isinstance(cache, Halting) and c.recursion not in ('concat', 'loop'):
+            raise ValueError(f'Halting: with recursion={c.recursion} a pass does not make all states anew')
         if isinstance(cache, Halting) and c.recur_layers < c.n_layer:
             raise ValueError(f'Halting: with recur_layers={c.recur_layers} no pass goes through all blocks')
         cache = Cache() if cache is None else cache
@@ -551,8 +557,8 @@ class Decoder(nn.Module):
         """A decoder with the weights of a language model of Llama's, SmolLM2's, Qwen2's or Qwen3's kind.
 
         name: its folder, or its name on the hub; settings: of ModelConfig, use_vision=False say. Sizes are
-        its own, marks those of its config.json unless given. It has no <bos>: bos_id is the last token of
-        what a question stands in, and the answer starts behind it.
+        its own, whatever they say. Marks are those of its config.json unless given: bos_id is what an answer
+        starts with, for train.py the last token of the prompt.
         Raises: ValueError, FileNotFoundError.
         """
         sizes, marks, tensors = read_decoder(name)
@@ -561,7 +567,8 @@ class Decoder(nn.Module):
                  if key in tensors and tensors[key].shape != own.shape]
         if other:
             raise ValueError(f'{name}: config.json has other sizes than the weights ({", ".join(other[:4])})')
-        decoder.load_state_dict(tensors, strict=False)  # new: the way from pictures into it, gates, z
+        # none of its own is missing, read_decoder sees to that; new: vision_proj, gates, z_start
+        decoder.load_state_dict(tensors, strict=False)
         if decoder.config.use_vision:  # an image token starts as long as a word
             word = decoder.embed.weight.square().mean().sqrt().item()
             nn.init.normal_(decoder.vision_proj.weight, std=word * decoder.config.vision_dim ** -.5)

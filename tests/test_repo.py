@@ -17,6 +17,7 @@ import train
 from align.config import AlignConfig
 from configurator import configure
 from eval import EvalConfig
+from lab.bench import BenchConfig
 from prepare import ImportConfig
 from prepare.shapes import Config as ShapesConfig
 from train import TrainConfig
@@ -103,6 +104,19 @@ def test_every_setting_is_tested(config):
     used = '\n'.join(path.read_text() for path in (*ROOT.glob('tests/test_*.py'), *ROOT.glob('config/*.py')))
     how = '--{0}=|^{0} = ' if config in (TrainConfig, AlignConfig, EvalConfig) else r'\b{0} ?='
     assert [f.name for f in fields(config) if not re.search(how.format(f.name), used, re.M)] == []
+
+
+def test_gpu_script():
+    """The parts of lab/gpu.sh take nine minutes at most, and every flag in it is one of its program's."""
+    listed = subprocess.run(['bash', 'lab/gpu.sh'], env=os.environ | dict(LIST='1'), cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sum(int(line.split()[1]) for line in listed) <= 540 and len(listed) == 8
+    parsed = 0
+    for line in listed:
+        for program, settings in (('train.py', TrainConfig), ('lab.bench', BenchConfig)):
+            if program in line:
+                configure(settings, line.split(program)[1].split())
+                parsed += 1
+    assert parsed == 5
 
 
 def test_pixmo_timing(tmp_path, monkeypatch):
