@@ -4,6 +4,7 @@ Evaluation: Exact Match, token F1 and token accuracy by question type; answers; 
     python eval.py --out_dir=out/trm                       # the test split again, and its files
     python eval.py --out_dir=out/trm --inner_steps=64      # with other passes than in training
     python eval.py --out_dir=out/trm --image=cat.jpg --question="what is it?"    # a picture of your own
+    python eval.py --out_dir=out/trm --image=cat.jpg        # asks for one question after the other
 """
 
 import json
@@ -28,7 +29,7 @@ from configurator import configure
 from data import Questions, open_tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, open_encoder
 from model import Halting, ModelConfig, build_model
-from plumbing.console import printable, progress, run_script
+from plumbing.console import printable, progress, run_script, typed_lines
 from plumbing.features import picture_from, vision_source
 from plumbing.files import locked, write_whole
 from plumbing.machine import on_device
@@ -52,7 +53,7 @@ class EvalConfig:
     wrong_pictures: bool = False    # a control: every question about the picture of another one
     encoder: str | None = None      # where the encoder of the run lies now
     image: str | None = None        # a picture file: answer `question` about it instead
-    question: str | None = None     # the question about `image`
+    question: str | None = None     # the question about `image`; None: it asks for one after the other
     inner_steps: int | None = None  # test-time depth: another number of passes than in training
     outer_steps: int | None = None  # the same for the cycles
     halt: float | None = None       # a token's passes end at a move below this share of its states' RMS
@@ -72,8 +73,8 @@ class EvalConfig:
         for key in ('image', 'question', 'dataset', 'encoder'):
             if getattr(self, key) == '':  # an unset variable, say
                 raise ValueError(f'--{key} is empty')
-        if (self.image is None) != (self.question is None):
-            raise ValueError('--image and --question belong together: both or neither')
+        if self.question is not None and self.image is None:
+            raise ValueError('--question: about which picture? --image=FILE says so')
         for key, least in dict(batch_size=1, temperature=0, top_k=1, inner_steps=1, outer_steps=1).items():
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least {least}')
@@ -336,17 +337,22 @@ def picture_of(rows, i):
         raise ValueError(f'{rows.pictures.names[rows.picture[i]]}: {e}: remove or repair it') from None
 
 
-def draw_samples(path, rows, predictions, n=24, image_px=192):
-    """Writes a sheet of samples, every type in turn; right answers green, wrong ones red, captions black."""
+def some_rows(rows, n):
+    """At most n rows to look at, always the same ones, every type in turn."""
     by_type = {}
     for i in random.Random(0).sample(range(len(rows)), len(rows)):
         by_type.setdefault(rows.type[i], []).append(i)
     chosen = []
     while len(chosen) < min(n, len(rows)):
         chosen += [by_type[type].pop() for type in sorted(by_type, key=type_order) if by_type[type]]
+    return chosen[:n]
+
+
+def draw_samples(path, rows, predictions, n=24, image_px=192):
+    """Writes a sheet of samples, every type in turn; right answers green, wrong ones red, captions black."""
     tiles = []
     colors = []
-    for i in chosen[:n]:
+    for i in some_rows(rows, n):
         p = predictions[i]
         picture = picture_of(rows, i)
         how = Image.NEAREST if picture.width < image_px else Image.BICUBIC
@@ -462,20 +468,37 @@ def ids_of(question, tokenizer):
     return ids
 
 
-def answer_one(path, question, decoder, encoder, tokenizer, seen, most_tokens, device, **sampling):
-    """The answer to a question about a picture file; where that is unlike what the run has `seen` in
-    training, this is said. Raises: FileNotFoundError, ValueError."""
+def look_at(path, decoder, encoder, device):
+    """The image tokens of a picture file, None in a blind run. Raises: FileNotFoundError, ValueError.
+    Shapes: -> (1, N, D)"""
     if not Path(path).is_file():
         raise FileNotFoundError(f'--image={path}: no such file')
+    if not encoder:
+        return None
+    image = picture_from(path, encoder)[None].to(device)                                   # (1, 3, S, S)
+    return encoder.encode_images(image)[..., :decoder.config.vision_dim]                   # (1, N, D)
+
+
+def answer_one(question, vision, decoder, tokenizer, seen, most_tokens, halt=None, **sampling):
+    """The answer to a question about a picture; where that is unlike what the run has `seen` in training,
+    this is said. Shapes: vision (1, N, D) or None. Raises: ValueError."""
     ids = ids_of(question, tokenizer)
-    vision = None
-    if encoder:
-        image = picture_from(path, encoder)[None].to(device)                               # (1, 3, S, S)
-        vision = encoder.encode_images(image)[..., :decoder.config.vision_dim]             # (1, N, D)
     for doubt in doubts(seen, question, vision):
         print(f'take the answer with care: {printable(doubt)}', file=sys.stderr)
-    written = decoder.generate(vision, torch.tensor([ids], device=device), most_tokens, **sampling)
-    return tokenizer.decode(written[0].tolist())
+    asked = torch.tensor([ids], device=decoder.embed.weight.device)                        # (1, Q)
+    cache = Halting(halt) if halt else None
+    written = decoder.generate(vision, asked, most_tokens, cache=cache, **sampling)
+    return printable(tokenizer.decode(written[0].tolist()))
+
+
+def answer_all(answer):
+    """Answers one question after the other, typed or from a pipe; one that cannot be answered gets a sentence.
+    answer: a function of a question"""
+    for question in typed_lines('question: '):
+        try:
+            print(answer(question), flush=True)
+        except ValueError as e:
+            print(printable(str(e)), file=sys.stderr)
 
 
 def rows_to_judge(dataset, split):
@@ -519,7 +542,7 @@ def main(argv=None):
 
 
 def judge(s, device):
-    """Answers one question, or evaluates a split. Processes share the work."""
+    """Answers questions about a picture, or evaluates a split. Processes share the work."""
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
     decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
@@ -527,12 +550,13 @@ def judge(s, device):
     generator = torch.Generator(device).manual_seed(s.seed)
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
     if s.image:
-        most = run['max_answer_tokens']
-        seen = checkpoint.get('seen', {})
-        cache = Halting(s.halt) if s.halt else None
-        answer = answer_one(s.image, s.question, decoder, encoder, tokenizer, seen, most, device, cache=cache,
-                            **sampling)
-        print(printable(answer))
+        answer = partial(answer_one, vision=look_at(s.image, decoder, encoder, device), decoder=decoder,
+                         tokenizer=tokenizer, seen=checkpoint.get('seen', {}),
+                         most_tokens=run['max_answer_tokens'], halt=s.halt, **sampling)
+        if s.question:
+            print(answer(s.question))
+        else:
+            answer_all(answer)
         return
 
     questions = questions_to_judge(run, s.dataset, s.split, tokenizer)

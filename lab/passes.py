@@ -75,9 +75,11 @@ def attention_of(decoder, context, answer):
         seen.append(attention.weights(q, k, mask))                     # (B, nh, T, S + T)
 
     hooks = [block.attention.register_forward_pre_hook(note) for block in decoder.blocks]
-    decoder.answer_states(context, answer)
-    for hook in hooks:
-        hook.remove()
+    try:
+        decoder.answer_states(context, answer)
+    finally:  # whoever asks again, after memory ended say, asks the decoder as it was
+        for hook in hooks:
+            hook.remove()
     return seen[decoder.config.n_layer - decoder.config.recur_layers:]  # without blocks that are passed once
 
 
@@ -100,14 +102,16 @@ def passes_of(decoder, vision, question, tokenizer):
     """Every pass while the first word of an answer is made.
 
     With recursion='add' all but the last pass of a cycle make z, from which nothing is read: no guesses.
-    Shapes: vision (1, N, D), question (1, Q) -> a list of Pass
+    Shapes: vision (1, N, D), None without use_vision; question (1, Q) -> a list of Pass
     """
     c = decoder.config
     start = torch.tensor([[tokenizer.bos_id]], device=question.device)     # (1, 1)
     context = decoder.read_context(vision, question)
     states = watch_passes(decoder)  # gets a pair for each pass: what goes in, what comes out, (1, T, C) both
-    seen = attention_of(decoder, context, start)
-    del decoder.network  # unwatched again
+    try:
+        seen = attention_of(decoder, context, start)
+    finally:
+        del decoder.network  # unwatched again
 
     passes = []
     last = {}  # by name, what the pass before handed on; before the first one what went in
@@ -147,6 +151,13 @@ def word_of(tokenizer, token):
     return printable(tokenizer.piece(token).strip())
 
 
+def places_of(one, shares):
+    """Where in the picture a pass looked, row by row. Shapes: shares (N, P) -> (side, side)"""
+    patches = one.looked[:len(shares)] @ shares.float()                # (P,)
+    side = math.isqrt(len(patches))
+    return patches[-side * side:].view(side, side).cpu()               # a trunk's class token stands first
+
+
 def told(passes):
     """The passes as text, a line for each."""
     lines = []
@@ -161,7 +172,6 @@ def draw_passes(small, words, passes, shares):
     word the redder the more it is looked at. Shapes: shares (N, P) -> a Pillow picture."""
     font = ImageFont.load_default(FONT)
     N = len(shares)
-    side = math.isqrt(shares.size(1))
     text_px = int(sum(font.getlength(word) + 8 for word in words))
     strip = Image.new('RGB', (GUESS + SIDE + 20 + text_px, len(passes) * (SIDE + 4)), 'white')
     draw = ImageDraw.Draw(strip)
@@ -174,8 +184,7 @@ def draw_passes(small, words, passes, shares):
             draw.text((0, top), word[:10], 'black', font)
             draw.text((end + 4, top), f'{p:.2f}', 'gray', font)
 
-        patches = one.looked[:N] @ shares.float()                      # (P,)
-        places = patches[-side * side:].view(side, side).cpu()         # a trunk's class token stands first
+        places = places_of(one, shares)                                # (side, side)
         heat = Image.fromarray((255 * places / places.max()).byte().numpy())
         heat = heat.resize(small.size, Image.BICUBIC)
         strip.paste(Image.composite(small, Image.new('RGB', small.size), heat), (GUESS, y))

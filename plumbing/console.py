@@ -192,6 +192,22 @@ def row_done(what, i, n, start, every=20000):
             print()
 
 
+def typed_lines(prompt):
+    """Yields the lines that are typed after a prompt, or that come from a pipe, until one is empty or the end
+    is there."""
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='replace')  # what is no text is a bad question, not the end
+    prompt = prompt if sys.stdin.isatty() else ''
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
 def table(head, rows):
     """Rows of cells as a Markdown table."""
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
