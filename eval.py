@@ -460,11 +460,13 @@ def fitted(checkpoint, part, build, config_class, config):
     return module
 
 
-def ids_of(question, tokenizer):
-    """The tokens of a typed question, a list. Raises: ValueError where there are none."""
+def ids_of(question, tokenizer, most=None):
+    """The tokens of a typed question, a list. Raises: ValueError where there are none or more than `most`."""
     ids = tokenizer.encode_question(question.lower() if tokenizer.lower_case else question)
     if not question or not ids:
         raise ValueError('--question is empty')
+    if most and len(ids) > most:
+        raise ValueError(f'the question has {len(ids)} tokens: expected {most} at most, as in training')
     return ids
 
 
@@ -479,20 +481,20 @@ def look_at(path, decoder, encoder, device):
     return encoder.encode_images(image)[..., :decoder.config.vision_dim]                   # (1, N, D)
 
 
-def answer_one(question, vision, decoder, tokenizer, seen, most_tokens, halt=None, **sampling):
+def answer_one(question, vision, decoder, tokenizer, run, seen, halt=None, **sampling):
     """The answer to a question about a picture; where that is unlike what the run has `seen` in training,
-    this is said. Shapes: vision (1, N, D) or None. Raises: ValueError."""
-    ids = ids_of(question, tokenizer)
+    this is said. run: its settings. Shapes: vision (1, N, D) or None. Raises: ValueError."""
+    ids = ids_of(question, tokenizer, run['max_question_tokens'])
     for doubt in doubts(seen, question, vision):
         print(f'take the answer with care: {printable(doubt)}', file=sys.stderr)
     asked = torch.tensor([ids], device=decoder.embed.weight.device)                        # (1, Q)
     cache = Halting(halt) if halt else None
-    written = decoder.generate(vision, asked, most_tokens, cache=cache, **sampling)
+    written = decoder.generate(vision, asked, run['max_answer_tokens'], cache=cache, **sampling)
     return printable(tokenizer.decode(written[0].tolist()))
 
 
 def answer_all(answer):
-    """Answers one question after the other, typed or from a pipe; one that cannot be answered gets a sentence.
+    """Answers one question after the other, typed or from a pipe. A bad one gets a sentence.
     answer: a function of a question"""
     for question in typed_lines('question: '):
         try:
@@ -551,8 +553,8 @@ def judge(s, device):
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
     if s.image:
         answer = partial(answer_one, vision=look_at(s.image, decoder, encoder, device), decoder=decoder,
-                         tokenizer=tokenizer, seen=checkpoint.get('seen', {}),
-                         most_tokens=run['max_answer_tokens'], halt=s.halt, **sampling)
+                         tokenizer=tokenizer, run=run, seen=checkpoint.get('seen', {}), halt=s.halt,
+                         **sampling)
         if s.question:
             print(answer(s.question))
         else:

@@ -99,8 +99,11 @@ class Run:
         else:
             shown = picture.resize((64, 64))
         notes = doubts(self.seen, question, vision)
-        if self.encoder and prefix:
+        if not self.is_plain and passes and passes > self.trained.inner_steps:
+            notes.append(f'it makes {passes} passes and was trained with {self.trained.inner_steps}')
+        if self.encoder and prefix and prefix < self.trained.vision_dim:
             vision[..., prefix:] = 0
+            notes.append(f'it sees {prefix} of the {self.trained.vision_dim} dimensions it was trained with')
         asked = torch.tensor([ids], device=self.device)                # (1, Q)
         thought = passes_of(self.decoder, vision, asked, self.tokenizer)
         written = self.decoder.generate(vision, asked, self.settings['max_answer_tokens'])
@@ -119,12 +122,7 @@ class Run:
             raise ValueError('type a question first')
         if len(question) > MOST_SIGNS:
             raise ValueError(f'the question has {len(question)} signs: expected {MOST_SIGNS} at most')
-        ids = ids_of(question, self.tokenizer)
-        most = self.settings['max_question_tokens']
-        if len(ids) > most:
-            raise ValueError(f'the question has {len(ids)} tokens; {self.out_dir} was trained with {most} '
-                             'at most: ask a shorter one')
-        return ids
+        return ids_of(question, self.tokenizer, self.settings['max_question_tokens'])
 
 
 class Demo:
@@ -245,7 +243,7 @@ def open_gradio():
 def serve(gr, page, port):
     """Serves the page to this machine alone, until Ctrl-C."""
     # the reader's own fonts: gradio's would be fetched
-    theme = gr.themes.Default('blue', font=['system-ui', 'sans-serif'], font_mono=['monospace'])
+    theme = gr.themes.Default(primary_hue='blue', font=['system-ui', 'sans-serif'], font_mono=['monospace'])
     page.launch(server_name='127.0.0.1', server_port=port, share=False, quiet=True, prevent_thread_lock=True,
                 ssr_mode=False, theme=theme, css=STYLE, head=SCRIPT, footer_links=[], max_file_size='100mb')
     print(f'open {page.local_url} ; Ctrl-C ends it', flush=True)

@@ -100,7 +100,7 @@ def stage(look, k, now):
 <div class="picture{' unseen' if look.shares is None else ''}">{light(one, look.shares)}</div></div>
 <div class="read"><div class="label"><b>y</b>, the answer so far, says after <b>pass {k + 1}</b></div>
 {guess_bars(one)}
-<div class="label">moved in this pass</div>
+<div class="label">moved in this pass (1: as far as it is long)</div>
 {move_bars(one)}</div>
 <div class="words"><div class="label">reads: {weights.sum():.0%} at the question</div>
 {marked_words(look.words, weights)}</div></div>'''
@@ -163,7 +163,7 @@ INTRO = '''<div class="intro"><h2>See it think</h2>
 Picture and question are read once. Then the same few blocks run again and again: each time is a <b>pass</b>.
 <b>y</b> is the answer so far, <b>z</b> a scratchpad beside it (some runs have none).
 After every pass we stop and ask y: the <b>blue bars</b> are the first word that it would say.
-Where that pass looks, the picture is <b>bright</b> (point at it to see all), and words are <b>red</b>.</div>'''
+Where it looks, the picture is <b>bright</b> (point at it to see all), and words are <b>red</b>.</div>'''
 
 STYLE = '''
 .looks{display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start}
@@ -179,7 +179,7 @@ STYLE = '''
 .look .note{border-left:3px solid #f08c00;padding-left:8px;margin:4px 0;font-size:.9em}
 .look .slide{display:flex;gap:10px;align-items:center;margin:10px 0}
 .look .slide input{flex:1;accent-color:#4682b4}
-.look .stage{display:none;flex-wrap:wrap;gap:12px 18px}
+.look .stage{display:none;flex-wrap:wrap;gap:12px 18px;margin-top:10px}
 .look .stage.now{display:flex}
 .look .picture{position:relative;width:208px;aspect-ratio:1;border-radius:8px;overflow:hidden;
   background:var(--picture) 0 0/100% 100%}
