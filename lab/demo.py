@@ -58,7 +58,7 @@ def check_passes(n):
         raise ValueError(f'inner_steps={n}: expected 1 to {MOST_PASSES} passes')
 
 
-class Run:
+class LoadedRun:
     """A trained run, and what it takes to ask it."""
 
     def __init__(self, out_dir, device, encoder_path=None):
@@ -197,7 +197,8 @@ def controls(gr, demo, passes):
 
 def build_page(gr, demo, passes):
     """The page, in gradio's terms."""
-    with gr.Blocks(title='See it think', analytics_enabled=False, delete_cache=(600, 600)) as page:
+    with gr.Blocks(title='See it think', analytics_enabled=False, fill_width=True,
+                   delete_cache=(600, 600)) as page:
         gr.HTML(INTRO)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -243,9 +244,13 @@ def open_gradio():
 def serve(gr, page, port):
     """Serves the page to this machine alone, until Ctrl-C."""
     # the reader's own fonts: gradio's would be fetched
-    theme = gr.themes.Default(primary_hue='blue', font=['system-ui', 'sans-serif'], font_mono=['monospace'])
-    page.launch(server_name='127.0.0.1', server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-                ssr_mode=False, theme=theme, css=STYLE, head=SCRIPT, footer_links=[], max_file_size='100mb')
+    fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['monospace'])
+    try:
+        page.launch(server_name='127.0.0.1', server_port=port, share=False, ssr_mode=False, quiet=True,
+                    prevent_thread_lock=True, theme=gr.themes.Default(primary_hue='blue', **fonts), css=STYLE,
+                    head=SCRIPT, footer_links=[], max_file_size='100mb')
+    except OSError:
+        raise ValueError(f'port={port}: in use; choose another --port, or leave it out') from None
     print(f'open {page.local_url} ; Ctrl-C ends it', flush=True)
     try:
         threading.Event().wait()
@@ -270,9 +275,9 @@ def main(argv=None):
     s, _ = configure(DemoConfig, sys.argv[1:] if argv is None else argv, '-m lab.demo')
     gr = None if s.html else open_gradio()  # before the run is read: who lacks it hears so at once
     device = pick_device(s.device)
-    runs = [Run(s.out_dir, device, s.encoder)]
+    runs = [LoadedRun(s.out_dir, device, s.encoder)]
     if s.beside:
-        runs.append(Run(s.beside, device))
+        runs.append(LoadedRun(s.beside, device))
     rows = questions_to_judge(runs[0].settings, s.dataset, 'test', runs[0].tokenizer).rows
     if s.html:
         write_file(s.html, runs, rows, s.inner_steps)

@@ -2,7 +2,7 @@
 What a decoder thinks, pass by pass, as HTML: fragments for the page and for the file of lab.demo.
 
 A figure holds every pass and shows one of them; its slider, or a click on a small picture, shows another.
-Nothing in it is fetched: pictures are data, the script is six lines, the fonts are the reader's own.
+Nothing in it is fetched: pictures are data, the script is seven lines, the fonts are the reader's own.
 """
 
 import base64
@@ -10,6 +10,7 @@ import io
 from dataclasses import dataclass
 from html import escape
 
+import torch
 from PIL import Image
 
 from lab.passes import places_of
@@ -29,7 +30,7 @@ class Look:
     references: list       # the true answers, [] where they are not known
     right: bool | None     # None: not known, or a caption, which is hardly ever word for word
     picture: Image.Image   # as the encoder sees it
-    shares: object         # how much of each patch is in each image token (N, P); None: it sees no picture
+    shares: torch.Tensor | None    # how much of each patch is in each image token (N, P); None: it is blind
     words: list            # the tokens of the question, as text
     passes: list           # of lab.passes.Pass
     notes: list            # sentences: why the answer may mean little
@@ -100,7 +101,7 @@ def stage(look, k, now):
 <div class="picture{' unseen' if look.shares is None else ''}">{light(one, look.shares)}</div></div>
 <div class="read"><div class="label"><b>y</b>, the answer so far, says after <b>pass {k + 1}</b></div>
 {guess_bars(one)}
-<div class="label">moved in this pass (1: as far as it is long)</div>
+<div class="label">moved in this pass (1 is its own size)</div>
 {move_bars(one)}</div>
 <div class="words"><div class="label">reads: {weights.sum():.0%} at the question</div>
 {marked_words(look.words, weights)}</div></div>'''
@@ -167,8 +168,8 @@ Where it looks, the picture is <b>bright</b> (point at it to see all), and words
 
 STYLE = '''
 .looks{display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start}
-.look{box-sizing:border-box;margin:0;padding:14px;width:34rem;max-width:100%;border:1px solid #8886;
-  border-radius:12px;font:15px/1.45 system-ui,sans-serif}
+.look{box-sizing:border-box;margin:0;padding:14px;flex:1 1 29rem;max-width:min(34rem,100%);
+  border:1px solid #8886;border-radius:12px;font:15px/1.45 system-ui,sans-serif}
 .look .question{font-size:1.15em;font-weight:600;overflow-wrap:anywhere}
 .look .answer{font-size:1.15em}
 .look .right{color:#2b8a3e;background:#40c05722;border-radius:6px;padding:1px 7px}
@@ -196,22 +197,23 @@ STYLE = '''
 .look .moves{background:#999}
 .look .words{flex-basis:100%;line-height:1.9}
 .look .words span{padding:2px 4px;border-radius:4px}
-.look .strip{display:flex;gap:8px;overflow-x:auto;margin-top:12px;padding:3px}
-.look .thumb{flex:0 0 68px;text-align:center;cursor:pointer;border-radius:8px;padding:3px;line-height:1.25}
+.look .strip{display:flex;gap:4px;overflow-x:auto;scrollbar-width:thin;margin-top:12px;padding:3px}
+.look .thumb{flex:0 0 58px;text-align:center;cursor:pointer;border-radius:8px;padding:3px;line-height:1.25}
 .look .thumb.now{box-shadow:0 0 0 2px #4682b4}
-.look .thumb .picture{width:62px;border-radius:6px}
+.look .thumb .picture{width:52px;border-radius:6px}
 .look .thumb .top{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .look.problem{border-color:#f08c00}
 .intro{max-width:46rem;font:16px/1.5 system-ui,sans-serif;margin-bottom:14px}
 .intro h2{margin:0 0 6px}
 '''
 
-# shows pass k of a figure: large, and marked among the small ones
+# shows pass k of a figure: large, and marked in the strip of small ones
 SCRIPT = '''<script>
 function showPass(figure, k) {
   for (const part of figure.querySelectorAll('[data-pass]'))
     part.classList.toggle('now', part.dataset.pass == k);
   figure.querySelector('input').value = k;
+  figure.querySelector('.strip').scrollLeft = 62 * (k - 4);  // pixels from one to the next
 }
 </script>'''
 
@@ -225,6 +227,6 @@ def whole_file(rows_of_looks, title):
 content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="color-scheme" content="light dark"><title>{escape(printable(title))}</title>
 <style>body{{margin:0 auto;padding:16px;max-width:72rem}} main{{display:flex;flex-wrap:wrap;gap:16px}}
-section{{max-width:100%}}{STYLE}</style>{SCRIPT}</head>
+section{{flex:1 1 29rem;max-width:100%}}{STYLE}</style>{SCRIPT}</head>
 <body>{INTRO}<main>{body}</main></body></html>
 '''

@@ -12,7 +12,7 @@ from conftest import ROOT, without_torchvision
 import eval as evaluation
 import train
 from data import open_tokenizer, read_rows
-from lab import bench, passes, states
+from lab import bench, demo, passes, states
 from lab.compare import depth
 from model import Decoder, Halting
 from plumbing.run import read_checkpoint
@@ -280,6 +280,8 @@ def test_looking_into_a_pretrained_run(recursion, language_model, tiny_shapes, t
     passes.main([f'--out_dir={tmp_path}/run', '--device=cpu', '--inner_steps=3'])
     told = capsys.readouterr().out
     assert told.count('pass  3 |') == 4 and 'pass  4' not in told
+    demo.main([f'--out_dir={tmp_path}/run', f'--html={tmp_path}/passes.html', '--device=cpu'])
+    assert (tmp_path / 'passes.html').read_text().count('class="stage') == 12 * 2
     states.main([f'--out_dir={tmp_path}/run', '--device=cpu'])
     assert 'after pass 64' in capsys.readouterr().out
     assert json.loads((tmp_path / 'run/metrics.json').read_text())['settings']['n_layer'] == 3

@@ -13,7 +13,7 @@ from test_model import decoder_of, sample
 from test_train import TINY
 
 from data import read_rows
-from lab import bench, depths, guess, passes, states
+from lab import bench, demo, depths, guess, passes, states
 from lab import swaps as lab_swaps
 from lab.bench import BenchConfig, benchmark, main_job, show_memory, show_profile
 from lab.compare import alike, compare, depth, grouped, labels, paired, spread
@@ -344,6 +344,8 @@ def test_looking_into_a_run(tiny_shapes, tiny_encoder, tmp_path, capsys):
     passes.main([f'--out_dir={out}', '--device=cpu', f'--image={out}/samples.png', '--question=What is it?'])
     told = capsys.readouterr().out
     assert 'What is it? | says: ' in told and told.count('| y moved ') == 2 and 'true:' not in told and (out / 'passes.png').is_file()
+    demo.main([f'--out_dir={out}', f'--html={tmp_path}/passes.html', '--device=cpu'])
+    assert (tmp_path / 'passes.html').read_text().count('<figure') == 12
     train.main([*flags, f'--out_dir={tmp_path / "plain"}', '--kind=plain'])
     with pytest.raises(ValueError, match='plain decoder'):
         states.main([f'--out_dir={tmp_path / "plain"}', '--device=cpu'])
