@@ -11,6 +11,7 @@ The page needs gradio, which is told to ask nobody outside for anything; the fil
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,12 +127,13 @@ class LoadedRun:
 
 
 class Demo:
-    """What the page does. One thing at a time, however many ask: looking into a decoder changes it."""
+    """What the page does. One thing at a time, however many ask: looking into a decoder changes it. And all in
+    one thread, which uses the memory of a large picture again; each of gradio's forty would keep its own."""
 
     def __init__(self, runs, rows):
         self.runs = runs
         self.rows = rows
-        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(1)
 
     def picture_and_questions(self, source, number, file):
         """-> a picture; the dataset's questions about it, {question: (true answers, whether a caption)}.
@@ -154,23 +156,24 @@ class Demo:
 
     def questions(self, source, number, file):
         """The questions that fit a picture, a list; none where there is no picture."""
-        with self.lock:
-            try:
-                return list(self.picture_and_questions(source, number, file)[1])
-            except (ValueError, OSError):  # `answer` says what is wrong
-                return []
+        try:
+            return list(self.thread.submit(self.picture_and_questions, source, number, file).result()[1])
+        except (ValueError, OSError):  # `answer` says what is wrong
+            return []
 
-    def answer(self, source, number, file, question, passes, prefix):
-        """-> HTML: the figures, or a sentence that says why there are none."""
-        with self.lock:
-            try:
-                picture, known = self.picture_and_questions(source, number, file)
-                references, is_caption = known.get(question, ((), False))
-                passes = int(passes) if passes else None
-                return side_by_side([run.look(picture, question, references, is_caption, passes, prefix)
-                                     for run in self.runs])
-            except Exception as e:  # whatever it is, the page stays up for the next one
-                return problem(what_to_mend(e) or f'this did not work: {type(e).__name__}: {e}')
+    def answer(self, *asked):
+        """The arguments of `figures` -> HTML: the figures, or a sentence that says why there are none."""
+        try:
+            return self.thread.submit(self.figures, *asked).result()
+        except Exception as e:  # whatever it is, the page stays up for the next one
+            return problem(what_to_mend(e) or f'this did not work: {type(e).__name__}: {e}')
+
+    def figures(self, source, number, file, question, passes, prefix):
+        picture, known = self.picture_and_questions(source, number, file)
+        references, is_caption = known.get(question, ((), False))
+        passes = int(passes) if passes else None
+        return side_by_side([run.look(picture, question, references, is_caption, passes, prefix)
+                             for run in self.runs])
 
 
 def controls(gr, demo, passes):
