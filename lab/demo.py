@@ -127,8 +127,8 @@ class LoadedRun:
 
 
 class Demo:
-    """What the page does. One thing at a time, however many ask: looking into a decoder changes it. All in one
-    thread, which uses the memory of a large picture again: each of gradio's forty would keep its own."""
+    """What the page does, one thing at a time, however many ask: looking into a decoder changes it. All is in
+    one thread, which uses the memory of a large picture again: each of gradio's forty would keep its own."""
 
     def __init__(self, runs, rows):
         self.runs = runs
