@@ -1,9 +1,10 @@
 """
-Pictures, questions and answers: on disk, as tokens, as batches.
+Pictures, sounds, questions and answers: on disk, as tokens, as batches.
 
 A dataset is a folder with train.parquet, val.parquet and test.parquet, a row a question:
 
     image      the encoded file as bytes, or {bytes, path} as Hugging Face writes it, or a path in the folder
+    sound      a WAV file in the same forms, beside an image or instead of one
     question   a string; null where the row has only a caption
     answer     a string, or a list of reference answers (the first one is trained on)
     caption    optional, a string or a list; without a question a row gets one of PROMPTS, and answers it
@@ -38,15 +39,18 @@ from configurator import configure
 from plumbing.console import row_done, run_script
 from plumbing.files import write_whole
 from plumbing.tables import (
+    MEDIA,
     SCHEMA,
+    SOUND_SCHEMA,
     KnownPictures,
     OnDisk,
     Pictures,
     View,
     as_list,
+    file_problem,
+    files_in,
     named,
     open_split,
-    read_image,
     report_bad,
     row_problem,
     stream,
@@ -59,57 +63,59 @@ from pretrained.tokenizers import PretrainedTokenizer
 # rows
 
 PROMPTS = ('what is in this image?', 'describe this image.', 'what do you see?', 'describe the picture.')
+SOUND_PROMPTS = ('what is in this sound?', 'describe this sound.', 'what do you hear?')
 
 
-def drawn_prompt(i):
+def drawn_prompt(i, prompts=PROMPTS):
     """The question of a row that has only a caption: the same row always gets the same one."""
-    return PROMPTS[i % len(PROMPTS)]
+    return prompts[i % len(prompts)]
 
 
 def read_rows(folder, split):
-    """Reads a split: every row with a question or a caption, each different picture once.
+    """Reads a split: every row with a question or a caption, each different picture or sound once.
 
-    Shapes: -> Rows, lists as long as the split has rows, but `pictures`, which `picture` points into.
+    Shapes: -> Rows, lists as long as the split has rows, but `pictures` and `sounds`, which `picture` and
+        `sound` point into.
     Raises: FileNotFoundError; ValueError naming file, row and reason where a row cannot be used.
     """
     path, file = open_split(folder, split)
     n_rows = file.metadata.num_rows
     rows = Rows(path)
     bad = []                 # (row, what is wrong with it)
-    known = KnownPictures()  # the number of a picture, by the sha256 of its file
+    known = {key: KnownPictures() for key in MEDIA}  # the number of a picture or sound, by its file's sha256
     start = time.time()
-    for i, (place, row) in enumerate(stream(path, SCHEMA.names)):
+    for i, (place, row) in enumerate(stream(path, SOUND_SCHEMA.names)):
         row_done(f'{path}: rows', i, n_rows, start)
         question = row.get('question')
         references = as_list(row.get('answer'))
         captions = as_list(row.get('caption'))
         type = row.get('type')
         problem = row_problem(question, references, captions)
+        # a string here says what is wrong: all bad rows are named together, not the first one alone
+        files = files_in(row, folder)
         # a picture with only a caption asks for it, so that captions and answers are learnt alike
         if question is None and captions:
-            question = drawn_prompt(i)
+            question = drawn_prompt(i, PROMPTS if 'image' in files else SOUND_PROMPTS)
             references = captions
             type = 'describe'  # whatever its column says: captions are judged apart
-        # a string here says what is wrong: all bad rows are named together, not the first one alone
-        image = read_image(row.get('image'), folder)
-        if not isinstance(image, bytes):
-            bad.append((i, image))
-            continue
+        problem = file_problem(files) or problem
         if problem:
             bad.append((i, problem))
             continue
         caption = captions[0] if captions else None
-        # a picture with ten questions is decoded and encoded once
-        digest = hashlib.sha256(image).digest()
-        picture = known.get(digest)
-        if picture is None:
-            picture = len(rows.pictures)
-            known[digest] = picture
-            rows.pictures.add(digest, *place, i)
+        numbers = dict.fromkeys(MEDIA, -1)  # what the row has not
+        for key, file in files.items():
+            # a picture with ten questions is decoded and encoded once
+            digest = hashlib.sha256(file).digest()
+            numbers[key] = known[key].get(digest)
+            if numbers[key] is None:
+                numbers[key] = rows.media[key].add(digest, *place, i)
+                known[key][digest] = numbers[key]
+            rows.sum.update(digest if key == 'image' else b'sound' + digest)
         # a run that goes on checks this sum: the same rows in the same order give the same batches
-        rows.sum.update(digest + '\0'.join((question, *references, caption or '')).encode())
+        rows.sum.update('\0'.join((question, *references, caption or '')).encode())
         sample_id = named(row.get('sample_id'), f'row {i}')
-        rows.add(picture, caption, question, references, named(type, 'all'), sample_id)
+        rows.add(*numbers.values(), caption, question, references, named(type, 'all'), sample_id)
     report_bad(path, bad, n_rows, f'repair them, or leave them out: python data.py parquet --source={folder} '
                                   f'--out=FOLDER lists and drops them')
     return rows
@@ -118,15 +124,19 @@ def read_rows(folder, split):
 class Rows:
     """A split. Its texts are in a temporary file, its pictures in the dataset: it takes little memory.
 
-    rows.question[i], .references[i], .type[i], .sample_id[i]: of row i; .picture[i]: the number of its
-    picture; .pictures[k], .caption[k]: of picture k; .sum: a sha256 of everything, in order.
+    rows.question[i], .references[i], .type[i], .sample_id[i]: of row i; .picture[i], .sound[i]: the number of
+    its picture and sound, or -1; .pictures[k], .caption[k]: of picture k; .sounds[k]: sound k; .sum: a sha256
+    of everything, in order.
     """
 
     def __init__(self, path):
         self.path = path
         self.sum = hashlib.sha256()
-        self.pictures = Pictures(path)
+        self.media = {key: Pictures(path, key) for key in MEDIA}
+        self.pictures = self.media['image']
+        self.sounds = self.media['sound']
         self.picture = array('i')
+        self.sound = array('i')
         self.texts = OnDisk()         # (question, references, type, sample_id) of a row
         self.captions = OnDisk()
         self.caption_of = array('i')  # the number of a picture's caption, or -1
@@ -143,14 +153,16 @@ class Rows:
         k = self.caption_of[picture]
         return self.captions[k] if k >= 0 else None
 
-    def add(self, picture, caption, *texts):
+    def add(self, picture, sound, caption, *texts):
         # pictures are numbered as they come: this one is new
         if picture == len(self.caption_of):
             self.caption_of.append(-1)
-        if caption and self.caption_of[picture] < 0:  # the first one that a picture has is its caption
+        # the first one that a picture has is its caption
+        if caption and picture >= 0 and self.caption_of[picture] < 0:
             self.caption_of[picture] = len(self.captions)
             self.captions.append(caption)
         self.picture.append(picture)
+        self.sound.append(sound)
         self.texts.append(texts)
 
     def __len__(self):
@@ -310,8 +322,9 @@ class Questions:
     """A split as tokens, and its batches: that of a step depends on (seed, split, step) and nothing else.
 
     Rows are sorted into buckets by the length of their answer (2, 4, 8, ... tokens), so that a caption does
-    not pad a hundred one-word answers. An epoch shuffles every bucket, cuts it into batches, smaller ones
-    where answers are longer than 8 tokens, so that all cost about the same, and shuffles these.
+    not pad a hundred one-word answers, and by what they have, picture or sound. An epoch shuffles every
+    bucket, cuts it into batches, smaller ones where answers are longer than 8 tokens, so that all cost about
+    the same, and shuffles these.
     Raises: ValueError naming the rows whose question or answer is longer than its limit, unless `truncate`.
     """
 
@@ -331,8 +344,10 @@ class Questions:
         self.question_lengths = np.array(self.question_lengths)
         # by table, from length to bucket: one look-up for a million rows
         buckets = np.array([bucket_of(length) for length in range(max(lengths, default=0) + 1)], np.int32)
-        bucket = buckets[np.array(lengths)]
-        self.buckets = {int(b): np.flatnonzero(bucket == b).astype(np.int32) for b in np.unique(bucket)}
+        # rows of a batch have the same media, so nothing is computed for what a row lacks
+        has = 2 * (np.array(rows.picture) < 0) + (np.array(rows.sound) >= 0)
+        kind = 4 * buckets[np.array(lengths)] + has
+        self.buckets = [(int(k) // 4, np.flatnonzero(kind == k).astype(np.int32)) for k in np.unique(kind)]
         self.drawn = None   # of which (batch_size, seed, epoch) `batches` are
         self.batches = []   # of the epoch that was drawn last
 
@@ -367,7 +382,7 @@ class Questions:
         # anew from (seed, epoch): a run that goes on draws what it would have drawn, and keeps no state
         rng = np.random.default_rng([seed, epoch])
         batches = []
-        for length, bucket in self.buckets.items():
+        for length, bucket in self.buckets:
             size = fitting(batch_size, length)
             order = rng.permutation(bucket)
             # of four batches at a time the rows with like questions go together: half of the padding goes
@@ -398,7 +413,7 @@ class Questions:
         # the same rows at every validation, or scores would differ by luck
         if most:
             kept = np.isin(np.arange(n), random.Random(0).sample(range(n), min(most, n)))
-        for length, bucket in self.buckets.items():
+        for length, bucket in self.buckets:
             size = fitting(batch_size, length)
             bucket = bucket[kept[bucket]]
             for i in range(0, len(bucket), size):
@@ -408,8 +423,9 @@ class Questions:
         """Some rows as tensors, as short as they can be, or of few different shapes, which suits a compiler.
 
         Shapes: -> question (B, Q) padded on the right, answer (B, A) that starts with <bos>, targets (B, A)
-            that end with <eos> (but for answers that were cut) and have -100 as padding, picture (B,) to
-            index pictures or features with. With `few_shapes` Q is a multiple of 8 and A a power of 2.
+            that end with <eos> (but for answers that were cut) and have -100 as padding, picture and sound
+            (B,) to index pictures or features with: all rows have one, or all -1. With `few_shapes` Q is a
+            multiple of 8 and A a power of 2.
         """
         questions, answers = zip(*(self.tokens[i] for i in rows))
         Q = max(map(len, questions))
@@ -424,7 +440,8 @@ class Questions:
         return dict(question=padded(questions, self.tokenizer.pad_id, Q),                  # (B, Q)
                     answer=padded(inputs, self.tokenizer.pad_id, A),                       # (B, A)
                     targets=padded(answers, -100, A),                                      # (B, A)
-                    picture=torch.tensor([self.rows.picture[i] for i in rows]))            # (B,)
+                    picture=torch.tensor([self.rows.picture[i] for i in rows]),            # (B,)
+                    sound=torch.tensor([self.rows.sound[i] for i in rows]))                # (B,)
 
 
 def fitting(batch_size, length):
@@ -458,7 +475,7 @@ def main(argv=None):
     elif isinstance(config, ImportConfig):
         import_dataset(module, config)
     else:  # it draws: nothing is read that could be wrong
-        write_dataset(config.out, module.rows(config))
+        write_dataset(config.out, module.rows(config), getattr(module, 'SCHEMA', SCHEMA))
 
 
 if __name__ == '__main__':

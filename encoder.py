@@ -66,11 +66,13 @@ class EncoderConfig:
     crop_pct: float = 1.0                   # of its side the middle that is seen, once it is fitted
     interpolation: str = 'bicubic'          # how it is made smaller: 'bicubic', 'bilinear' or 'lanczos'
     upright: bool = True                    # turn photographs as their EXIF orientation says
+    reads: str = 'picture'                  # or 'sound': files whose spectrum is the picture
 
     def __post_init__(self):
         expect(self, stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'),
                adapter=('none', 'linear', 'mlp'), projection=('none', 'linear', 'norm_linear'),
-               fit=('squash', 'crop', 'pad'), interpolation=('bicubic', 'bilinear', 'lanczos'))
+               fit=('squash', 'crop', 'pad'), interpolation=('bicubic', 'bilinear', 'lanczos'),
+               reads=('picture', 'sound'))
         if self.trunk == 'vit' and self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
@@ -389,6 +391,11 @@ EDGE_GLASS_CONFIG = EncoderConfig(  # CLIP ViT-L/14 at 336 pixels, 64 latents, 4
     prefixes=EDGE_GLASS_PREFIXES, mean=CLIP_MEAN, std=CLIP_STD)
 
 
+# of spectra, which are mostly black: so small that a decoder trains it along. Its tokens are the patches,
+# each a place in time and pitch: latents would first have to learn where to look
+SOUND_CONFIG = EncoderConfig(reads='sound', width=64, n_layer=1, n_latents=0, mean=(0.2,) * 3)
+
+
 def save_encoder(encoder, path):
     """Writes an encoder in half precision: config and weights, tensors and plain types only."""
     weights = {key: t.half().cpu() for key, t in encoder.state_dict().items()}
@@ -464,7 +471,23 @@ def check_names(path, names, config):
 def open_encoder(path, settings, **more):
     """`load_encoder` with what the settings of a run, a dict, change of it."""
     changes = {key: settings[key] for key in ('fit', 'upright', 'activation')}
-    return load_encoder(path, image_px=settings['encoder_px'], **changes, **more)
+    encoder = load_encoder(path, image_px=settings['encoder_px'], **changes, **more)
+    return check_reads(encoder, path, 'picture')
+
+
+def open_sound_encoder(path):
+    """The encoder of sounds in a file; without one a small one with random weights, to be trained along."""
+    if path is None:
+        return Encoder(SOUND_CONFIG)
+    return check_reads(load_encoder(path), path, 'sound')
+
+
+def check_reads(encoder, path, kind):
+    """-> the encoder. Raises: ValueError where it reads something else."""
+    if encoder.config.reads != kind:
+        raise ValueError(f'{path}: an encoder that reads a {encoder.config.reads}, expected one that reads a '
+                         f'{kind}')
+    return encoder
 
 
 def fit_positions(positions, config):

@@ -5,6 +5,7 @@ Evaluation: Exact Match, token F1 and token accuracy by question type; answers; 
     python eval.py --out_dir=out/trm --inner_steps=64      # with other passes than in training
     python eval.py --out_dir=out/trm --image=cat.jpg --question="what is it?"    # a picture of your own
     python eval.py --out_dir=out/trm --image=cat.jpg        # asks for one question after the other
+    python eval.py --out_dir=out/sounds --sound=beeps.wav   # about a sound, or with --image about both
 """
 
 import json
@@ -27,10 +28,10 @@ from PIL import Image
 
 from configurator import configure
 from data import Questions, open_tokenizer, read_rows
-from encoder import Encoder, EncoderConfig, open_encoder
+from encoder import Encoder, EncoderConfig, open_encoder, open_sound_encoder
 from model import Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script, typed_lines
-from plumbing.features import picture_from, vision_source
+from plumbing.features import picture_from, sound_source, vision_source
 from plumbing.files import locked, write_whole
 from plumbing.machine import on_device
 from plumbing.novelty import doubts
@@ -38,6 +39,7 @@ from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.plots import draw_curves, harmless
 from plumbing.ranks import from_all, processes, rank_and_world
 from plumbing.run import decoder_settings, other_weights, read_checkpoint, source_of
+from plumbing.sounds import spectrum_picture
 from plumbing.tables import OnDisk, View
 from prepare.vqav2 import vqa_accuracy
 
@@ -53,7 +55,8 @@ class EvalConfig:
     wrong_pictures: bool = False    # a control: every question about the picture of another one
     encoder: str | None = None      # where the encoder of the run lies now
     image: str | None = None        # a picture file: answer `question` about it instead
-    question: str | None = None     # the question about `image`; None: it asks for one after the other
+    sound: str | None = None        # a sound file, beside `image` or instead of it
+    question: str | None = None     # the question about them; None: it asks for one after the other
     inner_steps: int | None = None  # test-time depth: another number of passes than in training
     outer_steps: int | None = None  # the same for the cycles
     halt: float | None = None       # a token's passes end at a move below this share of its states' RMS
@@ -70,11 +73,11 @@ class EvalConfig:
             raise ValueError('--top_k goes with a --temperature above 0')
         if self.halt is not None and self.halt <= 0:
             raise ValueError(f'halt={self.halt}: expected more than 0')
-        for key in ('image', 'question', 'dataset', 'encoder'):
+        for key in ('image', 'sound', 'question', 'dataset', 'encoder'):
             if getattr(self, key) == '':  # an unset variable, say
                 raise ValueError(f'--{key} is empty')
-        if self.question is not None and self.image is None:
-            raise ValueError('--question: about which picture? --image=FILE says so')
+        if self.question is not None and self.image is None and self.sound is None:
+            raise ValueError('--question: about what? --image=FILE or --sound=FILE says so')
         for key, least in dict(batch_size=1, temperature=0, top_k=1, inner_steps=1, outer_steps=1).items():
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ValueError(f'{key}={getattr(self, key)}: expected at least {least}')
@@ -149,12 +152,13 @@ def merged_answers(predictions):
 # ----------------------------------------------------------------------------
 # a split, evaluated
 
-def teacher_forced(decoder, batch, vision):
+def teacher_forced(decoder, batch, vision, sound=None):
     """Losses and hits of every target of a batch.
 
-    Shapes: as `Questions.batch`, vision (B, N, D) -> loss (B, A) nats, hit (B, A) bool, real (B, A) bool.
+    Shapes: as `Questions.batch`, vision (B, N, D), sound (B, M, D) -> loss (B, A) nats, hit (B, A) bool,
+        real (B, A) bool.
     """
-    logits, _ = decoder(vision, batch['question'], batch['answer'])                        # (B, A, V)
+    logits, _ = decoder(vision, batch['question'], batch['answer'], sound=sound)           # (B, A, V)
     real = batch['targets'] >= 0
     by_class = logits.transpose(1, 2).float()                                              # (B, V, A)
     loss = F.cross_entropy(by_class, batch['targets'], ignore_index=-100, reduction='none')
@@ -163,13 +167,13 @@ def teacher_forced(decoder, batch, vision):
 
 
 @torch.no_grad()
-def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_rows=2000):
+def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_rows=2000, sound_of=None):
     """Loss and Exact Match of a split without generating. Processes share the work. `batch_size` is that of
     training, which had the memory for it; 250 at most.
 
     Greedy generation gives exactly the (first) reference if and only if every one of its tokens is the
     likeliest after the true ones before it. Captions count for the loss only.
-    `vision_of`: picture indices (B,) -> image tokens (B, N, D)
+    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds, or None
     """
     loss = 0
     n_targets = 0
@@ -178,7 +182,8 @@ def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_row
     rank, world = rank_and_world()
     for rows in islice(questions.rows_in_order(min(250, batch_size), most_rows), rank, None, world):
         batch = on_device(questions.batch(rows), device)
-        losses, hit, real = teacher_forced(decoder, batch, vision_of(batch['picture']))    # (B, A) each
+        sound = sound_of(batch['sound']) if sound_of else None
+        losses, hit, real = teacher_forced(decoder, batch, vision_of(batch['picture']), sound) # (B, A) each
         is_question = [questions.rows.type[i] != 'describe' for i in rows]
         is_question = torch.tensor(is_question, device=device)                             # (B,)
         loss += losses.sum().item()
@@ -190,7 +195,7 @@ def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_row
 
 
 @torch.no_grad()
-def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, **sampling):
+def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, sound_of=None, **sampling):
     """Answers a whole split -> metrics, a dict, and predictions, dicts in the order of the split, on disk.
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as
@@ -198,7 +203,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, *
     those written in the seconds of the whole evaluation. With `halt`, 'passes' is the mean over the answers
     of the passes a token took, and there is no loss: true tokens go through all passes. Processes share the
     work.
-    `vision_of`: picture indices (B,) -> image tokens (B, N, D)
+    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds, or None
     """
     rows = questions.rows
     tokenizer = questions.tokenizer
@@ -211,13 +216,14 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, *
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         batch = on_device(questions.batch(indices), device)
         vision = vision_of(batch['picture'])
+        sound = sound_of(batch['sound']) if sound_of else None
         cache = Halting(halt) if halt else None
         answers = decoder.generate(vision, batch['question'], questions.max_answer_tokens, cache=cache,
-                                   **sampling)
+                                   sound=sound, **sampling)
         if halt:
             more = [dict(passes=n) for n in passes_per_token(cache.taken, answers != tokenizer.pad_id)]
         else:
-            sums = [t.sum(1).tolist() for t in teacher_forced(decoder, batch, vision)]     # of every row
+            sums = [t.sum(1).tolist() for t in teacher_forced(decoder, batch, vision, sound)]   # of every row
             more = [dict(loss=loss, hits=hits, tokens=n) for loss, hits, n in zip(*sums)]
         answers = answers.tolist()
         for k, i in enumerate(indices.tolist()):
@@ -330,11 +336,14 @@ def result_table(metrics):
 # files of a run
 
 def picture_of(rows, i):
-    """The picture of a row. Raises: ValueError, naming the picture."""
+    """The picture of a row, or of its sound's spectrum where it has none. Raises: ValueError, naming it."""
+    files, k, decode = rows.pictures, rows.picture[i], rgb_picture
+    if k < 0:
+        files, k, decode = rows.sounds, rows.sound[i], spectrum_picture
     try:
-        return rgb_picture(rows.pictures[rows.picture[i]])
+        return decode(files[k])
     except ValueError as e:
-        raise ValueError(f'{rows.pictures.names[rows.picture[i]]}: {e}: remove or repair it') from None
+        raise ValueError(f'{files.names[k]}: {e}: remove or repair it') from None
 
 
 def some_rows(rows, n):
@@ -440,6 +449,23 @@ def load_run(checkpoint, device, encoder_path=None):
     return decoder.to(device).eval(), encoder, open_tokenizer(checkpoint['tokenizer'])
 
 
+def load_sound_encoder(checkpoint, device):
+    """The encoder of sounds of a run, or None where it hears nothing. Raises: as `load_run`."""
+    settings = checkpoint['settings']
+    if not settings.get('use_sound'):  # runs of before have no such setting
+        return None
+    if 'sound_encoder' in checkpoint['run']['best']:  # trained along
+        config = checkpoint['sound_encoder_config']
+        sound_encoder = fitted(checkpoint, 'sound_encoder', Encoder, EncoderConfig, config)
+    else:
+        path = settings['sound_encoder']
+        sound_encoder = open_sound_encoder(path)
+        if sound_encoder.fingerprint() != checkpoint['sound_encoder_fingerprint']:
+            raise ValueError(f'{path}: not the encoder of sounds that this run was trained with (another '
+                             'fingerprint); put that one back')
+    return sound_encoder.to(device).eval()
+
+
 def fitted(checkpoint, part, build, config_class, config):
     """A part of a run with its best weights. Raises: ValueError naming what of it this code does not know."""
     weights = checkpoint['run']['best'][part]
@@ -470,26 +496,31 @@ def ids_of(question, tokenizer, most=None):
     return ids
 
 
-def look_at(path, decoder, encoder, device):
-    """The image tokens of a picture file, None in a blind run. Raises: FileNotFoundError, ValueError.
-    Shapes: -> (1, N, D)"""
+def look_at(flag, path, encoder, device):
+    """The tokens of a picture or sound file; None without a file, or where the run takes none in.
+    Shapes: -> (1, N, D). Raises: FileNotFoundError, ValueError."""
+    if path is None:
+        return None
     if not Path(path).is_file():
-        raise FileNotFoundError(f'--image={path}: no such file')
+        raise FileNotFoundError(f'--{flag}={path}: no such file')
     if not encoder:
         return None
     image = picture_from(path, encoder)[None].to(device)                                   # (1, 3, S, S)
-    return encoder.encode_images(image)[..., :decoder.config.vision_dim]                   # (1, N, D)
+    return encoder.encode_images(image)                                                    # (1, N, D)
 
 
-def answer_one(question, vision, decoder, tokenizer, run, seen, halt=None, **sampling):
-    """The answer to a question about a picture; where that is unlike what the run has `seen` in training,
-    this is said. run: its settings. Shapes: vision (1, N, D) or None. Raises: ValueError."""
+def answer_one(question, vision, sound, decoder, tokenizer, run, seen, halt=None, **sampling):
+    """The answer to a question about a picture, a sound or both; where that is unlike what the run has `seen`
+    in training, this is said. run: its settings. Raises: ValueError.
+    Shapes: vision (1, N, D) and sound (1, M, D), each may be None"""
     ids = ids_of(question, tokenizer, run['max_question_tokens'])
+    if vision is not None:
+        vision = vision[..., :decoder.config.vision_dim]                                   # (1, N, D)
     for doubt in doubts(seen, question, vision):
         print(f'take the answer with care: {printable(doubt)}', file=sys.stderr)
     asked = torch.tensor([ids], device=decoder.embed.weight.device)                        # (1, Q)
     cache = Halting(halt) if halt else None
-    written = decoder.generate(vision, asked, run['max_answer_tokens'], cache=cache, **sampling)
+    written = decoder.generate(vision, asked, run['max_answer_tokens'], cache=cache, sound=sound, **sampling)
     return printable(tokenizer.decode(written[0].tolist()))
 
 
@@ -533,8 +564,8 @@ def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
 
 def of_another(vision_of, n, picture):
     """The image tokens of other pictures than those that are asked about, the same ones every time.
-    Shapes: picture (B,), numbers below n -> (B, N, D)"""
-    return vision_of((picture + n // 2) % n)
+    Shapes: picture (B,), numbers below n, or -1 where there is none -> (B, N, D)"""
+    return vision_of(torch.where(picture < 0, picture, (picture + n // 2) % n))
 
 
 def main(argv=None):
@@ -548,13 +579,18 @@ def judge(s, device):
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
     decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
+    sound_encoder = load_sound_encoder(checkpoint, device)
     set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps, s.halt)
     generator = torch.Generator(device).manual_seed(s.seed)
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
-    if s.image:
-        answer = partial(answer_one, vision=look_at(s.image, decoder, encoder, device), decoder=decoder,
-                         tokenizer=tokenizer, run=run, seen=checkpoint.get('seen', {}), halt=s.halt,
-                         **sampling)
+    if s.image or s.sound:
+        if s.sound and not sound_encoder:
+            raise ValueError(f'--sound: {s.out_dir} is of a run that hears nothing; it was trained without '
+                             '--use_sound=true')
+        vision = look_at('image', s.image, encoder, device)
+        sound = look_at('sound', s.sound, sound_encoder, device)
+        answer = partial(answer_one, vision=vision, sound=sound, decoder=decoder, tokenizer=tokenizer,
+                         run=run, seen=checkpoint.get('seen', {}), halt=s.halt, **sampling)
         if s.question:
             print(answer(s.question))
         else:
@@ -564,12 +600,14 @@ def judge(s, device):
     questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
     rows = questions.rows
     vision_of = partial(vision_source(run, encoder, rows, device), encoder)
+    sound_of = partial(sound_source(run, sound_encoder, rows, device), sound_encoder)
     if s.wrong_pictures:
         if len(rows.pictures) < 2:
             raise ValueError(f'--wrong_pictures: the {s.split} split has no other picture')
         vision_of = partial(of_another, vision_of, len(rows.pictures))
     batch_size = s.batch_size or min(256, run['batch_size'])
-    metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, s.halt, **sampling)
+    metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, s.halt, sound_of,
+                                    **sampling)
     print(result_table(metrics))
     before = Path(s.out_dir) / 'metrics.json'
     known = json.loads(before.read_text()) if before.is_file() else {}

@@ -1,7 +1,7 @@
 """
 The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs on an answer y and a latent z.
 
-    x = F's keys and values of [image | question]      # the context: read once, never changed
+    x = F's keys and values of [image | sound | question]    # the context: read once, never changed
     e = embed(answer so far)                           # the tokens that are written, <bos> first
     y = e                                              # the answer state, one for each answer position
     z = a learned vector, the same at each position    # the latent state: a scratchpad
@@ -13,7 +13,7 @@ Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_
 others) and generate, for which a Cache keeps what was computed before. Skip at first: from_pretrained, which
 fills the same attention with the weights of a language model, between blocks of its own kind, LlamaBlock.
 
-    B batch   N image tokens   Q question tokens   A answer tokens   S = N + Q context tokens
+    B batch   N image, M sound tokens   Q question tokens   A answer tokens   S = N + M + Q context tokens
     T states that go through F together: A of y, or A of y and then A of z   P the states before them
     C width (n_embd)   D vision_dim   V vocabulary   hs size of a head   nh heads   kv of keys and values
     y is z_H in the paper's code, z is z_L, e its x   inner_steps: n in the paper   outer_steps: its T
@@ -55,6 +55,8 @@ class ModelConfig:
                                 # 'rms', for pretrained weights alone: LlamaBlock, and passes through gates
     qk_norm: bool = True        # queries and keys are normed, head by head
     use_vision: bool = True     # false: the blind control, which never sees the picture
+    use_sound: bool = False     # false: the deaf control, which never hears the sound
+    sound_dim: int = 128        # dimensions of a sound token
     prefix_lm: bool = True      # context tokens see each other both ways; false: causally
     pad_id: int = 0
     bos_id: int = 1
@@ -291,14 +293,14 @@ class LlamaBlock(nn.Module):
 
 @dataclass
 class Context:
-    """x = [image | question], run through F once: what the states of the answer look at in every pass."""
+    """x = [image | sound | question], run through F once: what the answer's states look at in every pass."""
     layers: list          # for each block keys and values, (B, kv, S, hs) both
     mask: torch.Tensor    # to add to attention scores, (B, 1, 1, S): -inf at padding
     length: torch.Tensor  # tokens that are not padding (B,)
 
 
 class Decoder(nn.Module):
-    """Answers questions about pictures, plainly or recursively."""
+    """Answers questions about pictures and sounds, plainly or recursively."""
 
     def __init__(self, config):
         super().__init__()
@@ -314,6 +316,8 @@ class Decoder(nn.Module):
             self.head = nn.Sequential(nn.RMSNorm(C, config.norm_eps), self.head)
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
+        if config.use_sound:
+            self.sound_proj = nn.Linear(config.sound_dim, C)
         if config.recursion != 'loop':  # there z would never get a gradient
             self.z_start = nn.Parameter(torch.randn(C))
         if config.recursion == 'add':  # elsewhere y starts as e, which a pass of 'add' has beside y
@@ -330,16 +334,16 @@ class Decoder(nn.Module):
             for p in (block.attention.out.weight, block.fc2.weight):
                 nn.init.normal_(p, std=(p.size(1) * 2 * config.n_layer) ** -.5)
 
-    def forward(self, vision, question, answer, targets=None, inner_steps=None):
-        """Predicts every answer token from the picture, the question and the tokens before it.
+    def forward(self, vision, question, answer, targets=None, inner_steps=None, sound=None):
+        """Predicts every answer token from picture, sound, question and the tokens before it.
 
-        Shapes: vision (B, N, D), may be None without use_vision; question (B, Q), padded on the right with
-            pad_id; answer (B, A), starting with bos_id; targets (B, A), ending with eos_id, -100 where there
-            is nothing to predict; inner_steps, another number of passes than the config's -> logits
-            (B, A, V), and loss: nats per target, the mean over the batch and the supervised cycles, or None
-            without targets
+        Shapes: vision (B, N, D) and sound (B, M, sound_dim), None where the rows have none; question (B, Q),
+            padded on the right with pad_id; answer (B, A), starting with bos_id; targets (B, A), ending with
+            eos_id, -100 where there is nothing to predict; inner_steps, another number of passes than the
+            config's -> logits (B, A, V), and loss: nats per target, the mean over the batch and the
+            supervised cycles, or None without targets
         """
-        context = self.read_context(vision, question)
+        context = self.read_context(vision, question, sound)
         cycles = self.answer_states(context, answer, inner_steps=inner_steps)      # y (B, A, C) of each
         if targets is None:
             return self.head(cycles[-1]), None
@@ -348,18 +352,17 @@ class Decoder(nn.Module):
         # the mean, not the sum: a loss of the same size however many cycles there are
         return logits[-1], sum(losses) / len(losses)                   # (B, A, V) and a scalar
 
-    def read_context(self, vision, question):
-        """Runs F over x = [image | question] once. x never sees y or z: this serves every pass. -> Context"""
+    def read_context(self, vision, question, sound=None):
+        """Runs F over x = [image | sound | question] once, without what rows lack, so that costs nothing. x
+        never sees y or z: this serves every pass. -> Context"""
         c = self.config
         x = self.embed(question)                                       # (B, Q, C)
         real = question != c.pad_id                                    # (B, Q)
-        if c.use_vision:
-            vision = vision.type_as(x)                                 # (B, N, D)
-            if c.norm == 'rms':  # else it is normed as it enters
-                vision = norm(vision)
-            image = self.vision_proj(vision)                           # (B, N, C)
-            x = torch.cat([image, x], dim=1)                           # (B, S, C)
-            real = F.pad(real, (image.size(1), 0), value=True)         # (B, S): no image token is padding
+        if c.use_sound and sound is not None:
+            x = self.put_before(x, sound, self.sound_proj)             # (B, M + Q, C)
+        if c.use_vision and vision is not None:
+            x = self.put_before(x, vision, self.vision_proj)           # (B, S, C)
+        real = F.pad(real, (x.size(1) - real.size(1), 0), value=True)  # (B, S): only questions are padded
         mask = hide(~real[:, None, None, :], x.dtype)                  # (B, 1, 1, S): nobody looks at padding
         positions = torch.arange(x.size(1), device=x.device)           # padding is on the right
         own_mask = mask
@@ -375,6 +378,13 @@ class Decoder(nn.Module):
         # nobody reads what the last block would make of x, only its keys and values
         layers.append(self.blocks[-1].keys_values(h, rope))            # (B, kv, S, hs) both
         return Context(layers, mask, real.sum(1))
+
+    def put_before(self, x, tokens, proj):
+        """x behind the tokens of an encoder. Shapes: (B, T, C), (B, N, D) -> (B, N + T, C)"""
+        tokens = tokens.type_as(x)                                     # (B, N, D)
+        if self.config.norm == 'rms':  # else they are normed as they enter
+            tokens = norm(tokens)
+        return torch.cat([proj(tokens), x], dim=1)                     # (B, N + T, C)
 
     def answer_states(self, context, answer, cache=None, inner_steps=None):
         """The recursion. Runs F again and again over the states of answer positions.
@@ -505,7 +515,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None,
-                 cache=None):
+                 cache=None, sound=None):
         """Answers token by token, the likeliest at temperature 0, else drawn from the top_k likeliest.
 
         A token costs one position in each pass: the keys and values of those before it are kept, and the
@@ -516,7 +526,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         B = len(question)
-        context = self.read_context(vision, question)
+        context = self.read_context(vision, question, sound)
         if isinstance(cache, Halting) and c.recursion not in ('concat', 'loop'):
             raise ValueError(f'Halting: with recursion={c.recursion} a pass does not make all states anew')
         if isinstance(cache, Halting) and c.recur_layers < c.n_layer:
@@ -549,8 +559,11 @@ class Decoder(nn.Module):
         """Parameters by part; 'core': blocks, start states, gates; a head of its own counts as embedding."""
         total = sum(p.numel() for p in self.parameters())
         embedding = self.embed.weight.numel() * (1 if self.config.tied_head else 2)
-        vision = sum(p.numel() for p in self.vision_proj.parameters()) if self.config.use_vision else 0
-        return dict(core=total - embedding - vision, embedding=embedding, vision_proj=vision, total=total)
+        counts = dict(embedding=embedding, vision_proj=0)
+        for name in ('vision_proj', 'sound_proj'):
+            if hasattr(self, name):
+                counts[name] = sum(p.numel() for p in getattr(self, name).parameters())
+        return dict(core=total - sum(counts.values()), **counts, total=total)
 
     @classmethod
     def from_pretrained(cls, name, **settings):
@@ -567,12 +580,13 @@ class Decoder(nn.Module):
                  if key in tensors and tensors[key].shape != own.shape]
         if other:
             raise ValueError(f'{name}: config.json has other sizes than the weights ({", ".join(other[:4])})')
-        # none of its own is missing, read_decoder sees to that; new: vision_proj, gates, z_start
+        # none of its own is missing, read_decoder sees to that; new: ways from pictures and sounds, gates, z
         decoder.load_state_dict(tensors, strict=False)
-        if decoder.config.use_vision:  # an image token starts as long as a word
-            word = decoder.embed.weight.square().mean().sqrt().item()
-            nn.init.normal_(decoder.vision_proj.weight, std=word * decoder.config.vision_dim ** -.5)
-            nn.init.zeros_(decoder.vision_proj.bias)
+        word = decoder.embed.weight.square().mean().sqrt().item()
+        for key, part in decoder.named_children():
+            if key in ('vision_proj', 'sound_proj'):  # at the start their tokens have the size of words
+                nn.init.normal_(part.weight, std=word * part.in_features ** -.5)
+                nn.init.zeros_(part.bias)
         return decoder
 
 

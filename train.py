@@ -1,5 +1,5 @@
 """
-Training: a decoder learns to answer questions about pictures.
+Training: a decoder learns to answer questions about pictures and sounds.
 
     python train.py config/trm.py                    # the main job: trains, evaluates, writes out/trm
     python train.py config/trm.py --inner_steps=8    # any setting, overridden; --help lists them
@@ -25,10 +25,10 @@ import torch
 import eval as evaluation  # eval alone is Python's own
 from configurator import configure, echo, expect
 from data import Questions, open_tokenizer, read_rows, train_bpe
-from encoder import open_encoder
+from encoder import open_encoder, open_sound_encoder
 from model import Decoder, ModelConfig, build_model
 from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
-from plumbing.features import vision_source
+from plumbing.features import sound_source, vision_source
 from plumbing.files import locked
 from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype
 from plumbing.novelty import what_was_seen
@@ -94,6 +94,7 @@ class TrainConfig:
     activation: str | None = None             # of CLIP, quick_gelu or gelu; None: what its files say
     train_encoder: bool = False               # train the encoder along instead of freezing it
     vision_dim: int | None = None             # Matryoshka: read only so many dimensions of a token; None: all
+    sound_encoder: str | None = None          # a frozen one of sounds; None: a small new one, trained along
     tokenizer: str = 'bpe'                    # bpe: trained on the training questions and answers; gpt2
     vocab_size: int = 512                     # of the bpe, at most
     max_question_tokens: int = 32             # a longer question is an error, or cut with truncate
@@ -116,6 +117,7 @@ class TrainConfig:
     norm: str = 'post'                        # post: blocks norm what they hand on; pre: what they read
     qk_norm: bool = True                      # norm queries and keys
     use_vision: bool = True                   # false: the blind control
+    use_sound: bool = False                   # true: the sounds of the rows are heard
     prefix_lm: bool = True                    # the context sees itself both ways; false: causally
     # a pretrained language model as the decoder (docs/pretrained.md): its sizes are its own
     decoder: str | None = None                # its folder, or its name on the hub; None: a new decoder
@@ -152,6 +154,9 @@ class TrainConfig:
         if self.encoder_lr != 1 and not self.train_encoder:
             raise ValueError(f'encoder_lr={self.encoder_lr}: the encoder is frozen; '
                              'give --train_encoder=true')
+        if self.sound_encoder is not None and not self.use_sound:
+            raise ValueError(f'sound_encoder={self.sound_encoder} with use_sound=False: nothing is heard; '
+                             'give --use_sound=true')
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: '
                              'there is no picture to train the encoder on')
@@ -161,7 +166,7 @@ class TrainConfig:
                                  '--decoder, a pretrained one')
         if self.decoder == '':  # an unset variable, say
             raise ValueError('decoder is empty: expected the name of a folder, or of a model on the hub')
-        if self.train_decoder == 'projection' and not self.use_vision:
+        if self.train_decoder == 'projection' and not self.use_vision and not self.use_sound:
             raise ValueError('train_decoder=projection with use_vision=False: there is none to train')
         if self.norm == 'rms':
             raise ValueError('norm=rms: --decoder, a pretrained one, sets it')
@@ -242,6 +247,9 @@ def train(s, sources, device, stop):
     rows_sum = {split: of_split.sum.hexdigest() for split, of_split in rows.items()}
     unchanged(s, saved, 'dataset', rows_sum)
     say_if_few(len(rows['val']), 'questions')
+    if s.use_sound and not len(rows['train'].sounds):
+        raise ValueError(f'dataset={s.dataset}: no training row has a sound, and use_sound=True; give '
+                         'a dataset with a column sound, or leave the flag out')
     start = read_start(s.init_from) if s.init_from and not saved else None
     known = saved or start
     words = known['tokenizer'] if known else new_tokenizer(rows['train'], s)
@@ -256,9 +264,16 @@ def train(s, sources, device, stop):
     unchanged(s, saved, 'encoder', fingerprint)
     if evaluation.already_finished(saved, s):
         return
-    decoder = new_decoder(s, saved, tokenizer, encoder)  # what it refuses is said before pictures are encoded
+    sound_encoder = open_sound_encoder(s.sound_encoder).to(device) if s.use_sound else None
+    # what it refuses is said before anything is encoded
+    decoder = new_decoder(s, saved, tokenizer, encoder, sound_encoder)
+    sound_fingerprint = sound_encoder.fingerprint() if s.sound_encoder else None
+    if s.use_sound:
+        unchanged(s, saved, 'sound_encoder', sound_fingerprint)
     # each a function: (encoder, picture numbers) -> image tokens; a frozen encoder's come from the cache
     tokens_of = {split: vision_source(asdict(s), encoder, of_split, device)
+                 for split, of_split in rows.items()}
+    sounds_of = {split: sound_source(asdict(s), sound_encoder, of_split, device)
                  for split, of_split in rows.items()}
 
     # ---- model and optimizers; the average of the weights is what is judged
@@ -269,6 +284,8 @@ def train(s, sources, device, stop):
         new_parts(decoder).requires_grad_(True)
     if s.train_encoder:
         model['encoder'] = encoder.train().requires_grad_(True)
+    if s.use_sound and s.sound_encoder is None:
+        model['sound_encoder'] = sound_encoder
     if start:
         start_from(start, model, fingerprint)
     model = model.to(device)
@@ -282,7 +299,7 @@ def train(s, sources, device, stop):
     autocast = autocast_to(dtype, device)
     # in float16 small gradients are 0 unless the loss is scaled up
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-    counts = parameter_counts(model, encoder)
+    counts = parameter_counts(model, encoder, sound_encoder)
     chance = math.log(config.vocab_size)  # what a guess costs, in nats per token
     print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))
     at_first = '' if s.decoder else f' | expected loss at the start {chance:.2f}'
@@ -296,16 +313,21 @@ def train(s, sources, device, stop):
         run = put_back(saved, parts, run.started)
         say_where(s, saved, learning_rate)
     fixed_tokens = partial(tokens_of['train'], encoder) if encoder and not s.train_encoder else None
+    of_sounds = {}
+    if sound_encoder:
+        of_sounds = dict(sound_encoder_config=asdict(sound_encoder.config),
+                         sound_encoder_fingerprint=sound_fingerprint)
     checkpoint = dict(format=FORMAT, stage='answer', settings=asdict(s), environment=about,
                       model_config=asdict(config), encoder_config=asdict(encoder.config) if encoder else None,
                       encoder_fingerprint=fingerprint, encoder_source=encoder.source if encoder else None,
-                      dataset_fingerprint=rows_sum,
+                      dataset_fingerprint=rows_sum, **of_sounds,
                       tokenizer=tokenizer.state, seen=what_was_seen(rows['train'], fixed_tokens))
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop
     live_encoder = model['encoder'] if s.train_encoder else encoder
     judged_encoder = average['encoder'] if s.train_encoder else encoder
+    judged_sound_encoder = average['sound_encoder'] if 'sound_encoder' in average else sound_encoder
     mark = time.time()
     warned = False
     stopping = False
@@ -313,8 +335,9 @@ def train(s, sources, device, stop):
     while True:
         if is_due(run.step, s) and run.validated < run.step:
             vision_of = partial(tokens_of['val'], judged_encoder)
+            sound_of = partial(sounds_of['val'], judged_sound_encoder)
             scores = evaluation.quick_scores(average['decoder'], questions['val'], vision_of, device,
-                                             s.batch_size)
+                                             s.batch_size, sound_of=sound_of)
             log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='em'), event='eval')
             if run.best is None or better(scores, run.best['scores'], rows['val']):
                 weights = {name: copy.deepcopy(part.state_dict()) for name, part in average.items()}
@@ -339,8 +362,9 @@ def train(s, sources, device, stop):
             batch = on_device(shard(batch), device)
             with autocast:
                 vision = tokens_of['train'](live_encoder, batch['picture'])            # (B, N, D)
+                sound = sounds_of['train'](sound_encoder, batch['sound'])              # (B, M, D)
                 _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'],
-                                           passes)
+                                           passes, sound)
                 # a mean over rows: divided, or more micro-batches would make a larger gradient
                 micro_loss = mean * batch.get('weight', 1) / s.grad_accum
             scaler.scale(micro_loss).backward()
@@ -384,9 +408,10 @@ def train(s, sources, device, stop):
     sizes = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd')}  # perhaps pretrained
     facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s) | sizes)
     facts |= dict(dataset_fingerprint=rows_sum, encoder_fingerprint=fingerprint)
-    flops = flops_per_row(model, live_encoder, tokens_of['train'], questions['train'], s)
+    sound_of = partial(sounds_of['train'], sound_encoder)
+    flops = flops_per_row(model, live_encoder, tokens_of['train'], questions['train'], s, sound_of=sound_of)
     facts |= dict(mflop_per_example=flops / 1e6, curve=validation_curve(out_dir))
-    judge_test_split(average['decoder'], judged_encoder, tokenizer, s, device, facts)
+    judge_test_split(average['decoder'], judged_encoder, judged_sound_encoder, tokenizer, s, device, facts)
     print(f'{out_dir}: done after {clock(time.time() - run.started)}, '
           f'at most {most_memory(device) / 1e9:.2f} GB of memory')
 
@@ -443,7 +468,7 @@ def tokenized(rows, tokenizer, s, truncate):
                      few_shapes=s.compile)
 
 
-def new_decoder(s, saved, tokenizer, encoder):
+def new_decoder(s, saved, tokenizer, encoder, sound_encoder):
     """The decoder, with fresh or pretrained weights; those of a run that goes on come from its checkpoint.
     Raises: ValueError."""
     if encoder is None:
@@ -455,6 +480,8 @@ def new_decoder(s, saved, tokenizer, encoder):
         vision_dim = s.vision_dim or encoder.config.vision_dim
     given = dict(pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
                  vision_dim=vision_dim)
+    if sound_encoder:
+        given['sound_dim'] = sound_encoder.config.vision_dim
     if not s.decoder:
         return build_model(s.model_config(**given, vocab_size=tokenizer.vocab_size))
     if saved:
@@ -467,24 +494,29 @@ def new_decoder(s, saved, tokenizer, encoder):
 
 
 def new_parts(decoder):
-    """What a pretrained decoder has beside its own weights: its way from pictures, and what passes need."""
-    modules = [decoder.vision_proj] if decoder.config.use_vision else []
+    """What a pretrained decoder has beside its own weights: its ways from pictures and sounds, and what
+    passes need."""
+    modules = [part for name, part in decoder.named_children() if name in ('vision_proj', 'sound_proj')]
     single = [getattr(decoder, name) for name in ('gates', 'z_start') if hasattr(decoder, name)]
     return torch.nn.ModuleList([*modules, torch.nn.ParameterList(single)])
 
 
 def parts_and_shares(model, s):
     """What is trained, and its share of the learning rate: a parameter in two belongs to the first."""
-    parts = [(s.encoder_lr if name == 'encoder' else s.decoder_lr, part) for name, part in model.items()]
+    shares = dict(encoder=s.encoder_lr, decoder=s.decoder_lr, sound_encoder=1.0)
+    parts = [(shares[name], part) for name, part in model.items()]
     if s.decoder:
         parts.insert(0, (1.0, new_parts(model['decoder'])))
     return parts
 
 
-def parameter_counts(model, encoder):
-    """Parameters by part, those of the encoder beside them."""
-    n_encoder = sum(p.numel() for p in encoder.parameters()) if encoder else 0
-    return model['decoder'].parameter_counts() | dict(encoder=n_encoder)
+def parameter_counts(model, encoder, sound_encoder):
+    """Parameters by part, those of the encoders beside them."""
+    counts = model['decoder'].parameter_counts() | dict(encoder=0)
+    for name, part in dict(encoder=encoder, sound_encoder=sound_encoder).items():
+        if part:
+            counts[name] = sum(p.numel() for p in part.parameters())
+    return counts
 
 
 def better(new, old, rows):
@@ -494,7 +526,7 @@ def better(new, old, rows):
     return new['em'] >= old['em']  # of equals the later one, which has learnt longer
 
 
-def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
+def flops_per_row(model, encoder, image_tokens, questions, s, n=16, sound_of=None):
     """FLOPs of a training step for each row of a full batch, without the optimizer's own.
 
     The mean over the sizes of batches (captions come in smaller ones), weighted by how often they come, of
@@ -507,8 +539,9 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
 
     def one_row(batch, passes=None):
         vision = image_tokens(encoder, batch['picture'])
+        sound = sound_of(batch['sound']) if sound_of else None
         decoder = model['decoder']
-        decoder(vision, batch['question'], batch['answer'], batch['targets'], passes)[1].backward()
+        decoder(vision, batch['question'], batch['answer'], batch['targets'], passes, sound)[1].backward()
 
     def flops_of_batch(batch):
         if s.min_inner_steps is None:
@@ -519,7 +552,8 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
     def flops_of_one(rows):
         batch = on_device(questions.batch(rows), next(model.parameters()).device)
         batch = {key: value[:1] for key, value in batch.items()}
-        shape = batch['question'].shape + batch['answer'].shape
+        has = batch['picture'].item() >= 0, batch['sound'].item() >= 0
+        shape = batch['question'].shape + batch['answer'].shape + has
         if shape not in known:
             known[shape] = flops_of_batch(batch)
         return known[shape]
@@ -533,13 +567,15 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16):
     return total / n_batches / s.batch_size
 
 
-def judge_test_split(decoder, encoder, tokenizer, s, device, facts):
+def judge_test_split(decoder, encoder, sound_encoder, tokenizer, s, device, facts):
     """Evaluates the test split and writes the results."""
     rows = read_rows(s.dataset, 'test')
     questions = tokenized(rows, tokenizer, s, truncate=True)  # too late to refuse what is too long
     vision_of = partial(vision_source(asdict(s), encoder, rows, device), encoder)
+    sound_of = partial(sound_source(asdict(s), sound_encoder, rows, device), sound_encoder)
     batch_size = min(256, s.batch_size)  # training had the memory for it
-    metrics, predictions = evaluation.evaluate(decoder, questions, vision_of, device, batch_size)
+    metrics, predictions = evaluation.evaluate(decoder, questions, vision_of, device, batch_size,
+                                               sound_of=sound_of)
     metrics['dataset_fingerprint'] = facts['dataset_fingerprint'] | dict(test=rows.sum.hexdigest())
     print(evaluation.result_table(metrics))
     evaluation.write_results(s.out_dir, facts | metrics, rows, predictions)

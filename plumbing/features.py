@@ -18,13 +18,16 @@ from plumbing.files import locked
 from plumbing.machine import autocast_to, fast_dtypes
 from plumbing.pictures import open_picture
 from plumbing.ranks import in_turn
+from plumbing.sounds import spectrum_picture
+
+OPEN = dict(picture=open_picture, sound=spectrum_picture)  # what an encoder reads -> a Pillow picture of it
 
 
 def picture_from(file, encoder):
-    """A picture file, ready for an encoder. Shapes: -> (3, S, S). Raises: FileNotFoundError, ValueError
-    naming the file."""
+    """A picture or sound file, ready for its encoder. Shapes: -> (3, S, S). Raises: FileNotFoundError,
+    ValueError naming the file."""
     try:
-        return encoder.preprocess(open_picture(Path(file).read_bytes()))
+        return encoder.preprocess(OPEN[encoder.config.reads](Path(file).read_bytes()))
     except ValueError as e:
         raise ValueError(f'{file}: {e}') from None
 
@@ -36,7 +39,7 @@ def decode(encoder, data, digest):
         raise ValueError(data)
     if hashlib.sha256(data).digest() != digest:
         raise ValueError('it has changed since it was read first')
-    return encoder.pixels(open_picture(data))
+    return encoder.pixels(OPEN[encoder.config.reads](data))
 
 
 AHEAD_BYTES = 2**27  # of picture files that wait to be decoded
@@ -91,6 +94,8 @@ def decode_all(encoder, pictures, wanted, batch_size):
 
 def pixel_array(encoder, pictures):
     """All pictures decoded, in memory. Shapes: -> (n, 3, S, S) uint8. Raises: ValueError."""
+    if not len(pictures):
+        return None  # and none is ever asked for
     pixels = []
     for batch in decode_all(encoder, pictures, range(len(pictures)), 256):
         pixels += [picture for _, picture in batch]
@@ -275,8 +280,8 @@ class Part:
 # the image tokens of a batch
 
 class ImageTokens:
-    """The image tokens of a split: from the cache where the encoder is frozen, else anew from the pixels,
-    with gradient where the encoder is trained. Made by `vision_source`."""
+    """The image or sound tokens of a split: from the cache where the encoder is frozen, else anew from the
+    pixels, with gradient where the encoder is trained. Made by `vision_source` or `sound_source`."""
 
     def __init__(self, settings, encoder, pictures, device):
         self.device = device
@@ -292,7 +297,9 @@ class ImageTokens:
             self.features = in_turn(make)
 
     def __call__(self, encoder, picture):
-        """Shapes: picture, indices (B,) -> (B, N, D)."""
+        """Shapes: picture, indices (B,) -> (B, N, D), or None where they are -1: the rows have none."""
+        if picture[0] < 0:
+            return None
         if self.features is not None:
             return self.features[picture.cpu()].to(self.device).float()  # halves travel
         pixels = self.pixels[picture.cpu()].to(self.device)                            # (B, 3, S, S) uint8
@@ -304,8 +311,8 @@ class ImageTokens:
         return tokens[..., :self.dim]
 
 
-def blind(encoder, picture):
-    """The image tokens of the blind control: none."""
+def nothing(encoder, indices):
+    """The image tokens of the blind control, the sound tokens of the deaf one: none."""
     return None
 
 
@@ -313,5 +320,13 @@ def vision_source(settings, encoder, rows, device):
     """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens
     (B, N, D), or None without vision. `settings`: those of a run, a dict."""
     if not settings['use_vision']:
-        return blind
+        return nothing
     return ImageTokens(settings, encoder, rows.pictures, device)
+
+
+def sound_source(settings, encoder, rows, device):
+    """As `vision_source`, of the sounds of a split. Without a file their encoder is trained along."""
+    if not settings.get('use_sound'):  # runs of before have no such setting
+        return nothing
+    changes = dict(vision_dim=None, train_encoder=settings['sound_encoder'] is None)
+    return ImageTokens(settings | changes, encoder, rows.sounds, device)

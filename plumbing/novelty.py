@@ -24,7 +24,7 @@ def what_was_seen(rows, image_tokens):
     """
     counts = Counter(word for question in set(rows.question) for word in words_of(question))
     seen = dict(words=[word for word, _ in counts.most_common(MOST_WORDS)])
-    if image_tokens is not None:
+    if image_tokens is not None and len(rows.pictures):
         n = len(rows.pictures)
         chosen = torch.linspace(0, n - 1, min(MOST_PICTURES, n)).long()
         summaries = [image_tokens(part).float().mean(1) for part in chosen.split(32)]    # (B, D) each

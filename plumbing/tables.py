@@ -33,6 +33,8 @@ SCHEMA = pa.schema([
     ('sample_id', pa.string()),
     ('type', pa.string()),
 ])
+SOUND_SCHEMA = SCHEMA.append(pa.field('sound', pa.binary()))
+MEDIA = ('image', 'sound')  # the columns that hold files
 
 # ----------------------------------------------------------------------------
 # writing a dataset
@@ -95,45 +97,54 @@ def show_progress(out, files, start):
 
 class SplitFile:
     """The file of a split while it is written. Rows are gathered to row groups of at most 2,000 rows and some
-    4 MB of different pictures, which are quickly read; in one of them a picture that is asked several times
-    is held and stored once."""
+    4 MB of different pictures and sounds, which are quickly read; in one of them a picture that is asked
+    several times is held and stored once."""
 
     def __init__(self, path, schema):
         self.schema = schema
-        # without Arrow's own schema, which would say that pictures are a dictionary: a reader gets bytes
-        self.writer = pq.ParquetWriter(path, self.table([], {}).schema, store_schema=False,
-                                       use_dictionary=True, dictionary_pagesize_limit=2**30)
         self.n_rows = 0
-        self.rows = []      # of the next row group; their pictures as numbers
-        self.pictures = {}  # its different pictures, each with its number
-        self.picture_bytes = 0
+        self.start_group()
+        # without Arrow's own schema, which would say that pictures are a dictionary: a reader gets bytes
+        self.writer = pq.ParquetWriter(path, self.table().schema, store_schema=False,
+                                       use_dictionary=True, dictionary_pagesize_limit=2**30)
+
+    def start_group(self):
+        self.rows = []     # of the next row group; their pictures and sounds as numbers
+        self.files = {key: {} for key in MEDIA if key in self.schema.names}  # the different ones, each with
+        self.n_bytes = 0                                                     # its number
 
     def add(self, row):
         self.n_rows += 1
-        if row['image'] not in self.pictures:
-            self.pictures[row['image']] = len(self.pictures)
-            self.picture_bytes += len(row['image'])
-        self.rows.append(row | dict(image=self.pictures[row['image']]))
+        numbers = {}
+        for key, known in self.files.items():
+            file = row.get(key)
+            if file is not None and file not in known:
+                known[file] = len(known)
+                self.n_bytes += len(file)
+            numbers[key] = known.get(file)  # none where the row has none
+        self.rows.append(row | numbers)
 
     def is_full(self, row):
-        """Whether this row begins the next row group: its picture does not fit, unless it is here already."""
-        is_new = row['image'] not in self.pictures
-        return len(self.rows) == 2000 or self.picture_bytes > 2**22 and is_new
+        """Whether this row begins the next row group: its picture or sound does not fit, unless it is here
+        already."""
+        is_new = any(row.get(key) is not None and row[key] not in known for key, known in self.files.items())
+        return len(self.rows) == 2000 or self.n_bytes > 2**22 and is_new
 
     def flush(self):
-        self.writer.write_table(self.table(self.rows, self.pictures))
-        self.rows = []
-        self.pictures = {}
-        self.picture_bytes = 0
+        self.writer.write_table(self.table())
+        self.start_group()
 
-    def table(self, rows, pictures):
-        """Rows whose pictures are numbers as a table, with the pictures as a dictionary."""
-        i = self.schema.get_field_index('image')
-        numbers = self.schema.set(i, pa.field('image', pa.int32()))
-        table = pa.Table.from_pylist(rows, numbers)
-        images = table['image'].combine_chunks()
-        images = pa.DictionaryArray.from_arrays(images, pa.array(pictures, pa.binary()))
-        return table.set_column(i, 'image', images)
+    def table(self):
+        """The rows, whose pictures and sounds are numbers, as a table, with these as dictionaries."""
+        schema = self.schema
+        for key in self.files:
+            schema = schema.set(schema.get_field_index(key), pa.field(key, pa.int32()))
+        table = pa.Table.from_pylist(self.rows, schema)
+        for key, known in self.files.items():
+            numbers = table[key].combine_chunks()
+            column = pa.DictionaryArray.from_arrays(numbers, pa.array(known, pa.binary()))
+            table = table.set_column(table.schema.get_field_index(key), key, column)
+        return table
 
 
 # ----------------------------------------------------------------------------
@@ -154,7 +165,7 @@ def open_split(folder, split):
                                 f'val.parquet and test.parquet (python data.py --help says how to draw or '
                                 f'import one)')
     file = open_parquet(path)
-    for needed in (('image',), ('question', 'caption'), ('answer', 'caption')):
+    for needed in (MEDIA, ('question', 'caption'), ('answer', 'caption')):
         if not set(needed) & set(file.schema_arrow.names):
             raise ValueError(f'{path}: has no column {" or ".join(needed)}; it has '
                              f'{", ".join(file.schema_arrow.names)}')
@@ -329,6 +340,20 @@ def read_image(image, folder):
     return image or 'the image is empty'
 
 
+def files_in(row, folder):
+    """The picture file and the sound file of a row, those that it has, at least one: {'image' or 'sound':
+    bytes, or a string that says what is wrong with it}."""
+    files = {key: read_image(row[key], folder) for key in MEDIA if row.get(key) is not None}
+    if isinstance(files.get('sound'), str):  # it says the same of a sound
+        files['sound'] = files['sound'].replace('image', 'sound', 1)
+    return files or {'image': 'the image is empty'}
+
+
+def file_problem(files):
+    """What is wrong with the first of these files that cannot be read, or None."""
+    return next((problem for problem in files.values() if isinstance(problem, str)), None)
+
+
 OTHER_FOLDER = '--images=FOLDER of python data.py names the folder of the pictures'
 
 
@@ -496,12 +521,13 @@ class View(Sequence):
 
 
 class Pictures:
-    """The different pictures of a parquet file, as bytes, read when they are asked for: all in order
-    (iterate), or one ([i]), which reads its row group up to it, or on from the one before. `digests` holds
-    the sha256 of each, `names` what to call it in messages."""
+    """The different pictures, or sounds, of a parquet file, as bytes, read when they are asked for: all in
+    order (iterate), or one ([i]), which reads its row group up to it, or on from the one before. `digests`
+    holds the sha256 of each, `names` what to call it in messages."""
 
-    def __init__(self, path):
+    def __init__(self, path, column='image'):
         self.path = path
+        self.column = column
         self.groups = array('i')    # the row group of each picture
         self.places = array('i')    # its row there
         self.rows = array('i')      # its row in the file
@@ -517,10 +543,12 @@ class Pictures:
         return f'{self.path}, row {self.rows[i]}'
 
     def add(self, digest, group, place, row):
+        """-> its number"""
         self.sums.append(digest)
         self.groups.append(group)
         self.places.append(place)
         self.rows.append(row)
+        return len(self.rows) - 1
 
     def __len__(self):
         return len(self.rows)
@@ -528,7 +556,7 @@ class Pictures:
     def __iter__(self):
         places = zip(self.groups, self.places)
         place = next(places, None)
-        for group, start, batch in batches(self.path, ['image']):
+        for group, start, batch in batches(self.path, [self.column]):
             while place and place[0] == group and place[1] < start + len(batch):
                 yield self.picture_in(batch, place[1] - start)
                 place = next(places, None)
@@ -540,7 +568,7 @@ class Pictures:
             self.group = group
             self.start = 0
             self.batch = ()
-            self.ahead = batches(self.path, ['image'], [group])
+            self.ahead = batches(self.path, [self.column], [group])
         while place >= self.start + len(self.batch):
             following = next(self.ahead, None)
             if following is None:
@@ -550,4 +578,4 @@ class Pictures:
         return self.picture_in(self.batch, place - self.start)
 
     def picture_in(self, batch, i):
-        return read_image(plain(batch['image'][i]), self.path.parent)
+        return read_image(plain(batch[self.column][i]), self.path.parent)

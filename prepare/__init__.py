@@ -3,10 +3,10 @@ Importing published datasets. A module of this folder reads one family of format
 (split, row), and what is here checks the rows and writes them.
 
     split   train, val or test: as it was published; 'train or val', or None for any of the three: the content
-            of the picture decides. Published splits come first
-    row     image (bytes, or a path), question, answer, caption, sample_id, type, group, as in data.py; or
-            sample_id and bad (why the row cannot be used); or sample_id and missing (why there is no
-            picture), which is not counted as bad
+            of the picture decides, or of the sound where there is none. Published splits come first
+    row     image and sound (bytes, or a path), question, answer, caption, sample_id, type, group, as in
+            data.py; or sample_id and bad (why the row cannot be used); or sample_id and missing (why there is
+            no picture), which is not counted as bad
 
 A module that draws its pictures has a Config of its own in place of ImportConfig; its rows have their split
 and are not checked. A new format is a new module: nothing else names them.
@@ -33,9 +33,11 @@ import pyarrow as pa
 from plumbing.console import cut
 from plumbing.files import write_whole
 from plumbing.pictures import rgb_picture
+from plumbing.sounds import spectrum_picture
 from plumbing.tables import (
+    MEDIA,
     OTHER_FOLDER,
-    SCHEMA,
+    SOUND_SCHEMA,
     SPLITS,
     KnownPictures,
     OnDisk,
@@ -107,7 +109,7 @@ def import_dataset(module, config):
         raise FileNotFoundError(f'--images={config.images}: no such folder')
     job = Import(module, config)
     texts_type = pa.list_(pa.string())  # a row may have several answers and captions
-    schema = SCHEMA.set(2, pa.field('answer', texts_type)).set(3, pa.field('caption', texts_type))
+    schema = SOUND_SCHEMA.set(2, pa.field('answer', texts_type)).set(3, pa.field('caption', texts_type))
     write_dataset(config.out, job.good_rows(), schema, job.finish)
 
 
@@ -130,24 +132,32 @@ class Import:
         """Yields (split, row) for every row that can be used; reads and decodes pictures on all cores."""
         with ThreadPoolExecutor() as pool:
             for chunk in chunks(self.module.rows(self.config)):
-                # a picture that several rows name, or hold, is read once and held once
-                images = list(dict.fromkeys(image_of(row) for _, row in chunk))
-                files = dict(zip(images, pool.map(partial(picture_file, config=self.config), images)))
-                self.decode_new(files.values(), pool)
+                files = {}
+                for key in MEDIA:
+                    # a picture that several rows name, or hold, is read once and held once
+                    named = list(dict.fromkeys(file_of(row, key) for _, row in chunk))
+                    files[key] = dict(zip(named, pool.map(partial(read_media, key, self.config), named)))
+                    self.decode_new(files[key].values(), pool, key)
                 for split, row in chunk:
-                    picture, digest, why_none = files[image_of(row)]
-                    problem = row.get('bad') or why_none or texts_problem(row)
+                    picture, digest, why_none = files['image'][file_of(row, 'image')]
+                    sound, digest_of_sound, why_silent = files['sound'][file_of(row, 'sound')]
+                    if row.get('sound') is None:  # as in most datasets
+                        why_silent = None
+                    elif row.get('image') is None:  # the sound stands for it
+                        digest, why_none = digest_of_sound, why_silent
+                    undecodable, _ = self.known.get(digest_of_sound) or (None, None)
+                    problem = row.get('bad') or why_none or why_silent or undecodable or texts_problem(row)
                     place = self.place_of(split, row, digest, problem)
                     if place:
-                        yield place, row | dict(image=picture, **texts(row))
+                        yield place, row | dict(image=picture, sound=sound, **texts(row))
 
-    def decode_new(self, files, pool):
-        """Decodes each picture once, however many questions it has."""
+    def decode_new(self, files, pool, key):
+        """Decodes each picture or sound once, however many questions it has."""
         new = {}
-        for picture, digest, why_none in files:
+        for file, digest, why_none in files:
             if not why_none and self.known.get(digest) is None:
-                new[digest] = picture
-        for digest, problem in zip(new, pool.map(decoding_problem, new.values())):
+                new[digest] = file
+        for digest, problem in zip(new, pool.map(partial(decoding_problem, key), new.values())):
             self.known[digest] = problem, None
 
     def place_of(self, split, row, digest, problem):
@@ -248,11 +258,14 @@ def chunks(rows):
     held = {}
     n_bytes = 0
     for split, row in rows:
-        image = image_of(row)
-        if image not in held:
-            held[image] = image
-            n_bytes += size_of(image)
-        chunk.append((split, row | dict(image=held[image])))
+        for key in MEDIA:
+            file = file_of(row, key)
+            if file not in held:
+                held[file] = file
+                n_bytes += size_of(file)
+            if file is not None:
+                row = row | {key: held[file]}
+        chunk.append((split, row))
         if len(chunk) == 256 or n_bytes > CHUNK_BYTES:
             yield chunk
             chunk = []
@@ -262,33 +275,34 @@ def chunks(rows):
         yield chunk
 
 
-def image_of(row):
-    """The picture of a row, bytes or a path, or None where there is none, or nothing to do with it."""
-    image = row.get('image')
-    is_usable = isinstance(image, (bytes, str, Path)) and not row.get('missing') and not row.get('bad')
-    return image if is_usable else None
+def file_of(row, key):
+    """The picture or sound of a row, bytes or a path, or None where there is none, or nothing to do with it.
+    key: image or sound"""
+    file = row.get(key)
+    is_usable = isinstance(file, (bytes, str, Path)) and not row.get('missing') and not row.get('bad')
+    return file if is_usable else None
 
 
-def size_of(image):
-    """The bytes of a picture that is in memory, or will be."""
-    if image is None or isinstance(image, bytes):
-        return len(image or b'')
+def size_of(file):
+    """The bytes of a picture or sound that is in memory, or will be."""
+    if file is None or isinstance(file, bytes):
+        return len(file or b'')
     try:
-        return os.stat(image).st_size
+        return os.stat(file).st_size
     except (OSError, ValueError):  # it is not there: reading it says so
         return 0
 
 
-def picture_file(image, config):
-    """-> a picture file as bytes, their sha256, and why there is none, or None. `image`: bytes, a path or
-    None"""
-    if isinstance(image, (str, Path)):
-        image = read_inside(image, [config.images, config.source])
-    if isinstance(image, str):  # why there is none
-        return None, b'', image
-    if not image:
-        return None, b'', 'the image is empty'
-    return image, hashlib.sha256(image).digest(), None
+def read_media(key, config, file):
+    """-> a picture or sound file as bytes, their sha256, and why there is none, or None. key: image or sound;
+    file: bytes, a path or None"""
+    if isinstance(file, (str, Path)):
+        file = read_inside(file, [config.images, config.source])
+    if isinstance(file, str):  # why there is none
+        return None, b'', file.replace('image', key, 1)
+    if not file:
+        return None, b'', f'the {key} is empty'
+    return file, hashlib.sha256(file).digest(), None
 
 
 def texts_problem(row):
@@ -327,10 +341,11 @@ def texts(row):
     )
 
 
-def decoding_problem(picture):
-    """Why no encoder takes a picture file, or None."""
+def decoding_problem(key, file):
+    """Why no encoder takes a picture or sound file, or None."""
     try:
-        rgb_picture(picture)
+        decode = spectrum_picture if key == 'sound' else rgb_picture
+        decode(file)
     except ValueError as e:
         return str(e)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import pyarrow as pa
 
 from plumbing.console import cut
-from plumbing.tables import named, read_image
+from plumbing.tables import file_problem, files_in, named
 from prepare import turns
 
 TEXT = ('text',)
@@ -22,6 +22,7 @@ COLUMNS = dict(
     image=(('image', 'image_bytes', 'jpg', 'png', 'webp', 'img', 'picture', 'image.bytes', 'images',
             'image_path', 'img_path', 'image_file', 'file_name', 'filename', 'filepath'),
            ('text', 'bytes', 'object', 'list of text', 'list of bytes', 'list of object')),
+    sound=(('sound', 'audio', 'wav'), ('text', 'bytes', 'object')),
     question=(('question', 'query', 'prompt'), TEXT),
     answer=(('answer', 'answers', 'multiple_choice_answer', 'label'), (*TEXTS, 'list of object')),
     caption=(('caption', 'captions', 'text', 'title'), TEXTS),
@@ -74,8 +75,9 @@ def check_columns(path, names, kinds, hint=''):
     columns = columns_of(tuple(names), tuple(kinds))
     has_texts = 'caption' in columns or 'talk' in columns or 'messages' in columns
     has_texts = has_texts or 'question' in columns and 'answer' in columns
-    if 'image' not in columns or not has_texts:
-        lacking = 'image' if 'image' not in columns else 'question with answer, and no caption,'
+    has_media = 'image' in columns or 'sound' in columns
+    if not has_media or not has_texts:
+        lacking = 'image' if not has_media else 'question with answer, and no caption,'
         has_urls = {'url', 'imageurl', 'urls', 'imageurls'} & set(counts)
         if has_urls and lacking == 'image':
             hint = '; for URLs see python data.py pixmo, or fetch them with img2dataset'
@@ -156,9 +158,9 @@ def rows_of(values, columns, name, folder):
     if image is None and row['status'] not in (None, 'success'):
         yield dict(missing=f'not fetched by img2dataset: {cut(row["status"])}', sample_id=name)
         return
-    picture = read_image(image, folder)
-    if isinstance(picture, str):
-        yield dict(bad=picture, sample_id=name)
+    files = files_in(dict(image=image, sound=row['sound']), folder)
+    if problem := file_problem(files):
+        yield dict(bad=problem, sample_id=name)
         return
     answer = row['answer']
     if isinstance(answer, list):  # of VQA v2: {answer, answer_id}
@@ -170,7 +172,7 @@ def rows_of(values, columns, name, folder):
         return
     for k, (question, answer) in enumerate(talk):
         yield dict(
-            image=picture,
+            **files,
             question=question,
             answer=answer,
             caption=row['caption'],

@@ -87,16 +87,19 @@ class Config:
 # scenes, pictures and captions
 
 
-def draw_scene(rng, config, varied=False):
-    """A random scene: objects with unique (colour, shape) pairs, at free positions, two pixels apart at
-    least; with types='swaps' of different colours and in columns of their own. In a `varied` one all objects
-    are larger or smaller than in others, and so that small and big can be told apart, both are there.
+def draw_scene(rng, config, varied=False, pairs=None):
+    """A random scene: objects with unique (colour, shape) pairs, `pairs` where given, at free positions, two
+    pixels apart at least; with types='swaps' of different colours and in columns of their own. In a `varied`
+    one all objects are larger or smaller than in others, and so that small and big can be told apart, both
+    are there.
 
     Units: x, y (centre) and r (half width) in pixels.
     Raises: ValueError when `max_objects` do not fit into `image_px`.
     """
-    n = rng.randint(config.min_objects, config.max_objects)
-    if config.types == 'swaps':
+    n = len(pairs) if pairs else rng.randint(config.min_objects, config.max_objects)
+    if pairs:
+        pairs = rng.sample(pairs, n)  # the first ones get the sizes of a varied scene
+    elif config.types == 'swaps':
         pairs = [(color, rng.choice(SHAPES)) for color in rng.sample(tuple(COLORS), n)]
     else:
         pairs = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], n)

@@ -126,7 +126,8 @@ def csv_rows(path, folder):
     elif not columns_of(tuple(names)):
         hint += '; is there no header? The first line should be one, such as: image,question,answer'
     columns = check_columns(path, names, ['text'] * len(names), hint)
-    for number, fields in records(lines, delimiter, names.index(columns['image']), len(names), Path(folder)):
+    image = columns.get('image') or columns['sound']
+    for number, fields in records(lines, delimiter, names.index(image), len(names), Path(folder)):
         if isinstance(fields, str):
             yield ValueError(fields), {}
         elif fields:
