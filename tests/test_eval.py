@@ -77,7 +77,7 @@ def test_picture_sheet():
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--question=q'], 'about which picture'), (['--split=tset'], 'split=tset'), (['--image=', '--question=q'], '--image is empty'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
+    (['--question=q'], 'about what'), (['--split=tset'], 'split=tset'), (['--image=', '--question=q'], '--image is empty'), (['--out_dir=/nowhere'], 'no such file; a run writes it')])
 def test_bad_arguments(argv, message):
     """A wrong combination or a folder without a run is one message."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
