@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The experiments of results/, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
-#     bash lab/experiments.sh                  # everything but the groups gpu, wide and five, three seeds; of the learning rates left aside one
+#     bash lab/experiments.sh                  # everything but the groups gpu, wide, five, photographs and pretrained, three seeds; of the learning rates left aside one
 #     bash lab/experiments.sh steps width T2   # some groups, some runs
 #     SEEDS="1 2 3 4 5" JOBS=2 bash lab/experiments.sh swaps
 #     LIST=1 bash lab/experiments.sh           # only print the commands that there are to run
@@ -123,6 +123,14 @@ for k in "mosaics" "mosaics_blind --use_vision=false" "mosaics_plain4 --kind=pla
     set -- $k; add photographs $1 config/mosaics.py "${@:2}"
 done
 
+# pretrained: SmolLM2 on mosaics, some forty minutes of a core each; needs data/mosaics_few, which is data/mosaics with --n_val=60 --n_test=200, and the weights by
+# their name on the hub or, with DECODER=FOLDER, in a folder; left out unless asked for
+few="--decoder=${DECODER:-HuggingFaceTB/SmolLM2-135M-Instruct} --dataset=data/mosaics_few --batch_size=16"
+for k in "smollm2 smollm2 --max_steps=470 --eval_interval=235" "smollm2_projection smollm2 --train_decoder=projection --max_steps=706 --eval_interval=353" \
+         "smollm2_trm smollm2_trm --max_steps=444 --eval_interval=222" "smollm2_blind smollm2 --use_vision=false --max_steps=470 --eval_interval=235"; do
+    set -- $k; add pretrained $1 config/$2.py $few "${@:3}"
+done
+
 # gpu: Edge-Glass' experiments at its own scale, bash lab/experiments_gpu.sh; left out, as wide and five are, unless asked for
 for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
 for t in 2 3; do add gpu pixmo_T$t config/trm_pixmo.py --outer_steps=$t --deep_supervision=true; done
@@ -145,7 +153,7 @@ one() {  # NAME SEED
 
 TODO=()
 for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
-    if [ "$WANTED" = "  " ] && [[ ${GROUP[$name]} != @(gpu|wide|five|photographs) && ( $seed = 1 || ${GROUP[$name]} != *rate ) ]] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
+    if [ "$WANTED" = "  " ] && [[ ${GROUP[$name]} != @(gpu|wide|five|photographs|pretrained) && ( $seed = 1 || ${GROUP[$name]} != *rate ) ]] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
         [ -e $RESULTS/${name}_$seed.json ] || TODO+=("$name $seed")
     fi
 done; done

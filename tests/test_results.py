@@ -89,7 +89,7 @@ TABLES = [('swaps', 0, 'swaps_{}', '1e-3', 11), ('seconds', 0, 'swaps_{}', '', 6
           ('flops', 0, 'flops_{}', '', 8), ('captions', 0, '{}', '', 8), ('sortofclevr', 0, 'sortofclevr_{}', '', 5), ('cycles', 0, 'swaps_{}', '', 4),
           ('ablations', 0, '{}', '', 11), ('encoder', 0, '{}', '', 9)]
 RATES = [('rates', 0, 'swaps_{}', 8)]
-BY_HAND = [('states', 0), ('states', 1)]  # of checkpoints, which are not in results/runs (but see test_as_trained)
+BY_HAND = [('states', 0), ('states', 1), ('pretrained', 0)]  # of checkpoints, which are not in results/runs (but see test_as_trained); for pretrained see below
 
 
 def check(rows, name, rate):
@@ -135,6 +135,19 @@ def test_no_table_left_out(page):
     """Every table whose first column names something in back quotes is tested above, or is one of the few that cannot be."""
     listed = sorted(number for name, number, *_ in [*TABLES, *RATES, *BY_HAND] if name == page)
     assert listed == list(range(len(tables(f'results/{page}.md'))))
+
+
+def test_pretrained_decoders():
+    """The rows of SmolLM2; that of the TRM is a judgement of another run's weights."""
+    rows = tables('results/pretrained.md')[0]
+    assert len(rows) == 4
+    for row in rows[1:]:
+        m = runs(re.search('`(.*)`', row['decoder'])[1])['1']
+        scores = {name: of['em'] for name, of in m['by_type'].items()} | dict(all=m['em'])
+        for column, type in (('all', 'all'), ('what is at', 'what'), ('compare', 'compare'), ('relation', 'relation')):
+            assert row[column] == f'{scores[type]:.3f}'
+        assert row["captions' F1"] == f"{m['by_type']['describe']['f1']:.2f}" and row['GFLOP a row'] == f"{m['mflop_per_example'] / 1000:.1f}"
+        assert row['steps x rows'] == f"{m['settings']['max_steps']} x {m['settings']['batch_size']}" and row['minutes'] == f"{m['train_s'] / 60:.0f}"
 
 
 def best_of(name, rates):
