@@ -170,7 +170,7 @@ class Demo:
 
     def figures(self, source, number, file, question, passes, prefix):
         picture, known = self.picture_and_questions(source, number, file)
-        references, is_caption = known.get(question, ((), False))
+        references, is_caption = known.get((question or '').strip(), ((), False))
         passes = int(passes) if passes else None
         return side_by_side([run.look(picture, question, references, is_caption, passes, prefix)
                              for run in self.runs])

@@ -99,9 +99,9 @@ def stage(look, k, now):
     return f'''<div class="stage{now}" data-pass="{k + 1}">
 <div><div class="label">{sees}</div>
 <div class="picture{' unseen' if look.shares is None else ''}">{light(one, look.shares)}</div></div>
-<div class="read"><div class="label"><b>y</b>, the answer so far, says after <b>pass {k + 1}</b></div>
+<div class="read"><div class="label"><b>y</b>, the answer so far, after <b>pass {k + 1}</b></div>
 {guess_bars(one)}
-<div class="label">moved in this pass (1 is its own size)</div>
+<div class="label">moved (1 is its own size)</div>
 {move_bars(one)}</div>
 <div class="words"><div class="label">reads: {weights.sum():.0%} at the question</div>
 {marked_words(look.words, weights)}</div></div>'''
