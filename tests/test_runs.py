@@ -336,8 +336,8 @@ def not_a_number(monkeypatch, *steps):
     forward, rate, at = Decoder.forward, train.learning_rate, {}
     monkeypatch.setattr(train, 'learning_rate', lambda step, settings: at.update(step=step) or rate(step, settings))
 
-    def spoilt(*args):
-        logits, loss = forward(*args)
+    def spoilt(*args, **more):
+        logits, loss = forward(*args, **more)
         return logits, loss * math.nan if loss is not None and at['step'] in steps and torch.is_grad_enabled() else loss
     monkeypatch.setattr(Decoder, 'forward', spoilt)
 
@@ -446,7 +446,7 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (train, '{here}/false.py', 'false.py, line 1: NameError'),
     (train, '--dataset={here}/none', 'train.parquet: no such file; a dataset is a folder with'),
     (train, '--dataset={here}/text', 'train.parquet: not a parquet file'),
-    (train, '--dataset={here}/columns', 'has no column image; it has picture'),
+    (train, '--dataset={here}/columns', 'has no column image or sound; it has picture'),
     (train, '--dataset={here}/no_rows', 'train.parquet: has no rows; training, validation and test need some each'),
     (train, '--dataset={here}/no_test', 'val.parquet: no such file'),
     (train, '--out_dir={run} --fresh=true --dataset={here}/none', 'no such file; a dataset is a folder with'),
@@ -464,7 +464,7 @@ MISTAKES = [  # script, arguments, what its message says; {run}: a finished run,
     (evaluation, '--out_dir={run} --split=tset', 'split=tset: expected train, val or test'),
     (evaluation, '--out_dir={run} --image={here}/none.png --question=what?', 'none.png: no such file'),
     (evaluation, '--out_dir={run} --image={here}/typo.py --question=what?', 'typo.py: not a picture'),
-    (evaluation, '--out_dir={run} --question=what?', '--question: about which picture'),
+    (evaluation, '--out_dir={run} --question=what?', '--question: about what'),
     (evaluation, '--out_dir={run} --top_k=3', '--top_k goes with a --temperature above 0'),
     (data, 'coco --source=x --out=y', 'coco: no such format; there are captions, clevr'),
     (data, 'vqav2 --source={here}/none --out={here}/x', 'no such file; --source is the folder of the published files'),

@@ -295,14 +295,14 @@ def test_a_validation_that_fails_costs_no_step(flags, tmp_path, monkeypatch):
     """A run is saved before it validates, with no more rows at once than training has; one that dies in a validation, or right after its log line, goes on to the same end and log."""
     quick, save, sizes = evaluation.quick_scores, train.save, []
 
-    def full(*args):
+    def full(*args, **more):
         raise MemoryError
 
-    def measured(decoder, questions, vision_of, *args):
+    def measured(decoder, questions, vision_of, *args, **more):
         def look(picture):
             sizes.append(len(picture))
             return vision_of(picture)
-        return quick(decoder, questions, look, *args)
+        return quick(decoder, questions, look, *args, **more)
 
     def killed(out_dir, checkpoint, run, parts):
         if run.validated == 8:
@@ -618,8 +618,8 @@ def test_learns_a_dataset_by_heart(tmp_path, monkeypatch, capsys):
 
     events, quick, read = [], evaluation.quick_scores, train.read_rows
 
-    def both(decoder, questions, vision_of, device, batch_size):
-        scores, (written, _) = quick(decoder, questions, vision_of, device, batch_size), evaluation.evaluate(decoder, questions, vision_of, device)
+    def both(decoder, questions, vision_of, device, batch_size, **more):
+        scores, (written, _) = quick(decoder, questions, vision_of, device, batch_size, **more), evaluation.evaluate(decoder, questions, vision_of, device)
         assert scores['em'] == pytest.approx(written['em']) and questions.rows.path.name == 'val.parquet'
         events.append(scores['em'])
         return scores
