@@ -423,15 +423,19 @@ def already_finished(saved, settings):
 # ----------------------------------------------------------------------------
 # a finished run, and what it answers
 
-def load_run(checkpoint, device, encoder_path=None):
+def load_run(checkpoint, device, encoder_path=None, hears=False):
     """The decoder, encoder and tokenizer of a checkpoint, with its best weights. `encoder_path`: where its
-    encoder lies now, if not where it did. Raises: ValueError; FileNotFoundError."""
+    encoder lies now, if not where it did; `hears`: who asks gives it sounds. Raises: ValueError;
+    FileNotFoundError."""
     if checkpoint['stage'] != 'answer':
         raise ValueError(f"a checkpoint of stage '{checkpoint['stage']}' has no decoder: it trained an "
                          f"encoder, which --encoder=FILE gives to train.py; python -m align.judge "
                          f"--out_dir={checkpoint['settings']['out_dir']} reports on it")
     best = checkpoint['run']['best']
     settings = checkpoint['settings']
+    if settings.get('use_sound') and not hears:
+        raise ValueError(f"{settings['out_dir']}: a run that hears (use_sound=True): only train.py and "
+                         'eval.py give it sounds so far')
     decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, decoder_settings(checkpoint))
     encoder = None
     if encoder_path and ('encoder' in best or not settings['use_vision']):
@@ -578,7 +582,7 @@ def judge(s, device):
     """Answers questions about a picture, or evaluates a split. Processes share the work."""
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
+    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder, hears=True)
     sound_encoder = load_sound_encoder(checkpoint, device)
     set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps, s.halt)
     generator = torch.Generator(device).manual_seed(s.seed)

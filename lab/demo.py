@@ -187,8 +187,8 @@ def controls(gr, demo, passes):
         source=gr.Radio([TEST, FILE, SCENE], value=TEST, label='Picture'),
         number=gr.Slider(0, pictures - 1, 0, step=1, label='Which one'),
         file=gr.File(label='A picture file', visible=False),
-        fitting=gr.Dropdown(first, value=first[0], label='A question that fits it'),
-        question=gr.Textbox(first[0], label='or yours', elem_id='question'),
+        fitting=gr.Dropdown(first, value=first[0] if first else None, label='A question that fits it'),
+        question=gr.Textbox(first[0] if first else '', label='or yours', elem_id='question'),
         ask=gr.Button('Ask', variant='primary', elem_id='ask'),
         passes=gr.Slider(1, MOST_PASSES, passes or max((run.trained.inner_steps for run in deep), default=1),
                          step=1, label='Passes', info=trained, visible=bool(deep), elem_id='passes'),
@@ -282,6 +282,8 @@ def main(argv=None):
     if s.beside:
         runs.append(LoadedRun(s.beside, device))
     rows = questions_to_judge(runs[0].settings, s.dataset, 'test', runs[0].tokenizer).rows
+    if not len(rows.pictures):
+        raise ValueError(f'{rows.path}: has no pictures to show')
     if s.html:
         write_file(s.html, runs, rows, s.inner_steps)
         return

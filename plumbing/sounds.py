@@ -12,6 +12,7 @@ from plumbing.files import impostor
 
 MOST_BYTES = 2**25      # of a file
 MOST_SECONDS = 60
+MOST_SAMPLES = 2 ** 24  # in all channels: 64 MB while it is mixed down
 MOST_CHANNELS = 32
 RATES = 8_000, 192_000  # samples a second of a file, at least and at most
 
@@ -82,6 +83,9 @@ def check_form(n, channels, rate):
         raise ValueError('a sound without samples')
     if n > MOST_SECONDS * rate:
         raise ValueError(f'a sound of more than {MOST_SECONDS} seconds: {n / rate:.0f}')
+    if n * channels > MOST_SAMPLES:
+        raise ValueError(f'a sound of {n * channels} samples in all channels: expected {MOST_SAMPLES} at '
+                         'most')
 
 
 def read_wav(data):

@@ -147,7 +147,8 @@ class Import:
                         digest, why_none = digest_of_sound, why_silent
                     undecodable, _ = self.known.get(digest_of_sound) or (None, None)
                     problem = row.get('bad') or why_none or why_silent or undecodable or texts_problem(row)
-                    place = self.place_of(split, row, digest, problem)
+                    beside = digest_of_sound if digest != digest_of_sound else None
+                    place = self.place_of(split, row, digest, problem, beside)
                     if place:
                         yield place, row | dict(image=picture, sound=sound, **texts(row))
 
@@ -160,8 +161,9 @@ class Import:
         for digest, problem in zip(new, pool.map(partial(decoding_problem, key), new.values())):
             self.known[digest] = problem, None
 
-    def place_of(self, split, row, digest, problem):
-        """The split that a row is written to, or None where it is rejected."""
+    def place_of(self, split, row, digest, problem, sound=None):
+        """The split that a row is written to, or None where it is rejected. sound: the digest of its sound,
+        where it has a picture too."""
         self.counts['rows'] += 1
         undecodable, earlier = self.known.get(digest) or (None, None)
         if row.get('missing'):
@@ -171,11 +173,12 @@ class Import:
         # where a published split has a picture of a group, its other pictures go there too
         group = group_digest(row)
         _, of_group = self.known.get(group) or (None, None)
-        place = split_of(split, group or digest, earlier or of_group)
+        _, of_sound = self.known.get(sound) or (None, None)
+        place = split_of(split, group or digest, earlier or of_sound or of_group)
         if place is None:
-            shared = 'picture' if earlier else 'group'
+            shared = 'picture' if earlier else 'sound' if of_sound else 'group'
             return self.reject(row, 'bad', f'its {shared} is in the test split too')
-        for what, where in (('picture', earlier), ('group', of_group)):
+        for what, where in (('picture', earlier), ('sound', of_sound), ('group', of_group)):
             if where not in (None, place):
                 self.counts['shared'] += 1
                 example = f'{cut(row.get("sample_id"))} of {place} is in {where}'
@@ -184,6 +187,8 @@ class Import:
         if earlier is None:
             self.known[digest] = None, place
             self.counts['pictures'] += 1
+        if sound and of_sound is None:
+            self.known[sound] = None, place
         if group and of_group is None:  # where its first picture went, its others go
             self.known[group] = None, place
         if group and len(self.groups) < 100:

@@ -22,7 +22,7 @@ COLUMNS = dict(
     image=(('image', 'image_bytes', 'jpg', 'png', 'webp', 'img', 'picture', 'image.bytes', 'images',
             'image_path', 'img_path', 'image_file', 'file_name', 'filename', 'filepath'),
            ('text', 'bytes', 'object', 'list of text', 'list of bytes', 'list of object')),
-    sound=(('sound', 'audio', 'wav'), ('text', 'bytes', 'object')),
+    sound=(('sound',), ('text', 'bytes', 'object')),
     question=(('question', 'query', 'prompt'), TEXT),
     answer=(('answer', 'answers', 'multiple_choice_answer', 'label'), (*TEXTS, 'list of object')),
     caption=(('caption', 'captions', 'text', 'title'), TEXTS),

@@ -61,6 +61,8 @@ class Config(shapes.Config):
         super().__post_init__()
         if not 0 <= self.alone <= 1:
             raise ValueError(f'alone={self.alone}: expected a share, 0 to 1')
+        if self.describe:
+            raise ValueError(f'describe={self.describe}: expected 0, sounds have no captions here')
         if self.types == 'swaps':
             raise ValueError('types=swaps: expected types that any picture has, color or count, say')
 
