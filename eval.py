@@ -31,7 +31,7 @@ from data import Questions, open_tokenizer, read_rows
 from encoder import Encoder, EncoderConfig, open_encoder, open_sound_encoder
 from model import Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script, typed_lines
-from plumbing.features import picture_from, sound_source, vision_source
+from plumbing.features import no_sound, picture_from, sound_source, vision_source
 from plumbing.files import locked, write_whole
 from plumbing.machine import on_device
 from plumbing.novelty import doubts
@@ -167,13 +167,13 @@ def teacher_forced(decoder, batch, vision, sound=None):
 
 
 @torch.no_grad()
-def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_rows=2000, sound_of=None):
+def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_rows=2000, sound_of=no_sound):
     """Loss and Exact Match of a split without generating. Processes share the work. `batch_size` is that of
     training, which had the memory for it; 250 at most.
 
     Greedy generation gives exactly the (first) reference if and only if every one of its tokens is the
     likeliest after the true ones before it. Captions count for the loss only.
-    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds, or None
+    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds
     """
     loss = 0
     n_targets = 0
@@ -182,7 +182,7 @@ def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_row
     rank, world = rank_and_world()
     for rows in islice(questions.rows_in_order(min(250, batch_size), most_rows), rank, None, world):
         batch = on_device(questions.batch(rows), device)
-        sound = sound_of(batch['sound']) if sound_of else None
+        sound = sound_of(batch['sound'])
         losses, hit, real = teacher_forced(decoder, batch, vision_of(batch['picture']), sound) # (B, A) each
         is_question = [questions.rows.type[i] != 'describe' for i in rows]
         is_question = torch.tensor(is_question, device=device)                             # (B,)
@@ -195,7 +195,7 @@ def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_row
 
 
 @torch.no_grad()
-def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, sound_of=None, **sampling):
+def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, sound_of=no_sound, **sampling):
     """Answers a whole split -> metrics, a dict, and predictions, dicts in the order of the split, on disk.
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as
@@ -203,7 +203,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, s
     those written in the seconds of the whole evaluation. With `halt`, 'passes' is the mean over the answers
     of the passes a token took, and there is no loss: true tokens go through all passes. Processes share the
     work.
-    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds, or None
+    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds
     """
     rows = questions.rows
     tokenizer = questions.tokenizer
@@ -216,7 +216,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, s
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         batch = on_device(questions.batch(indices), device)
         vision = vision_of(batch['picture'])
-        sound = sound_of(batch['sound']) if sound_of else None
+        sound = sound_of(batch['sound'])
         cache = Halting(halt) if halt else None
         answers = decoder.generate(vision, batch['question'], questions.max_answer_tokens, cache=cache,
                                    sound=sound, **sampling)

@@ -555,14 +555,17 @@ class Decoder(nn.Module):
                 break
         return answer[:, 1:]
 
+    def projections(self):
+        """The ways from image and sound tokens into the context, by name, those that there are."""
+        return {name: part for name, part in self.named_children() if name in ('vision_proj', 'sound_proj')}
+
     def parameter_counts(self):
         """Parameters by part; 'core': blocks, start states, gates; a head of its own counts as embedding."""
         total = sum(p.numel() for p in self.parameters())
         embedding = self.embed.weight.numel() * (1 if self.config.tied_head else 2)
         counts = dict(embedding=embedding, vision_proj=0)
-        for name in ('vision_proj', 'sound_proj'):
-            if hasattr(self, name):
-                counts[name] = sum(p.numel() for p in getattr(self, name).parameters())
+        for name, part in self.projections().items():
+            counts[name] = sum(p.numel() for p in part.parameters())
         return dict(core=total - sum(counts.values()), **counts, total=total)
 
     @classmethod
@@ -583,10 +586,9 @@ class Decoder(nn.Module):
         # none of its own is missing, read_decoder sees to that; new: ways from pictures and sounds, gates, z
         decoder.load_state_dict(tensors, strict=False)
         word = decoder.embed.weight.square().mean().sqrt().item()
-        for key, part in decoder.named_children():
-            if key in ('vision_proj', 'sound_proj'):  # at the start their tokens have the size of words
-                nn.init.normal_(part.weight, std=word * part.in_features ** -.5)
-                nn.init.zeros_(part.bias)
+        for part in decoder.projections().values():  # at the start their tokens have the size of words
+            nn.init.normal_(part.weight, std=word * part.in_features ** -.5)
+            nn.init.zeros_(part.bias)
         return decoder
 
 

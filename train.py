@@ -28,7 +28,7 @@ from data import Questions, open_tokenizer, read_rows, train_bpe
 from encoder import open_encoder, open_sound_encoder
 from model import Decoder, ModelConfig, build_model
 from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
-from plumbing.features import sound_source, vision_source
+from plumbing.features import no_sound, sound_source, vision_source
 from plumbing.files import locked
 from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype
 from plumbing.novelty import what_was_seen
@@ -265,11 +265,11 @@ def train(s, sources, device, stop):
     if evaluation.already_finished(saved, s):
         return
     sound_encoder = open_sound_encoder(s.sound_encoder).to(device) if s.use_sound else None
-    # what it refuses is said before anything is encoded
-    decoder = new_decoder(s, saved, tokenizer, encoder, sound_encoder)
     sound_fingerprint = sound_encoder.fingerprint() if s.sound_encoder else None
     if s.use_sound:
         unchanged(s, saved, 'sound_encoder', sound_fingerprint)
+    # what it refuses is said before anything is encoded
+    decoder = new_decoder(s, saved, tokenizer, encoder, sound_encoder)
     # each a function: (encoder, picture numbers) -> image tokens; a frozen encoder's come from the cache
     tokens_of = {split: vision_source(asdict(s), encoder, of_split, device)
                  for split, of_split in rows.items()}
@@ -496,7 +496,7 @@ def new_decoder(s, saved, tokenizer, encoder, sound_encoder):
 def new_parts(decoder):
     """What a pretrained decoder has beside its own weights: its ways from pictures and sounds, and what
     passes need."""
-    modules = [part for name, part in decoder.named_children() if name in ('vision_proj', 'sound_proj')]
+    modules = decoder.projections().values()
     single = [getattr(decoder, name) for name in ('gates', 'z_start') if hasattr(decoder, name)]
     return torch.nn.ModuleList([*modules, torch.nn.ParameterList(single)])
 
@@ -526,7 +526,7 @@ def better(new, old, rows):
     return new['em'] >= old['em']  # of equals the later one, which has learnt longer
 
 
-def flops_per_row(model, encoder, image_tokens, questions, s, n=16, sound_of=None):
+def flops_per_row(model, encoder, image_tokens, questions, s, n=16, sound_of=no_sound):
     """FLOPs of a training step for each row of a full batch, without the optimizer's own.
 
     The mean over the sizes of batches (captions come in smaller ones), weighted by how often they come, of
@@ -539,7 +539,7 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16, sound_of=Non
 
     def one_row(batch, passes=None):
         vision = image_tokens(encoder, batch['picture'])
-        sound = sound_of(batch['sound']) if sound_of else None
+        sound = sound_of(batch['sound'])
         decoder = model['decoder']
         decoder(vision, batch['question'], batch['answer'], batch['targets'], passes, sound)[1].backward()
 

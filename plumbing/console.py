@@ -143,6 +143,12 @@ def cut(value, most=80):
     return text if len(text) <= most else f'{text[:half]} ... {text[-half:]}'
 
 
+def first_three(problems):
+    """What is wrong, as a message names it: the first three, and dots where there are more."""
+    named = '; '.join(problems[:3])
+    return named if len(problems) <= 3 else f'{named}; ...'
+
+
 def end(message, code):
     """Ends the program with a message. Raises: SystemExit, always."""
     if sys.stdout.isatty():

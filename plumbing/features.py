@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.console import progress
+from plumbing.console import first_three, progress
 from plumbing.files import locked
 from plumbing.machine import autocast_to, fast_dtypes
 from plumbing.pictures import open_picture
@@ -85,10 +85,7 @@ def decode_all(encoder, pictures, wanted, batch_size):
     if batch:
         yield batch
     if bad:
-        named = '; '.join(bad[:3])
-        if len(bad) > 3:
-            named += '; ...'
-        raise ValueError(f'{len(bad)} of {len(pictures)} pictures cannot be used: {named}: '
+        raise ValueError(f'{len(bad)} of {len(pictures)} pictures cannot be used: {first_three(bad)}: '
                          'remove or repair them')
 
 
@@ -314,6 +311,9 @@ class ImageTokens:
 def nothing(encoder, indices):
     """The image tokens of the blind control, the sound tokens of the deaf one: none."""
     return None
+
+
+no_sound = partial(nothing, None)  # sound indices (B,) -> None
 
 
 def vision_source(settings, encoder, rows, device):

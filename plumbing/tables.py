@@ -20,7 +20,7 @@ from urllib.parse import unquote_to_bytes
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plumbing.console import cut
+from plumbing.console import cut, first_three
 from plumbing.files import locked, refuse_impostor
 
 SPLITS = ('train', 'val', 'test')
@@ -233,9 +233,7 @@ def report_bad(path, bad, n, remedy):
     """Raises: ValueError that counts the bad rows, names the first ones and says what to do; nothing where
     there are none."""
     if bad:
-        first = '; '.join(f'row {i}: {reason}' for i, reason in bad[:3])
-        if len(bad) > 3:
-            first += '; ...'
+        first = first_three([f'row {i}: {reason}' for i, reason in bad])
         raise ValueError(f'{path}: {len(bad)} of {n} rows cannot be used: {first}: {remedy}')
 
 
@@ -315,37 +313,35 @@ def plain(value):
         return value.as_buffer().to_pybytes().decode(errors='surrogateescape')
 
 
-def read_image(image, folder):
+def read_image(image, folder, key='image'):
     """The bytes of a picture file from what the image column holds, or a string that says what is wrong with
-    it."""
+    it. key: the column, image or sound"""
     if isinstance(image, dict):
         image = image.get('bytes') or image.get('path')
     if isinstance(image, str):
         if not is_unicode(image) or '\0' in image:
-            return f'the image path {cut(repr(image))} is none'
+            return f'the {key} path {cut(repr(image))} is none'
         if re.match(r'[A-Za-z][\w+.-]+://', image):
-            return (f'the image is a URL: {cut(image)}; python data.py pixmo fetches those of a parquet file '
+            return (f'the {key} is a URL: {cut(image)}; python data.py pixmo fetches those of a parquet file '
                     f'with a column image_url; or take img2dataset, and python data.py parquet')
         written_out = picture_in_text(image)
         if written_out is not None:
-            return written_out or 'the image is empty'
+            return written_out or f'the {key} is empty'
         if len(image) > LONGEST_PATH:
-            return f'the image is a text of {len(image)} signs, no path, no data: URI: {cut(repr(image))}'
+            return f'the {key} is a text of {len(image)} signs, no path, no data: URI: {cut(repr(image))}'
         path = inside(image, folder)
         if path is None:
-            return f'the image path {cut(repr(image))} leaves the folder: {cut(folder)}: {OTHER_FOLDER}'
-        image = read_file(path)
+            return f'the {key} path {cut(repr(image))} leaves the folder: {cut(folder)}: {OTHER_FOLDER}'
+        image = read_file(path, key)
     if image and not isinstance(image, (bytes, str)):
-        return f'the image is a {type(image).__name__}, expected bytes or a path'
-    return image or 'the image is empty'
+        return f'the {key} is a {type(image).__name__}, expected bytes or a path'
+    return image or f'the {key} is empty'
 
 
 def files_in(row, folder):
     """The picture file and the sound file of a row, those that it has, at least one: {'image' or 'sound':
     bytes, or a string that says what is wrong with it}."""
-    files = {key: read_image(row[key], folder) for key in MEDIA if row.get(key) is not None}
-    if isinstance(files.get('sound'), str):  # it says the same of a sound
-        files['sound'] = files['sound'].replace('image', 'sound', 1)
+    files = {key: read_image(row[key], folder, key) for key in MEDIA if row.get(key) is not None}
     return files or {'image': 'the image is empty'}
 
 
@@ -391,14 +387,14 @@ def picture_in_text(text):
         return f'the image is a data: URI that cannot be decoded: {cut(text)}'
 
 
-def read_file(path):
-    """The bytes of a file, or a string that says why there are none."""
+def read_file(path, key='image'):
+    """The bytes of a picture or sound file, or a string that says why there are none."""
     try:
         return as_on_disk(Path(path)).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return f'there is no image file: {cut(path)}'
+        return f'there is no {key} file: {cut(path)}'
     except (OSError, ValueError) as e:  # a folder, no permission, a name that no file can have
-        return f'the image file cannot be read: {cut(path)} ({type(e).__name__})'
+        return f'the {key} file cannot be read: {cut(path)} ({type(e).__name__})'
 
 
 def as_on_disk(path):
@@ -578,4 +574,4 @@ class Pictures:
         return self.picture_in(self.batch, place - self.start)
 
     def picture_in(self, batch, i):
-        return read_image(plain(batch[self.column][i]), self.path.parent)
+        return read_image(plain(batch[self.column][i]), self.path.parent, self.column)

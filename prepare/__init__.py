@@ -302,9 +302,9 @@ def read_media(key, config, file):
     """-> a picture or sound file as bytes, their sha256, and why there is none, or None. key: image or sound;
     file: bytes, a path or None"""
     if isinstance(file, (str, Path)):
-        file = read_inside(file, [config.images, config.source])
+        file = read_inside(file, [config.images, config.source], key)
     if isinstance(file, str):  # why there is none
-        return None, b'', file.replace('image', key, 1)
+        return None, b'', file
     if not file:
         return None, b'', f'the {key} is empty'
     return file, hashlib.sha256(file).digest(), None
@@ -316,14 +316,14 @@ def texts_problem(row):
     return row_problem(row.get('question'), known['answer'], known['caption'])
 
 
-def read_inside(path, folders):
+def read_inside(path, folders, key='image'):
     """The bytes of a file in one of the folders (or one of the files), or a string: why there are none. A
     published file cannot name a path that leads elsewhere; a link can."""
     path = Path(normpath(path))
     for folder in folders:
         if folder and path.is_relative_to(normpath(folder)):
-            return read_file(path)
-    return f'the image path leaves the folder: {cut(path)}: {OTHER_FOLDER}'
+            return read_file(path, key)
+    return f'the {key} path leaves the folder: {cut(path)}: {OTHER_FOLDER}'
 
 
 def plain(value):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from plumbing.console import cut, progress
+from plumbing.console import cut, first_three, progress
 from plumbing.pictures import as_seen, open_picture, squared
 from plumbing.tables import SPLITS
 from prepare import split_of, text_lines
@@ -154,9 +154,7 @@ def photographs(config):
                                  'expected a name with letters or digits')
             photos[split_of(published, digest)].setdefault(name, []).append(str(file))
     if faults:
-        problem = f'{len(faults)} of {n_files} photographs cannot be used: {"; ".join(faults[:3])}'
-        if len(faults) > 3:
-            problem += '; ...'
+        problem = f'{len(faults)} of {n_files} photographs cannot be used: {first_three(faults)}'
         if len(faults) > config.max_bad * n_files:
             raise ValueError(f'{problem}: remove or repair them; --max_bad={config.max_bad} allows a share')
         print(f'{problem}: they are left out')

@@ -672,7 +672,7 @@ def test_one_large_picture_asked_often(tmp_path, monkeypatch):
     pq.write_table(pa.table(dict(image=coded, question=['q?'] * 120, answer=['a'] * 120)), put(tmp_path / 'parquet/a.parquet', b''), store_schema=False, dictionary_pagesize_limit=2 ** 24)
     monkeypatch.setattr(tables, 'BATCH_BYTES', 10 ** 6)
     reads, read_file = [], prepare.read_file
-    monkeypatch.setattr(prepare, 'read_file', lambda path: reads.append(path) or read_file(path))
+    monkeypatch.setattr(prepare, 'read_file', lambda path, key: reads.append(path) or read_file(path, key))
     for format in ('table', 'easyvqa', 'parquet'):
         out = tmp_path / f'{format}_out'
         tracemalloc.start()
