@@ -153,6 +153,10 @@ class Rows:
         k = self.caption_of[picture]
         return self.captions[k] if k >= 0 else None
 
+    def sound_of(self, i):
+        """The sound file of a row, or None."""
+        return self.sounds[self.sound[i]] if self.sound[i] >= 0 else None
+
     def add(self, picture, sound, caption, *texts):
         # pictures are numbered as they come: this one is new
         if picture == len(self.caption_of):

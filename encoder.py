@@ -31,6 +31,7 @@ from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
 from plumbing.machine import pick_device
 from plumbing.pictures import as_seen, squared
+from plumbing.run import source_of
 from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, read_clip
 from pretrained.files import as_tensor, first_few, open_weights
 from pretrained.hub import folder_of, is_hub_name
@@ -475,8 +476,18 @@ def open_encoder(path, settings, **more):
     return check_reads(encoder, path, 'picture')
 
 
-def open_sound_encoder(path):
-    """The encoder of sounds in a file; without one a small one with random weights, to be trained along."""
+def encoder_names(settings):
+    """The settings that name the encoders of a run: of pictures where it sees, of sounds where it hears."""
+    used = dict(encoder='use_vision', sound_encoder='use_sound')
+    return [name for name, flag in used.items() if settings.get(flag)]  # runs of before have no use_sound
+
+
+def encoder_of_run(name, settings, saved=None):
+    """One of `encoder_names`; that of sounds is a small one with random weights where it has no file.
+    `settings`: those of the run, a dict; `saved`: the checkpoint that goes on. Raises: as `load_encoder`."""
+    path = source_of(settings[name], saved, name)
+    if name == 'encoder':
+        return open_encoder(path, settings)
     if path is None:
         return Encoder(SOUND_CONFIG)
     return check_reads(load_encoder(path), path, 'sound')

@@ -28,17 +28,17 @@ from PIL import Image
 
 from configurator import configure
 from data import Questions, open_tokenizer, read_rows
-from encoder import Encoder, EncoderConfig, open_encoder, open_sound_encoder
+from encoder import Encoder, EncoderConfig, encoder_names, encoder_of_run
 from model import Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script, typed_lines
-from plumbing.features import no_sound, picture_from, sound_source, vision_source
+from plumbing.features import ContextTokens, picture_from
 from plumbing.files import locked, write_whole
 from plumbing.machine import on_device
 from plumbing.novelty import doubts
 from plumbing.pictures import picture_sheet, rgb_picture
 from plumbing.plots import draw_curves, harmless
 from plumbing.ranks import from_all, processes, rank_and_world
-from plumbing.run import decoder_settings, other_weights, read_checkpoint, source_of
+from plumbing.run import decoder_settings, other_weights, read_checkpoint
 from plumbing.sounds import spectrum_picture
 from plumbing.tables import OnDisk, View
 from prepare.vqav2 import vqa_accuracy
@@ -167,13 +167,13 @@ def teacher_forced(decoder, batch, vision, sound=None):
 
 
 @torch.no_grad()
-def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_rows=2000, sound_of=no_sound):
+def quick_scores(decoder, questions, tokens_of, device, batch_size=250, most_rows=2000):
     """Loss and Exact Match of a split without generating. Processes share the work. `batch_size` is that of
     training, which had the memory for it; 250 at most.
 
     Greedy generation gives exactly the (first) reference if and only if every one of its tokens is the
     likeliest after the true ones before it. Captions count for the loss only.
-    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds
+    `tokens_of`: as `ContextTokens`, a batch -> image tokens (B, N, D), sound tokens (B, M, D)
     """
     loss = 0
     n_targets = 0
@@ -182,8 +182,7 @@ def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_row
     rank, world = rank_and_world()
     for rows in islice(questions.rows_in_order(min(250, batch_size), most_rows), rank, None, world):
         batch = on_device(questions.batch(rows), device)
-        sound = sound_of(batch['sound'])
-        losses, hit, real = teacher_forced(decoder, batch, vision_of(batch['picture']), sound) # (B, A) each
+        losses, hit, real = teacher_forced(decoder, batch, *tokens_of(batch))              # (B, A) each
         is_question = [questions.rows.type[i] != 'describe' for i in rows]
         is_question = torch.tensor(is_question, device=device)                             # (B,)
         loss += losses.sum().item()
@@ -195,7 +194,7 @@ def quick_scores(decoder, questions, vision_of, device, batch_size=250, most_row
 
 
 @torch.no_grad()
-def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, sound_of=no_sound, **sampling):
+def evaluate(decoder, questions, tokens_of, device, batch_size=256, halt=None, **sampling):
     """Answers a whole split -> metrics, a dict, and predictions, dicts in the order of the split, on disk.
 
     'em' and 'f1' are means over the questions; captions ('describe' rows) stand apart under their type, as
@@ -203,7 +202,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, s
     those written in the seconds of the whole evaluation. With `halt`, 'passes' is the mean over the answers
     of the passes a token took, and there is no loss: true tokens go through all passes. Processes share the
     work.
-    `vision_of`: picture indices (B,) -> image tokens (B, N, D); `sound_of`: the same of sounds
+    `tokens_of`: as `ContextTokens`, a batch -> image tokens (B, N, D), sound tokens (B, M, D)
     """
     rows = questions.rows
     tokenizer = questions.tokenizer
@@ -215,8 +214,7 @@ def evaluate(decoder, questions, vision_of, device, batch_size=256, halt=None, s
     rank, world = rank_and_world()
     for indices in islice(questions.rows_in_order(batch_size), rank, None, world):
         batch = on_device(questions.batch(indices), device)
-        vision = vision_of(batch['picture'])
-        sound = sound_of(batch['sound'])
+        vision, sound = tokens_of(batch)
         cache = Halting(halt) if halt else None
         answers = decoder.generate(vision, batch['question'], questions.max_answer_tokens, cache=cache,
                                    sound=sound, **sampling)
@@ -423,51 +421,32 @@ def already_finished(saved, settings):
 # ----------------------------------------------------------------------------
 # a finished run, and what it answers
 
-def load_run(checkpoint, device, encoder_path=None, hears=False):
-    """The decoder, encoder and tokenizer of a checkpoint, with its best weights. `encoder_path`: where its
-    encoder lies now, if not where it did; `hears`: who asks gives it sounds. Raises: ValueError;
-    FileNotFoundError."""
+def load_run(checkpoint, device, encoder_path=None):
+    """The decoder of a checkpoint with its best weights, its encoders, {'encoder': of pictures,
+    'sound_encoder': of sounds} as far as it has them, and its tokenizer. `encoder_path`: where its encoder
+    lies now, if not where it did. Raises: ValueError; FileNotFoundError."""
     if checkpoint['stage'] != 'answer':
         raise ValueError(f"a checkpoint of stage '{checkpoint['stage']}' has no decoder: it trained an "
                          f"encoder, which --encoder=FILE gives to train.py; python -m align.judge "
                          f"--out_dir={checkpoint['settings']['out_dir']} reports on it")
-    best = checkpoint['run']['best']
     settings = checkpoint['settings']
-    if settings.get('use_sound') and not hears:
-        raise ValueError(f"{settings['out_dir']}: a run that hears (use_sound=True): only train.py and "
-                         'eval.py give it sounds so far')
     decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, decoder_settings(checkpoint))
-    encoder = None
+    best = checkpoint['run']['best']
     if encoder_path and ('encoder' in best or not settings['use_vision']):
         raise ValueError(f"--encoder={encoder_path}: {settings['out_dir']} needs no file of an encoder")
-    if 'encoder' in best:  # trained along
-        encoder = fitted(checkpoint, 'encoder', Encoder, EncoderConfig, checkpoint['encoder_config'])
-    elif settings['use_vision']:
-        path = encoder_path or source_of(settings['encoder'], checkpoint, 'encoder')
-        encoder = open_encoder(path, settings)
-        if encoder.fingerprint() != checkpoint['encoder_fingerprint']:
-            raise ValueError(f'{path}: not the encoder that this run was trained with (another fingerprint); '
-                             f'--encoder=PATH says where that lies now')
-    if encoder is not None:
-        encoder = encoder.to(device).eval()
-    return decoder.to(device).eval(), encoder, open_tokenizer(checkpoint['tokenizer'])
-
-
-def load_sound_encoder(checkpoint, device):
-    """The encoder of sounds of a run, or None where it hears nothing. Raises: as `load_run`."""
-    settings = checkpoint['settings']
-    if not settings.get('use_sound'):  # runs of before have no such setting
-        return None
-    if 'sound_encoder' in checkpoint['run']['best']:  # trained along
-        config = checkpoint['sound_encoder_config']
-        sound_encoder = fitted(checkpoint, 'sound_encoder', Encoder, EncoderConfig, config)
-    else:
-        path = settings['sound_encoder']
-        sound_encoder = open_sound_encoder(path)
-        if sound_encoder.fingerprint() != checkpoint['sound_encoder_fingerprint']:
-            raise ValueError(f'{path}: not the encoder of sounds that this run was trained with (another '
-                             'fingerprint); put that one back')
-    return sound_encoder.to(device).eval()
+    moved = {'encoder': encoder_path} if encoder_path else {}
+    encoders = {}
+    for name in encoder_names(settings):
+        if name in best:  # trained along
+            config = checkpoint[f'{name}_config']
+            encoders[name] = fitted(checkpoint, name, Encoder, EncoderConfig, config).to(device).eval()
+            continue
+        encoders[name] = encoder_of_run(name, settings | moved, checkpoint).to(device).eval()
+        if encoders[name].fingerprint() != checkpoint[f'{name}_fingerprint']:
+            remedy = '--encoder=PATH says where that lies now' if name == 'encoder' else 'put that one back'
+            raise ValueError(f'{(settings | moved)[name]}: not the {name} that this run was trained with '
+                             f'(another fingerprint); {remedy}')
+    return decoder.to(device).eval(), encoders, open_tokenizer(checkpoint['tokenizer'])
 
 
 def fitted(checkpoint, part, build, config_class, config):
@@ -566,10 +545,11 @@ def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
                          'all states anew, in all blocks')
 
 
-def of_another(vision_of, n, picture):
-    """The image tokens of other pictures than those that are asked about, the same ones every time.
-    Shapes: picture (B,), numbers below n, or -1 where there is none -> (B, N, D)"""
-    return vision_of(torch.where(picture < 0, picture, (picture + n // 2) % n))
+def of_another(tokens_of, n, batch):
+    """The tokens of a batch with other pictures than those that are asked about, the same ones every time.
+    n: pictures, by whose numbers `batch` names them"""
+    picture = batch['picture']                                                             # (B,)
+    return tokens_of(batch | dict(picture=torch.where(picture < 0, picture, (picture + n // 2) % n)))
 
 
 def main(argv=None):
@@ -582,17 +562,16 @@ def judge(s, device):
     """Answers questions about a picture, or evaluates a split. Processes share the work."""
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder, hears=True)
-    sound_encoder = load_sound_encoder(checkpoint, device)
+    decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder)
     set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps, s.halt)
     generator = torch.Generator(device).manual_seed(s.seed)
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
     if s.image or s.sound:
-        if s.sound and not sound_encoder:
+        if s.sound and 'sound_encoder' not in encoders:
             raise ValueError(f'--sound: {s.out_dir} is of a run that hears nothing; it was trained without '
                              '--use_sound=true')
-        vision = look_at('image', s.image, encoder, device)
-        sound = look_at('sound', s.sound, sound_encoder, device)
+        vision = look_at('image', s.image, encoders.get('encoder'), device)
+        sound = look_at('sound', s.sound, encoders.get('sound_encoder'), device)
         answer = partial(answer_one, vision=vision, sound=sound, decoder=decoder, tokenizer=tokenizer,
                          run=run, seen=checkpoint.get('seen', {}), halt=s.halt, **sampling)
         if s.question:
@@ -603,15 +582,13 @@ def judge(s, device):
 
     questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
     rows = questions.rows
-    vision_of = partial(vision_source(run, encoder, rows, device), encoder)
-    sound_of = partial(sound_source(run, sound_encoder, rows, device), sound_encoder)
+    tokens_of = ContextTokens(run, encoders, rows, device)
     if s.wrong_pictures:
         if len(rows.pictures) < 2:
             raise ValueError(f'--wrong_pictures: the {s.split} split has no other picture')
-        vision_of = partial(of_another, vision_of, len(rows.pictures))
+        tokens_of = partial(of_another, tokens_of, len(rows.pictures))
     batch_size = s.batch_size or min(256, run['batch_size'])
-    metrics, predictions = evaluate(decoder, questions, vision_of, device, batch_size, s.halt, sound_of,
-                                    **sampling)
+    metrics, predictions = evaluate(decoder, questions, tokens_of, device, batch_size, s.halt, **sampling)
     print(result_table(metrics))
     before = Path(s.out_dir) / 'metrics.json'
     known = json.loads(before.read_text()) if before.is_file() else {}

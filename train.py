@@ -25,10 +25,10 @@ import torch
 import eval as evaluation  # eval alone is Python's own
 from configurator import configure, echo, expect
 from data import Questions, open_tokenizer, read_rows, train_bpe
-from encoder import open_encoder, open_sound_encoder
+from encoder import encoder_names, encoder_of_run
 from model import Decoder, ModelConfig, build_model
 from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
-from plumbing.features import no_sound, sound_source, vision_source
+from plumbing.features import ContextTokens, is_trained
 from plumbing.files import locked
 from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype
 from plumbing.novelty import what_was_seen
@@ -46,7 +46,6 @@ from plumbing.run import (
     save,
     saved_run,
     say_where,
-    source_of,
     start_from,
     unchanged,
     validation_curve,
@@ -257,24 +256,15 @@ def train(s, sources, device, stop):
         words = with_prompt(words, s.prompt)
     tokenizer = open_tokenizer(words)
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
-    encoder = None
-    if s.use_vision:
-        encoder = open_encoder(source_of(s.encoder, saved, 'encoder'), asdict(s)).to(device)
-    fingerprint = encoder.fingerprint() if encoder else None
-    unchanged(s, saved, 'encoder', fingerprint)
+    encoders = {name: encoder_of_run(name, asdict(s), saved).to(device) for name in encoder_names(asdict(s))}
+    fingerprints = {name: encoder.fingerprint() if getattr(s, name) else None
+                    for name, encoder in encoders.items()}
+    for name, fingerprint in fingerprints.items():
+        unchanged(s, saved, name, fingerprint)
     if evaluation.already_finished(saved, s):
         return
-    sound_encoder = open_sound_encoder(s.sound_encoder).to(device) if s.use_sound else None
-    sound_fingerprint = sound_encoder.fingerprint() if s.sound_encoder else None
-    if s.use_sound:
-        unchanged(s, saved, 'sound_encoder', sound_fingerprint)
     # what it refuses is said before anything is encoded
-    decoder = new_decoder(s, saved, tokenizer, encoder, sound_encoder)
-    # each a function: (encoder, picture numbers) -> image tokens; a frozen encoder's come from the cache
-    tokens_of = {split: vision_source(asdict(s), encoder, of_split, device)
-                 for split, of_split in rows.items()}
-    sounds_of = {split: sound_source(asdict(s), sound_encoder, of_split, device)
-                 for split, of_split in rows.items()}
+    decoder = new_decoder(s, saved, tokenizer, encoders)
 
     # ---- model and optimizers; the average of the weights is what is judged
     model = torch.nn.ModuleDict(dict(decoder=decoder))
@@ -282,15 +272,18 @@ def train(s, sources, device, stop):
     if s.train_decoder == 'projection':
         decoder.requires_grad_(False)
         new_parts(decoder).requires_grad_(True)
-    if s.train_encoder:
-        model['encoder'] = encoder.train().requires_grad_(True)
-    if s.use_sound and s.sound_encoder is None:
-        model['sound_encoder'] = sound_encoder
+    for name, encoder in encoders.items():
+        if is_trained(asdict(s), name):
+            model[name] = encoder.train().requires_grad_(True)
     if start:
-        start_from(start, model, fingerprint)
+        start_from(start, model, fingerprints)
     model = model.to(device)
     # a compiled model is not judged: its copy is, which `follow` keeps equal where there is no ema
     average = copy.deepcopy(model).requires_grad_(False).eval() if s.ema or s.compile else model
+    judged = {name: average[name] if name in average else encoder for name, encoder in encoders.items()}
+    # a frozen encoder's tokens come from the cache
+    tokens_of = dict(train=ContextTokens(asdict(s), encoders, rows['train'], device),
+                     val=ContextTokens(asdict(s), judged, rows['val'], device))
     if s.compile:
         compile_layers(model, device)  # only what is trained, not what is judged
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -299,7 +292,7 @@ def train(s, sources, device, stop):
     autocast = autocast_to(dtype, device)
     # in float16 small gradients are 0 unless the loss is scaled up
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-    counts = parameter_counts(model, encoder, sound_encoder)
+    counts = parameter_counts(model, encoders)
     chance = math.log(config.vocab_size)  # what a guess costs, in nats per token
     print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))
     at_first = '' if s.decoder else f' | expected loss at the start {chance:.2f}'
@@ -312,32 +305,25 @@ def train(s, sources, device, stop):
     if saved:
         run = put_back(saved, parts, run.started)
         say_where(s, saved, learning_rate)
-    fixed_tokens = partial(tokens_of['train'], encoder) if encoder and not s.train_encoder else None
-    of_sounds = {}
-    if sound_encoder:
-        of_sounds = dict(sound_encoder_config=asdict(sound_encoder.config),
-                         sound_encoder_fingerprint=sound_fingerprint)
+    frozen_eye = s.use_vision and not s.train_encoder
+    fixed_tokens = partial(tokens_of['train'].of, 'encoder') if frozen_eye else None
     checkpoint = dict(format=FORMAT, stage='answer', settings=asdict(s), environment=about,
-                      model_config=asdict(config), encoder_config=asdict(encoder.config) if encoder else None,
-                      encoder_fingerprint=fingerprint, encoder_source=encoder.source if encoder else None,
-                      dataset_fingerprint=rows_sum, **of_sounds,
-                      tokenizer=tokenizer.state, seen=what_was_seen(rows['train'], fixed_tokens))
+                      model_config=asdict(config), dataset_fingerprint=rows_sum, tokenizer=tokenizer.state,
+                      seen=what_was_seen(rows['train'], fixed_tokens))
+    for name, encoder in encoders.items():
+        checkpoint |= {f'{name}_config': asdict(encoder.config), f'{name}_source': encoder.source,
+                       f'{name}_fingerprint': fingerprints[name]}
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- the loop
-    live_encoder = model['encoder'] if s.train_encoder else encoder
-    judged_encoder = average['encoder'] if s.train_encoder else encoder
-    judged_sound_encoder = average['sound_encoder'] if 'sound_encoder' in average else sound_encoder
     mark = time.time()
     warned = False
     stopping = False
     stop.waits = True  # from here on a signal lets the step end: what is saved is whole
     while True:
         if is_due(run.step, s) and run.validated < run.step:
-            vision_of = partial(tokens_of['val'], judged_encoder)
-            sound_of = partial(sounds_of['val'], judged_sound_encoder)
-            scores = evaluation.quick_scores(average['decoder'], questions['val'], vision_of, device,
-                                             s.batch_size, sound_of=sound_of)
+            scores = evaluation.quick_scores(average['decoder'], questions['val'], tokens_of['val'], device,
+                                             s.batch_size)
             log.line(run.step, dict(**scores, train_s=run.train_s + run.since_s, metric='em'), event='eval')
             if run.best is None or better(scores, run.best['scores'], rows['val']):
                 weights = {name: copy.deepcopy(part.state_dict()) for name, part in average.items()}
@@ -361,8 +347,7 @@ def train(s, sources, device, stop):
             batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
             batch = on_device(shard(batch), device)
             with autocast:
-                vision = tokens_of['train'](live_encoder, batch['picture'])            # (B, N, D)
-                sound = sounds_of['train'](sound_encoder, batch['sound'])              # (B, M, D)
+                vision, sound = tokens_of['train'](batch)                              # (B, N, D), (B, M, D)
                 _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'],
                                            passes, sound)
                 # a mean over rows: divided, or more micro-batches would make a larger gradient
@@ -407,11 +392,10 @@ def train(s, sources, device, stop):
     run.wall_s = time.time() - run.started
     sizes = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd')}  # perhaps pretrained
     facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s) | sizes)
-    facts |= dict(dataset_fingerprint=rows_sum, encoder_fingerprint=fingerprint)
-    sound_of = partial(sounds_of['train'], sound_encoder)
-    flops = flops_per_row(model, live_encoder, tokens_of['train'], questions['train'], s, sound_of=sound_of)
+    facts |= dict(dataset_fingerprint=rows_sum, encoder_fingerprint=fingerprints.get('encoder'))
+    flops = flops_per_row(model, tokens_of['train'], questions['train'], s)
     facts |= dict(mflop_per_example=flops / 1e6, curve=validation_curve(out_dir))
-    judge_test_split(average['decoder'], judged_encoder, judged_sound_encoder, tokenizer, s, device, facts)
+    judge_test_split(average['decoder'], judged, tokenizer, s, device, facts)
     print(f'{out_dir}: done after {clock(time.time() - run.started)}, '
           f'at most {most_memory(device) / 1e9:.2f} GB of memory')
 
@@ -468,20 +452,18 @@ def tokenized(rows, tokenizer, s, truncate):
                      few_shapes=s.compile)
 
 
-def new_decoder(s, saved, tokenizer, encoder, sound_encoder):
+def new_decoder(s, saved, tokenizer, encoders):
     """The decoder, with fresh or pretrained weights; those of a run that goes on come from its checkpoint.
     Raises: ValueError."""
-    if encoder is None:
-        vision_dim = 1  # never used, but a size
-    elif s.vision_dim and s.vision_dim not in encoder.config.prefixes:
-        raise ValueError(f'vision_dim={s.vision_dim}: expected one of the prefixes of the encoder, '
-                         f'{encoder.config.prefixes}')
-    else:
-        vision_dim = s.vision_dim or encoder.config.vision_dim
-    given = dict(pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
-                 vision_dim=vision_dim)
-    if sound_encoder:
-        given['sound_dim'] = sound_encoder.config.vision_dim
+    given = dict(pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, vision_dim=1)
+    if 'encoder' in encoders:
+        c = encoders['encoder'].config
+        if s.vision_dim and s.vision_dim not in c.prefixes:
+            raise ValueError(f'vision_dim={s.vision_dim}: expected one of the prefixes of the encoder, '
+                             f'{c.prefixes}')
+        given['vision_dim'] = s.vision_dim or c.vision_dim
+    if 'sound_encoder' in encoders:
+        given['sound_dim'] = encoders['sound_encoder'].config.vision_dim
     if not s.decoder:
         return build_model(s.model_config(**given, vocab_size=tokenizer.vocab_size))
     if saved:
@@ -510,12 +492,11 @@ def parts_and_shares(model, s):
     return parts
 
 
-def parameter_counts(model, encoder, sound_encoder):
+def parameter_counts(model, encoders):
     """Parameters by part, those of the encoders beside them."""
     counts = model['decoder'].parameter_counts() | dict(encoder=0)
-    for name, part in dict(encoder=encoder, sound_encoder=sound_encoder).items():
-        if part:
-            counts[name] = sum(p.numel() for p in part.parameters())
+    for name, encoder in encoders.items():
+        counts[name] = sum(p.numel() for p in encoder.parameters())
     return counts
 
 
@@ -526,7 +507,7 @@ def better(new, old, rows):
     return new['em'] >= old['em']  # of equals the later one, which has learnt longer
 
 
-def flops_per_row(model, encoder, image_tokens, questions, s, n=16, sound_of=no_sound):
+def flops_per_row(model, tokens_of, questions, s, n=16):
     """FLOPs of a training step for each row of a full batch, without the optimizer's own.
 
     The mean over the sizes of batches (captions come in smaller ones), weighted by how often they come, of
@@ -538,8 +519,7 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16, sound_of=no_
     known = {}  # by shape, on which alone it depends
 
     def one_row(batch, passes=None):
-        vision = image_tokens(encoder, batch['picture'])
-        sound = sound_of(batch['sound'])
+        vision, sound = tokens_of(batch)
         decoder = model['decoder']
         decoder(vision, batch['question'], batch['answer'], batch['targets'], passes, sound)[1].backward()
 
@@ -567,15 +547,13 @@ def flops_per_row(model, encoder, image_tokens, questions, s, n=16, sound_of=no_
     return total / n_batches / s.batch_size
 
 
-def judge_test_split(decoder, encoder, sound_encoder, tokenizer, s, device, facts):
+def judge_test_split(decoder, encoders, tokenizer, s, device, facts):
     """Evaluates the test split and writes the results."""
     rows = read_rows(s.dataset, 'test')
     questions = tokenized(rows, tokenizer, s, truncate=True)  # too late to refuse what is too long
-    vision_of = partial(vision_source(asdict(s), encoder, rows, device), encoder)
-    sound_of = partial(sound_source(asdict(s), sound_encoder, rows, device), sound_encoder)
+    tokens_of = ContextTokens(asdict(s), encoders, rows, device)
     batch_size = min(256, s.batch_size)  # training had the memory for it
-    metrics, predictions = evaluation.evaluate(decoder, questions, vision_of, device, batch_size,
-                                               sound_of=sound_of)
+    metrics, predictions = evaluation.evaluate(decoder, questions, tokens_of, device, batch_size)
     metrics['dataset_fingerprint'] = facts['dataset_fingerprint'] | dict(test=rows.sum.hexdigest())
     print(evaluation.result_table(metrics))
     evaluation.write_results(s.out_dir, facts | metrics, rows, predictions)

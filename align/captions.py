@@ -8,7 +8,6 @@ asks for; `names`, strings for messages. It depends on (seed, split, step) and n
 
 import random
 import re
-from dataclasses import asdict
 from itertools import cycle, islice
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 
 from data import Tokenizer, padded, read_rows, train_bpe
 from eval import rows_to_judge
-from plumbing.features import vision_source
+from plumbing.features import ImageTokens
 from plumbing.pictures import rgb_picture, squared
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
@@ -229,9 +228,9 @@ class AlignData:
     def open(self, split):
         """What a frozen trunk makes of the pictures of a split is computed here, once, and cached."""
         rows = self.rows[split]
-        settings = asdict(self.settings)
-        settings |= dict(use_vision=True, vision_dim=None, train_encoder=self.trunk is None)
-        self.images[split] = vision_source(settings, self.trunk or self.encoder, rows, self.device)
+        s = self.settings
+        self.images[split] = ImageTokens(self.trunk or self.encoder, rows.pictures, self.device, s.cache_dir,
+                                         s.cache, trained=self.trunk is None)
 
     def n_pictures(self, split):
         """How many pictures there are to judge; opens the split where it is not open yet."""

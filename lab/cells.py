@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from configurator import configure
 from eval import load_run, result_table, rows_to_judge, scored, summaries
 from plumbing.console import run_script
-from plumbing.features import vision_source
+from plumbing.features import ContextTokens
 from plumbing.machine import pick_device
 from plumbing.run import read_checkpoint
 from prepare.mosaics import ASK, SIDES, counts_of, neighbours, read_groups
@@ -117,11 +117,11 @@ def main(argv=None):
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
     device = pick_device(s.device)
-    _, encoder, _ = load_run(checkpoint, device, s.encoder)
-    if not encoder:
+    _, encoders, _ = load_run(checkpoint, device, s.encoder)
+    if 'encoder' not in encoders:
         raise ValueError(f'{s.out_dir}: a run without vision has no tokens to look at')
     rows = {split: rows_to_judge(run['dataset'], split) for split in ('train', 'val', s.split)}
-    vision_of = {split: partial(vision_source(run, encoder, of_split, device), encoder)
+    vision_of = {split: partial(ContextTokens(run, encoders, of_split, device).of, 'encoder')
                  for split, of_split in rows.items()}
     x, y = {}, {}
     for split, of_split in rows.items():

@@ -23,6 +23,7 @@ from eval import exact_match, ids_of, load_run, picture_of, questions_to_judge, 
 from lab.figures import INTRO, SCRIPT, STYLE, Look, problem, side_by_side, whole_file
 from lab.passes import encode_and_share, passes_of
 from plumbing.console import printable, run_script, what_to_mend
+from plumbing.features import sound_tokens
 from plumbing.files import write_whole
 from plumbing.machine import pick_device
 from plumbing.novelty import doubts
@@ -59,6 +60,21 @@ def check_passes(n):
         raise ValueError(f'inner_steps={n}: expected 1 to {MOST_PASSES} passes')
 
 
+@dataclass
+class Known:
+    """What a dataset has with a question."""
+    references: list            # the true answers
+    is_caption: bool = False
+    sound: bytes | None = None  # the file that is heard with the picture
+
+
+NOTHING = Known([])
+
+
+def known_of(rows, i):
+    return Known(rows.references[i], rows.type[i] == 'describe', rows.sound_of(i))
+
+
 class LoadedRun:
     """A trained run, and what it takes to ask it."""
 
@@ -68,7 +84,8 @@ class LoadedRun:
         checkpoint = read_checkpoint(out_dir)
         self.settings = checkpoint['settings']
         self.seen = checkpoint.get('seen', {})
-        self.decoder, self.encoder, self.tokenizer = load_run(checkpoint, device, encoder_path)
+        self.decoder, self.encoders, self.tokenizer = load_run(checkpoint, device, encoder_path)
+        self.encoder = self.encoders.get('encoder')
         self.trained = self.decoder.config
 
     @property
@@ -83,7 +100,7 @@ class LoadedRun:
         return [d for d in self.encoder.config.prefixes if d < D] + [D]
 
     @torch.no_grad()
-    def look(self, picture, question, references=(), is_caption=False, passes=None, prefix=None):
+    def look(self, picture, question, known=NOTHING, passes=None, prefix=None):
         """Asks a question, with so many passes, and dimensions of a token after the first `prefix` as zeros.
         -> Look. Raises: ValueError where picture or question cannot be taken."""
         check_passes(passes)
@@ -106,15 +123,17 @@ class LoadedRun:
             vision[..., prefix:] = 0
             notes.append(f'it sees {prefix} of the {self.trained.vision_dim} dimensions it was trained with')
         asked = torch.tensor([ids], device=self.device)                # (1, Q)
-        thought = passes_of(self.decoder, vision, asked, self.tokenizer)
-        written = self.decoder.generate(vision, asked, self.settings['max_answer_tokens'])
+        sound = sound_tokens(known.sound, self.encoders, self.device)  # (1, M, D)
+        thought = passes_of(self.decoder, vision, asked, self.tokenizer, sound)
+        written = self.decoder.generate(vision, asked, self.settings['max_answer_tokens'], sound=sound)
         answer = self.tokenizer.decode(written[0].tolist())
         right = None
-        if references and not is_caption:
-            right = bool(exact_match(answer, references))
+        if known.references and not known.is_caption:
+            right = bool(exact_match(answer, known.references))
         words = [printable(self.tokenizer.piece(token)) for token in ids]
-        return Look(self.out_dir, question, answer, list(references), right, shown, shares, words, thought,
-                    notes)
+        n_sound = 0 if sound is None else sound.size(1)
+        return Look(self.out_dir, question, answer, list(known.references), right, shown, shares, words,
+                    thought, notes, n_sound)
 
     def ids_of(self, question):
         """The tokens of a question. Raises: ValueError where there are none, or more than in training."""
@@ -136,7 +155,7 @@ class Demo:
         self.thread = ThreadPoolExecutor(1)
 
     def picture_and_questions(self, source, number, file):
-        """-> a picture; the dataset's questions about it, {question: (true answers, whether a caption)}.
+        """-> a picture; the dataset's questions about it, {question: Known}.
         Raises: ValueError, OSError."""
         if source == FILE:
             if not file:
@@ -145,13 +164,13 @@ class Demo:
         number = int(number or 0)
         if source == SCENE:
             drawn = shapes_rows(ShapesConfig(describe=0), 'demo', number, 1)
-            known = {row['question']: ([row['answer']], False) for row in drawn}
+            known = {row['question']: Known([row['answer']]) for row in drawn}
             return rgb_picture(drawn[0]['image']), known
         rows = self.rows
         here = [i for i, picture in enumerate(rows.picture) if picture == number]
         if not here:
             raise ValueError(f'test picture {number}: expected 0 to {len(rows.pictures) - 1}')
-        known = {rows.question[i]: (rows.references[i], rows.type[i] == 'describe') for i in here}
+        known = {rows.question[i]: known_of(rows, i) for i in here}
         return picture_of(rows, here[0]), known
 
     def questions(self, source, number, file):
@@ -170,10 +189,9 @@ class Demo:
 
     def figures(self, source, number, file, question, passes, prefix):
         picture, known = self.picture_and_questions(source, number, file)
-        references, is_caption = known.get((question or '').strip(), ((), False))
+        known = known.get((question or '').strip(), NOTHING)
         passes = int(passes) if passes else None
-        return side_by_side([run.look(picture, question, references, is_caption, passes, prefix)
-                             for run in self.runs])
+        return side_by_side([run.look(picture, question, known, passes, prefix) for run in self.runs])
 
 
 def controls(gr, demo, passes):
@@ -263,8 +281,9 @@ def serve(gr, page, port):
 
 def write_file(path, runs, rows, passes, n=12):
     """A dozen questions of the split, every type in turn, as a file."""
-    looks = [[run.look(picture_of(rows, i), rows.question[i], rows.references[i], rows.type[i] == 'describe',
-                       passes) for run in runs] for i in some_rows(rows, n)]
+    seen = [i for i in some_rows(rows, n) if rows.picture[i] >= 0]  # a row may have a sound alone
+    looks = [[run.look(picture_of(rows, i), rows.question[i], known_of(rows, i), passes) for run in runs]
+             for i in seen]
     data = whole_file(looks, ' and '.join(run.out_dir for run in runs)).encode()
 
     def write(file):

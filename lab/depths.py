@@ -21,7 +21,7 @@ from configurator import configure
 from eval import load_run, passes_per_token, questions_to_judge, set_depth, type_order
 from model import Halting
 from plumbing.console import printable, progress, run_script, table
-from plumbing.features import vision_source
+from plumbing.features import ContextTokens
 from plumbing.files import write_whole
 from plumbing.machine import on_device, pick_device
 from plumbing.plots import harmless, plain_text
@@ -67,7 +67,7 @@ def asked_batches(questions, batch_size, most):
 
 
 @torch.no_grad()
-def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, most):
+def scores_by_depth(decoder, questions, tokens_of, device, passes, batch_size, most):
     """-> {type: {passes: share of right answers}}, 'all' among the types.
 
     Greedy generation gives exactly the (first) reference if and only if every one of its tokens is the
@@ -80,7 +80,8 @@ def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, m
     batches = asked_batches(questions, batch_size, most)
     for k, rows in enumerate(batches):
         batch = on_device(questions.batch(rows), device)
-        context = decoder.read_context(vision_of(batch['picture']), batch['question'])
+        vision, sound = tokens_of(batch)
+        context = decoder.read_context(vision, batch['question'], sound)
         types = [type_of[i] for i in rows]
         asked.update(types)
         for n in passes:
@@ -98,7 +99,7 @@ def scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, m
 
 
 @torch.no_grad()
-def scores_by_halt(decoder, questions, vision_of, device, halts, batch_size, most):
+def scores_by_halt(decoder, questions, tokens_of, device, halts, batch_size, most):
     """-> {type: {halt: (mean of the passes that a token takes, share of right answers)}}"""
     asked = Counter()
     right = Counter()
@@ -108,13 +109,14 @@ def scores_by_halt(decoder, questions, vision_of, device, halts, batch_size, mos
     batches = asked_batches(questions, batch_size, most)
     for k, rows in enumerate(batches):
         batch = on_device(questions.batch(rows), device)
-        vision = vision_of(batch['picture'])
+        vision, sound = tokens_of(batch)
         types = [questions.rows.type[i] for i in rows]
         asked.update(types)
         true = batch['targets']                                        # (B, A)
         for halt in halts:
             cache = Halting(halt)
-            said = decoder.generate(vision, batch['question'], true.size(1), cache=cache)  # (B, A)
+            said = decoder.generate(vision, batch['question'], true.size(1), cache=cache,
+                                    sound=sound)                       # (B, A)
             whole = ((said == true) | (true < 0)).all(1).tolist()      # (B,): after the end it says nothing
             right.update((type, halt) for type, good in zip(types, whole) if good)
             for type, n in zip(types, passes_per_token(cache.taken, said != pad_id)):
@@ -153,21 +155,21 @@ def main(argv=None):
     device = pick_device(s.device)
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
+    decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder)
     if decoder.config.kind == 'plain':
         raise ValueError(f'{s.out_dir} holds a plain decoder, which takes no passes')
     questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
-    vision_of = partial(vision_source(run, encoder, questions.rows, device), encoder)
+    tokens_of = ContextTokens(run, encoders, questions.rows, device)
     passes = sorted({int(word) for word in s.passes.split(',')})
     batch_size = s.batch_size or min(250, run['batch_size'])
-    scores = scores_by_depth(decoder, questions, vision_of, device, passes, batch_size, s.most)
+    scores = scores_by_depth(decoder, questions, tokens_of, device, passes, batch_size, s.most)
     lines = [[printable(type), *(f'{of_type[n]:.3f}' for n in passes)] for type, of_type in scores.items()]
     print(table(['passes', *passes], lines), end='')
     halts = sorted(float(word) for word in s.halts.split(',') if word)
     halting = {}
     if halts:
         set_depth(decoder, s.out_dir, None, None, halts[0])  # only checks that it can
-        halting = scores_by_halt(decoder, questions, vision_of, device, halts, batch_size, s.most)
+        halting = scores_by_halt(decoder, questions, tokens_of, device, halts, batch_size, s.most)
         lines = [[printable(type), *(f'{n:.1f}: {share:.3f}' for n, share in of_type.values())]
                  for type, of_type in halting.items()]
         print(f'passes taken, of {decoder.config.inner_steps}: Exact Match')

@@ -34,6 +34,7 @@ class Look:
     words: list            # the tokens of the question, as text
     passes: list           # of lab.passes.Pass
     notes: list            # sentences: why the answer may mean little
+    n_sound: int           # tokens of the sound that it heard too, M; 0: none
 
 
 def data_url(picture, format, **options):
@@ -92,10 +93,13 @@ def stage(look, k, now):
     """One pass, large."""
     one = look.passes[k]
     N = 0 if look.shares is None else len(look.shares)
-    weights = one.looked[N:N + len(look.words)].cpu()                  # (Q,)
+    M = look.n_sound
+    weights = one.looked[N + M:N + M + len(look.words)].cpu()          # (Q,)
     sees = f'looks: {one.looked[:N].sum():.0%} at the picture'
     if look.shares is None:
         sees = 'this run never sees the picture'
+    if M:
+        sees += f', {one.looked[N:N + M].sum():.0%} at the sound'
     return f'''<div class="stage{now}" data-pass="{k + 1}">
 <div><div class="label">{sees}</div>
 <div class="picture{' unseen' if look.shares is None else ''}">{light(one, look.shares)}</div></div>

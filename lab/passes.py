@@ -19,6 +19,7 @@ from configurator import configure
 from eval import exact_match, ids_of, load_run, picture_of, questions_to_judge, set_depth
 from lab.states import rms, watch_passes
 from plumbing.console import printable, run_script
+from plumbing.features import sound_tokens
 from plumbing.files import write_whole
 from plumbing.machine import pick_device
 from plumbing.pictures import picture_sheet, rgb_picture
@@ -98,15 +99,16 @@ def encode_and_share(encoder, picture, device):
 
 
 @torch.no_grad()
-def passes_of(decoder, vision, question, tokenizer):
+def passes_of(decoder, vision, question, tokenizer, sound=None):
     """Every pass while the first word of an answer is made.
 
     With recursion='add' all but the last pass of a cycle make z, from which nothing is read: no guesses.
-    Shapes: vision (1, N, D), None without use_vision; question (1, Q) -> a list of Pass
+    Shapes: vision (1, N, D), None without use_vision; question (1, Q); sound (1, M, D) or None -> a list of
+        Pass
     """
     c = decoder.config
     start = torch.tensor([[tokenizer.bos_id]], device=question.device)     # (1, 1)
-    context = decoder.read_context(vision, question)
+    context = decoder.read_context(vision, question, sound)
     states = watch_passes(decoder)  # gets a pair for each pass: what goes in, what comes out, (1, T, C) both
     try:
         seen = attention_of(decoder, context, start)
@@ -167,11 +169,12 @@ def told(passes):
     return '\n'.join(lines)
 
 
-def draw_passes(small, words, passes, shares):
+def draw_passes(small, words, passes, shares, n_sound):
     """A row for each pass: what it would say, with bars; the picture lit where it looks; and the question, a
-    word the redder the more it is looked at. Shapes: shares (N, P) -> a Pillow picture."""
+    word the redder the more it is looked at. `n_sound`: sound tokens, M. Shapes: shares (N, P) -> a Pillow
+    picture."""
     font = ImageFont.load_default(FONT)
-    N = len(shares)
+    before = len(shares) + n_sound  # what of the context stands before the words
     text_px = int(sum(font.getlength(word) + 8 for word in words))
     strip = Image.new('RGB', (GUESS + SIDE + 20 + text_px, len(passes) * (SIDE + 4)), 'white')
     draw = ImageDraw.Draw(strip)
@@ -189,7 +192,7 @@ def draw_passes(small, words, passes, shares):
         heat = heat.resize(small.size, Image.BICUBIC)
         strip.paste(Image.composite(small, Image.new('RGB', small.size), heat), (GUESS, y))
 
-        weights = one.looked[N:N + len(words)].cpu()                   # (Q,)
+        weights = one.looked[before:before + len(words)].cpu()         # (Q,)
         x = GUESS + SIDE + 16
         draw.text((x, y + 18), f'pass {k + 1}: {one.moves()}', 'black', font)
         draw.text((x, y + 36), f'{weights.sum():.0%} on the question', 'gray', font)
@@ -202,15 +205,16 @@ def draw_passes(small, words, passes, shares):
     return strip
 
 
-def look(picture, question, ids, references, decoder, encoder, tokenizer, most_tokens, device):
-    """Prints the passes of one question. references: the true answers, [] where they are not known.
-    -> the tile of a sheet and its colour"""
+def look(picture, question, ids, references, sound, decoder, encoder, tokenizer, most_tokens, device):
+    """Prints the passes of one question. references: the true answers, [] where they are not known; sound:
+    what it hears, (1, M, D) or None. -> the tile of a sheet and its colour"""
     with torch.no_grad():
         tokens, shares = encode_and_share(encoder, picture, device)
     vision = tokens[..., :decoder.config.vision_dim]                   # (1, N, D)
     asked = torch.tensor([ids], device=device)                         # (1, Q)
-    passes = passes_of(decoder, vision, asked, tokenizer)
-    answer = tokenizer.decode(decoder.generate(vision, asked, most_tokens)[0].tolist())
+    passes = passes_of(decoder, vision, asked, tokenizer, sound)
+    written = decoder.generate(vision, asked, most_tokens, sound=sound)
+    answer = tokenizer.decode(written[0].tolist())
     says = f'says: {answer}'
     color = 'black'
     if references:
@@ -220,14 +224,18 @@ def look(picture, question, ids, references, decoder, encoder, tokenizer, most_t
 
     words = [printable(tokenizer.piece(token)) for token in ids]
     small = Image.fromarray(encoder.pixels(picture).permute(1, 2, 0).numpy())  # as the encoder sees it
-    strip = draw_passes(small.resize((SIDE, SIDE), Image.BICUBIC), words, passes, shares)
+    n_sound = 0 if sound is None else sound.size(1)
+    strip = draw_passes(small.resize((SIDE, SIDE), Image.BICUBIC), words, passes, shares, n_sound)
     return (strip, [question, says]), color
 
 
 def chosen_rows(rows, types=SHOWN):
-    """The first row of each type; without such types, the first four."""
-    chosen = [rows.type.index(type) for type in types if type in rows.type]
-    return chosen or range(min(4, len(rows)))
+    """The first row of each type that has a picture; without such types, the first four."""
+    seen = [i for i in range(len(rows)) if rows.picture[i] >= 0]
+    first = {}
+    for i in seen:
+        first.setdefault(rows.type[i], i)
+    return [first[type] for type in types if type in first] or seen[:4]
 
 
 def main(argv=None):
@@ -235,7 +243,8 @@ def main(argv=None):
     device = pick_device(s.device)
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
+    decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder)
+    encoder = encoders.get('encoder')
     if not encoder:
         raise ValueError(f'{s.out_dir}: a run without vision has no picture to look at')
     set_depth(decoder, s.out_dir, s.inner_steps, None)
@@ -243,12 +252,12 @@ def main(argv=None):
                    most_tokens=run['max_answer_tokens'], device=device)
     if s.image:
         picture = rgb_picture(Path(s.image).read_bytes())
-        shown = [show(picture, s.question, ids_of(s.question, tokenizer), [])]
+        shown = [show(picture, s.question, ids_of(s.question, tokenizer), [], None)]
     else:
         questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
         rows = questions.rows
-        shown = [show(picture_of(rows, i), rows.question[i], questions.tokens[i][0], rows.references[i])
-                 for i in chosen_rows(rows)]
+        shown = [show(picture_of(rows, i), rows.question[i], questions.tokens[i][0], rows.references[i],
+                      sound_tokens(rows.sound_of(i), encoders, device)) for i in chosen_rows(rows)]
     tiles, colors = zip(*shown)
     path = Path(s.out_dir) / 'passes.png'
     sheet = picture_sheet(tiles, columns=2, scale=1, colors=colors)

@@ -9,7 +9,6 @@ The states of the recursion: how large they are, and what they carry from one pa
 import copy
 import sys
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -17,7 +16,7 @@ from configurator import configure
 from eval import evaluate, load_run, questions_to_judge, result_table, set_depth
 from lab.bench import BenchConfig, bench_decoder
 from plumbing.console import run_script, table
-from plumbing.features import vision_source
+from plumbing.features import ContextTokens
 from plumbing.machine import on_device, pick_device
 from plumbing.run import read_checkpoint
 
@@ -70,7 +69,7 @@ def rms(h):
     return h.float().square().mean().sqrt().item()
 
 
-def state_sizes(decoder, vision, question, answer, steps=64):
+def state_sizes(decoder, vision, question, answer, sound=None, steps=64):
     """RMS of what every pass of F hands on, in one long cycle.
 
     Shapes: as `Decoder.forward` -> a tuple for each pass: (RMS of y, RMS of z) with recursion='concat', else
@@ -84,7 +83,7 @@ def state_sizes(decoder, vision, question, answer, steps=64):
     decoder.config.outer_steps = 1
     passes = watch_passes(decoder)
     with torch.no_grad():
-        decoder.answer_states(decoder.read_context(vision, question), answer)
+        decoder.answer_states(decoder.read_context(vision, question, sound), answer)
     sizes = []
     for _, after in passes:
         streams = after.chunk(decoder.config.streams, dim=1)           # (B, A, C) each
@@ -149,16 +148,17 @@ def main(argv=None):
         return
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
+    decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder)
     set_depth(decoder, s.out_dir, s.inner_steps, None)
     questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
-    vision_of = partial(vision_source(run, encoder, questions.rows, device), encoder)
+    tokens_of = ContextTokens(run, encoders, questions.rows, device)
     if s.forget:
         forgetful(decoder, s.forget)
-        print(result_table(evaluate(decoder, questions, vision_of, device, s.batch_size)[0]))
+        print(result_table(evaluate(decoder, questions, tokens_of, device, s.batch_size)[0]))
         return
     batch = on_device(questions.batch(next(questions.rows_in_order(s.batch_size))), device)
-    sizes = state_sizes(decoder, vision_of(batch['picture']), batch['question'], batch['answer'])
+    vision, sound = tokens_of(batch)
+    sizes = state_sizes(decoder, vision, batch['question'], batch['answer'], sound)
     for n in MARKS:
         names = ('y', 'z') if decoder.config.streams == 2 else ('its state',)
         known = [f'RMS of {name} {size:.2f}' for name, size in zip(names, sizes[n - 1])]

@@ -20,7 +20,7 @@ from lab.cells import probe, scores_of
 from lab.passes import attention_of, word_of
 from lab.states import watch_passes
 from plumbing.console import run_script, table
-from plumbing.features import vision_source
+from plumbing.features import ContextTokens
 from plumbing.machine import on_device, pick_device
 from plumbing.run import read_checkpoint
 
@@ -73,7 +73,7 @@ def swap_of_token(words, swaps):
 
 
 @torch.no_grad()
-def looked_into(decoder, questions, vision_of, chosen, swaps, text_of, device, batch_size):
+def looked_into(decoder, questions, tokens_of, chosen, swaps, text_of, device, batch_size):
     """States, attention and answers of the first word, pass by pass.
 
     text_of: from a token to its text -> states (passes, n, streams * C); attention on the numbers of each
@@ -83,7 +83,8 @@ def looked_into(decoder, questions, vision_of, chosen, swaps, text_of, device, b
     for start in range(0, len(chosen), batch_size):
         rows = chosen[start:start + batch_size]
         batch = on_device(questions.batch(rows), device)
-        context = decoder.read_context(vision_of(batch['picture']), batch['question'])
+        vision, sound = tokens_of(batch)
+        context = decoder.read_context(vision, batch['question'], sound)
         passes = watch_passes(decoder)
         first = batch['answer'][:, :1]                                 # (B, 1): <bos>
         attention = attention_of(decoder, context, first)              # (B, nh, T, S + T) a block of a pass
@@ -126,7 +127,7 @@ def main(argv=None):
     device = pick_device(s.device)
     checkpoint = read_checkpoint(s.out_dir)
     run = checkpoint['settings']
-    decoder, encoder, tokenizer = load_run(checkpoint, device, s.encoder)
+    decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder)
     if decoder.config.recursion == 'add' or decoder.config.kind == 'plain':
         raise ValueError(f"{s.out_dir}: expected kind='trm' and recursion='concat' or 'loop': of these "
                          'every pass makes y')
@@ -137,9 +138,9 @@ def main(argv=None):
     if len(chosen) < 100:
         raise ValueError(f'{s.split}.parquet has {len(chosen)} rows of type {wanted!r}: expected at least '
                          '100')
-    vision_of = partial(vision_source(run, encoder, questions.rows, device), encoder)
+    tokens_of = ContextTokens(run, encoders, questions.rows, device)
     text_of = partial(word_of, tokenizer)
-    states, looked, right = looked_into(decoder, questions, vision_of, chosen, s.swaps, text_of, device,
+    states, looked, right = looked_into(decoder, questions, tokens_of, chosen, s.swaps, text_of, device,
                                         s.batch_size)
     places = torch.tensor([places_of(questions.rows.question[i]) for i in chosen], device=device) - 1
     read = readable(states, places)                                    # (passes, swaps + 1)

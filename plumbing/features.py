@@ -32,6 +32,16 @@ def picture_from(file, encoder):
         raise ValueError(f'{file}: {e}') from None
 
 
+def sound_tokens(data, encoders, device):
+    """What a run hears of a sound file; None where it hears nothing, or there is none. `encoders`: as
+    `ContextTokens`. Shapes: -> (1, M, D)"""
+    if data is None or 'sound_encoder' not in encoders:
+        return None
+    encoder = encoders['sound_encoder']
+    image = encoder.preprocess(OPEN['sound'](data))                                    # (3, S, S)
+    return encoder.encode_images(image[None].to(device))                               # (1, M, D)
+
+
 def decode(encoder, data, digest):
     """A picture file, or a string that says why there is none -> its pixels, uint8 (3, S, S).
     Raises: ValueError that says why there are none."""
@@ -274,24 +284,24 @@ class Part:
 
 
 # ----------------------------------------------------------------------------
-# the image tokens of a batch
+# the tokens of a batch
 
 class ImageTokens:
-    """The image or sound tokens of a split: from the cache where the encoder is frozen, else anew from the
-    pixels, with gradient where the encoder is trained. Made by `vision_source` or `sound_source`."""
+    """The tokens of pictures or sounds: from the cache where their encoder is frozen, else anew from the
+    pixels, with gradient where it is `trained`. `cache=False`: anew in any case. `dim`: as `cached_features`
+    """
 
-    def __init__(self, settings, encoder, pictures, device):
+    def __init__(self, encoder, pictures, device, cache_dir, cache=True, trained=False, dim=None):
         self.device = device
-        self.dim = settings['vision_dim']
-        self.trained = settings['train_encoder']
+        self.dim = dim
+        self.trained = trained
         self.features = None
-        if not settings['cache']:
+        if not cache:
             self.pixels = PixelReader(encoder, pictures)
-        elif self.trained:  # its tokens change with every step, the pixels do not
+        elif trained:  # its tokens change with every step, the pixels do not
             self.pixels = pixel_array(encoder, pictures)
         else:
-            make = partial(cached_features, encoder, pictures, settings['cache_dir'], device, self.dim)
-            self.features = in_turn(make)
+            self.features = in_turn(partial(cached_features, encoder, pictures, cache_dir, device, dim))
 
     def __call__(self, encoder, picture):
         """Shapes: picture, indices (B,) -> (B, N, D), or None where they are -1: the rows have none."""
@@ -308,25 +318,29 @@ class ImageTokens:
         return tokens[..., :self.dim]
 
 
-def nothing(encoder, indices):
-    """The image tokens of the blind control, the sound tokens of the deaf one: none."""
-    return None
+def is_trained(settings, name):
+    """Whether a run trains an encoder along: that of sounds where it has no file. `settings`: those of a run,
+    a dict; `name`: the setting that names the encoder."""
+    return settings['train_encoder'] if name == 'encoder' else settings[name] is None
 
 
-no_sound = partial(nothing, None)  # sound indices (B,) -> None
+class ContextTokens:
+    """What a run sees and hears of a split. `encoders`: {'encoder': of pictures, 'sound_encoder': of sounds},
+    those that it has; `settings`: its settings, a dict."""
 
+    def __init__(self, settings, encoders, rows, device):
+        self.encoders = encoders
+        self.tokens = {}
+        for name, encoder in encoders.items():
+            files, dim = (rows.pictures, settings['vision_dim']) if name == 'encoder' else (rows.sounds, None)
+            self.tokens[name] = ImageTokens(encoder, files, device, settings['cache_dir'], settings['cache'],
+                                            is_trained(settings, name), dim)
 
-def vision_source(settings, encoder, rows, device):
-    """How to look at the pictures of a split: a function (encoder, picture indices (B,)) -> image tokens
-    (B, N, D), or None without vision. `settings`: those of a run, a dict."""
-    if not settings['use_vision']:
-        return nothing
-    return ImageTokens(settings, encoder, rows.pictures, device)
+    def __call__(self, batch):
+        """Shapes: a batch -> image tokens (B, N, D) and sound tokens (B, M, D), each None where the rows or
+        the run have none."""
+        return self.of('encoder', batch['picture']), self.of('sound_encoder', batch['sound'])
 
-
-def sound_source(settings, encoder, rows, device):
-    """As `vision_source`, of the sounds of a split. Without a file their encoder is trained along."""
-    if not settings.get('use_sound'):  # runs of before have no such setting
-        return nothing
-    changes = dict(vision_dim=None, train_encoder=settings['sound_encoder'] is None)
-    return ImageTokens(settings | changes, encoder, rows.sounds, device)
+    def of(self, name, indices):
+        """What one of the encoders makes of pictures or sounds; None without it."""
+        return self.tokens[name](self.encoders[name], indices) if name in self.encoders else None

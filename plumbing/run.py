@@ -200,15 +200,18 @@ def read_start(folder):
     return start
 
 
-def start_from(start, model, encoder_fingerprint):
-    """Gives the parts of a model the best weights of another run. Raises: ValueError."""
+def start_from(start, model, fingerprints):
+    """Gives the parts of a model the best weights of another run. `fingerprints`: of the encoders that this
+    run has, by the names of their settings; None of one with new weights. Raises: ValueError."""
     folder = start['settings']['out_dir']
-    if 'encoder' in start['run']['best'] and 'encoder' not in model:
-        raise ValueError(f'init_from: {folder} trained its encoder along; give --train_encoder=true, which '
-                         f'starts from that one')
-    if start['encoder_fingerprint'] not in (None, encoder_fingerprint):
-        print(f"its image tokens came from another encoder, {start['settings']['encoder']}: the decoder has "
-              f"to learn these anew")
+    remedies = dict(encoder='give --train_encoder=true', sound_encoder='leave --sound_encoder out')
+    for name, fingerprint in fingerprints.items():
+        if name in start['run']['best'] and name not in model:
+            raise ValueError(f'init_from: {folder} trained its {name} along; {remedies[name]}, which starts '
+                             'from that one')
+        if name not in start['run']['best'] and start.get(f'{name}_fingerprint') not in (None, fingerprint):
+            print(f"its tokens came from another {name}, {start['settings'][name]}: the decoder has to learn "
+                  'these anew')
     for name, part in model.items():
         weights = start['run']['best'].get(name)
         if weights is None:  # its encoder was frozen: this run's own file has it

@@ -40,13 +40,14 @@ def bare(monkeypatch, tiny_shapes, tiny_encoder):
         settings = dict(dataset=str(tiny_shapes), max_question_tokens=40, max_answer_tokens=3, use_vision=out_dir != 'blind', out_dir=out_dir)
         return dict(settings=settings, seen=dict(words=['is', 'what', 'color', 'the', 'circle']))
 
-    def load(checkpoint, device, encoder_path=None, hears=False):
+    def load(checkpoint, device, encoder_path=None):
         tokenizer = open_tokenizer(state)
         marks = dict(pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         torch.manual_seed(0)
         kind = checkpoint['settings']['out_dir']
         decoder = build_model(ModelConfig(**dict(vocab_size=tokenizer.vocab_size, n_head=2, n_embd=16, vision_dim=16) | marks | KINDS[kind]))
-        return decoder.eval(), None if kind == 'blind' else load_encoder(str(tiny_encoder)).eval(), tokenizer
+        encoders = {} if kind == 'blind' else dict(encoder=load_encoder(str(tiny_encoder)).eval())
+        return decoder.eval(), encoders, tokenizer
 
     for module in (demo, evaluation):
         monkeypatch.setattr(module, 'read_checkpoint', read)
@@ -72,7 +73,7 @@ def test_look(bare):
     """A look is what the decoder says with so many passes; a prefix changes what it sees, whole tokens do not; what was changed for one question is undone for the next."""
     run = demo.LoadedRun('concat', 'cpu')
     picture = evaluation.picture_of(bare, 0)
-    usual = run.look(picture, 'what color is the circle?', ['red'])
+    usual = run.look(picture, 'what color is the circle?', demo.Known(['red']))
     deep = run.look(picture, 'what color is the circle?', passes=7)
     assert len(usual.passes) == 3 and len(deep.passes) == 7 and deep.notes == ['it makes 7 passes and was trained with 3'] and not usual.notes
     assert deep.passes[2].guesses == usual.passes[2].guesses and usual.right is (usual.answer == 'red') and deep.right is None

@@ -307,14 +307,15 @@ def test_scores_by_depth(recursion):
 
     def batch(rows):
         return dict(picture=rows, question=question[rows], answer=answer[rows], targets=targets[rows])
+    tokens_of = lambda batch: (vision[batch['picture']], None)
     questions = SimpleNamespace(batch=batch, rows=SimpleNamespace(type=types), rows_in_order=lambda size, most: torch.arange(most).split(size))
-    scores = depths.scores_by_depth(decoder, questions, lambda rows: vision[rows], 'cpu', [1, 3, 8], 5, 12)
+    scores = depths.scores_by_depth(decoder, questions, tokens_of, 'cpu', [1, 3, 8], 5, 12)
     assert list(scores) == ['a', 'b', 'all'] and all(of_type[3] == 1 for of_type in scores.values())
     assert all(scores['all'][n] == (5 * scores['a'][n] + 6 * scores['b'][n]) / 11 for n in (1, 8))
     assert scores['all'][1] < 1
     if recursion != 'add':  # what halting never ends is what all passes give; what it ends at once is two passes
-        halting = depths.scores_by_halt(decoder, questions, lambda rows: vision[rows], 'cpu', [1e-9, 1e9], 5, 12)
-        two = depths.scores_by_depth(decoder, questions, lambda rows: vision[rows], 'cpu', [2], 5, 12)
+        halting = depths.scores_by_halt(decoder, questions, tokens_of, 'cpu', [1e-9, 1e9], 5, 12)
+        two = depths.scores_by_depth(decoder, questions, tokens_of, 'cpu', [2], 5, 12)
         assert all(halting[type] == {1e-9: (3, 1), 1e9: (2, two[type][2])} for type in 'ab') and two['all'][2] < 1
 
 

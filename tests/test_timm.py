@@ -275,8 +275,8 @@ def test_a_run_keeps_its_revision(cached, few_shapes, tmp_path, monkeypatch):
     assert checkpoint['encoder_source'] == f'someone/clip@{SHA}' and checkpoint['run']['step'] == 4
     evaluation.main(['--out_dir=run', '--split=val', '--device=cpu'])
     asked = []
-    of_picture = evaluation.vision_source
-    monkeypatch.setattr(evaluation, 'vision_source', lambda *args: lambda encoder, picture: asked.append(picture) or of_picture(*args)(encoder, picture))
+    tokens_of = evaluation.ContextTokens
+    monkeypatch.setattr(evaluation, 'ContextTokens', lambda *args: lambda batch: asked.append(batch['picture']) or tokens_of(*args)(batch))
     for flags_of in ([], ['--wrong_pictures=true']):
         evaluation.main(['--out_dir=run', '--split=val', '--device=cpu', *flags_of])
     n = len(asked) // 2  # every picture is another one then, and none is left out

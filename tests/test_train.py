@@ -91,14 +91,14 @@ def caught(name, argv, patch):
 def test_flops(flags, tmp_path):
     """The FLOPs of a training step are the mean over the batches of an epoch, captions among them, though few of them are counted."""
     with pytest.MonkeyPatch.context() as patch:
-        model, encoder, images, questions, s = caught('flops_per_row', [*flags, f'--out_dir={tmp_path}'], patch)
-    flops = lambda n=16: train.flops_per_row(model, encoder, images, questions, s, n)
+        model, tokens_of, questions, s = caught('flops_per_row', [*flags, f'--out_dir={tmp_path}'], patch)
+    flops = lambda n=16: train.flops_per_row(model, tokens_of, questions, s, n)
     assert len({len(rows) for rows in questions.epoch(s.batch_size, s.seed, 0)}) > 1
     assert flops() == pytest.approx(flops(10 ** 6), rel=.03)
     rows = questions.epoch(s.batch_size, s.seed, 0)[0]
     questions.epoch = lambda *_: [rows]  # one row of a batch stands for all
     batch = questions.batch(rows)
-    vision = images(encoder, batch['picture'])
+    vision, _ = tokens_of(batch)
     whole = train.flops_of(lambda: model['decoder'](vision, batch['question'], batch['answer'], batch['targets'])[1].backward())
     assert flops() == whole / s.batch_size
 
@@ -152,7 +152,7 @@ def test_log_counts_rows(flags, tmp_path):
     events = read_log(tmp_path / 'a')
     settings = events[0]['settings']
     with pytest.MonkeyPatch.context() as patch:
-        questions = caught('flops_per_row', [*flags, f'--out_dir={tmp_path}/b'], patch)[3]
+        questions = caught('flops_per_row', [*flags, f'--out_dir={tmp_path}/b'], patch)[2]
     sizes = [len(questions.rows_of_step(k, settings['batch_size'], settings['seed'])) for k in range(24)]
     first = next(e for e in events if e['event'] == 'step')
     assert len(set(sizes)) > 1 and first['examples_per_s'] * first['train_s'] == pytest.approx(sum(sizes[:10]))
@@ -190,8 +190,8 @@ def test_trained_along(flags, tmp_path):
     out = tmp_path / 'a'
     train.main([*flags, f'--out_dir={out}', '--train_encoder=true'])
     run = read_checkpoint(out)
-    _, encoder, _ = evaluation.load_run(run, 'cpu')
-    assert encoder.fingerprint() != run['encoder_fingerprint']
+    _, encoders, _ = evaluation.load_run(run, 'cpu')
+    assert encoders['encoder'].fingerprint() != run['encoder_fingerprint']
     evaluation.main([f'--out_dir={out}', '--device=cpu'])
 
 
@@ -250,11 +250,11 @@ def test_gradient_accumulation(flags, tmp_path, monkeypatch):
     all_reduce, make, grads, started = train.all_reduce, train.make_optimizers, [], []
     monkeypatch.setattr(train, 'all_reduce', lambda parameters, losses, stop: (grads.append([p.grad.clone() for p in parameters]), all_reduce(parameters, losses, stop))[1])
     monkeypatch.setattr(train, 'make_optimizers', lambda parts, s, dtype: (started.append(copy.deepcopy(parts[0][1])), make(parts, s, dtype))[1])
-    _, encoder, images, questions, s = caught('flops_per_row', [*flags, '--dtype=float32', '--grad_accum=2', '--log_interval=1', '--grad_clip=1e-6', f'--out_dir={tmp_path}'], monkeypatch)
+    _, tokens_of, questions, s = caught('flops_per_row', [*flags, '--dtype=float32', '--grad_accum=2', '--log_interval=1', '--grad_clip=1e-6', f'--out_dir={tmp_path}'], monkeypatch)
     decoder, losses = started[0], []
     for step in (0, 1):
         batch = questions.batch(questions.rows_of_step(step, s.batch_size, s.seed))
-        losses.append(decoder(images(encoder, batch['picture']), batch['question'], batch['answer'], batch['targets'])[1])
+        losses.append(decoder(tokens_of(batch)[0], batch['question'], batch['answer'], batch['targets'])[1])
         losses[-1].backward()
     assert all(torch.allclose(grad, p.grad / 2, atol=1e-7) for grad, p in zip(grads[0], decoder.parameters(), strict=True))
     assert read_log(tmp_path)[1]['loss'] == pytest.approx(sum(losses).item() / 2, abs=1e-5)
@@ -298,10 +298,10 @@ def test_a_validation_that_fails_costs_no_step(flags, tmp_path, monkeypatch):
     def full(*args, **more):
         raise MemoryError
 
-    def measured(decoder, questions, vision_of, *args, **more):
-        def look(picture):
-            sizes.append(len(picture))
-            return vision_of(picture)
+    def measured(decoder, questions, tokens_of, *args, **more):
+        def look(batch):
+            sizes.append(len(batch['picture']))
+            return tokens_of(batch)
         return quick(decoder, questions, look, *args, **more)
 
     def killed(out_dir, checkpoint, run, parts):
@@ -618,8 +618,8 @@ def test_learns_a_dataset_by_heart(tmp_path, monkeypatch, capsys):
 
     events, quick, read = [], evaluation.quick_scores, train.read_rows
 
-    def both(decoder, questions, vision_of, device, batch_size, **more):
-        scores, (written, _) = quick(decoder, questions, vision_of, device, batch_size, **more), evaluation.evaluate(decoder, questions, vision_of, device)
+    def both(decoder, questions, tokens_of, device, batch_size):
+        scores, (written, _) = quick(decoder, questions, tokens_of, device, batch_size), evaluation.evaluate(decoder, questions, tokens_of, device)
         assert scores['em'] == pytest.approx(written['em']) and questions.rows.path.name == 'val.parquet'
         events.append(scores['em'])
         return scores
