@@ -33,6 +33,7 @@ from plumbing.files import locked
 from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype
 from plumbing.novelty import what_was_seen
 from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
+from plumbing.results import already_finished, result_table, write_results
 from plumbing.run import (
     FORMAT,
     Log,
@@ -239,29 +240,19 @@ def train(s, sources, device, stop):
     print(echo(s, sources))
 
     # ---- words and pictures
-    if Path(s.dataset).resolve() == Path(ShapesConfig().out).resolve():
-        in_turn(draw_if_missing)
-    check_splits(s.dataset)  # the test split is not read before the end
-    rows = {split: read_rows(s.dataset, split) for split in ('train', 'val')}
+    rows = {split: read_rows(s.dataset, split) for split in splits_to_learn_from(s)}
     rows_sum = {split: of_split.sum.hexdigest() for split, of_split in rows.items()}
     unchanged(s, saved, 'dataset', rows_sum)
-    say_if_few(len(rows['val']), 'questions')
-    if s.use_sound and not len(rows['train'].sounds):
-        raise ValueError(f'dataset={s.dataset}: no training row has a sound, and use_sound=True; give '
-                         'a dataset with a column sound, or leave the flag out')
+    check_rows(rows, s)
     start = read_start(s.init_from) if s.init_from and not saved else None
-    known = saved or start
-    words = known['tokenizer'] if known else new_tokenizer(rows['train'], s)
-    if start and s.prompt:  # the other run may have had another one
-        words = with_prompt(words, s.prompt)
-    tokenizer = open_tokenizer(words)
+    tokenizer = open_tokenizer(tokenizer_state(rows['train'], s, saved, start))
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
     encoders = {name: encoder_of_run(name, asdict(s), saved).to(device) for name in encoder_names(asdict(s))}
     fingerprints = {name: encoder.fingerprint() if getattr(s, name) else None
                     for name, encoder in encoders.items()}
     for name, fingerprint in fingerprints.items():
         unchanged(s, saved, name, fingerprint)
-    if evaluation.already_finished(saved, s):
+    if already_finished(saved, s):
         return
     # what it refuses is said before anything is encoded
     decoder = new_decoder(s, saved, tokenizer, encoders)
@@ -429,6 +420,22 @@ def mean_passes(s):
     return s.min_inner_steps + (1 - s.draw_after) * more
 
 
+def splits_to_learn_from(s):
+    """-> ('train', 'val'); the test split is not read before the end, but there. Raises: ValueError."""
+    if Path(s.dataset).resolve() == Path(ShapesConfig().out).resolve():
+        in_turn(draw_if_missing)
+    check_splits(s.dataset)
+    return 'train', 'val'
+
+
+def check_rows(rows, s):
+    """Says where there are few questions to validate on. Raises: ValueError where no sound is to be heard."""
+    say_if_few(len(rows['val']), 'questions')
+    if s.use_sound and not len(rows['train'].sounds):
+        raise ValueError(f'dataset={s.dataset}: no training row has a sound, and use_sound=True; give '
+                         'a dataset with a column sound, or leave the flag out')
+
+
 def draw_if_missing():
     shapes = ShapesConfig()
     if not Path(shapes.out).exists():
@@ -436,9 +443,13 @@ def draw_if_missing():
             draw_shapes(shapes)
 
 
-def new_tokenizer(rows, s):
-    """The state of a tokenizer: a pretrained decoder's, gpt2, or a BPE trained on the questions and first
-    answers of `rows`."""
+def tokenizer_state(rows, s, saved, start):
+    """The state of a tokenizer: that of the run that goes on or is started from; else a pretrained decoder's,
+    gpt2, or a BPE trained on the questions and first answers of `rows`."""
+    if saved:
+        return saved['tokenizer']
+    if start:
+        return with_prompt(start['tokenizer'], s.prompt) if s.prompt else start['tokenizer']
     if s.decoder:
         return with_prompt(read_tokenizer(found_folder(s.decoder)), s.prompt)
     if s.tokenizer == 'gpt2':
@@ -555,8 +566,8 @@ def judge_test_split(decoder, encoders, tokenizer, s, device, facts):
     batch_size = min(256, s.batch_size)  # training had the memory for it
     metrics, predictions = evaluation.evaluate(decoder, questions, tokens_of, device, batch_size)
     metrics['dataset_fingerprint'] = facts['dataset_fingerprint'] | dict(test=rows.sum.hexdigest())
-    print(evaluation.result_table(metrics))
-    evaluation.write_results(s.out_dir, facts | metrics, rows, predictions)
+    print(result_table(metrics))
+    write_results(s.out_dir, facts | metrics, rows, predictions)
 
 
 # ----------------------------------------------------------------------------

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure
-from eval import load_run, result_table, rows_to_judge, scored, summaries
+from eval import load_run, rows_to_judge, scored, summaries
 from plumbing.console import run_script
 from plumbing.features import ContextTokens
 from plumbing.machine import pick_device
+from plumbing.results import result_table
 from plumbing.run import read_checkpoint
 from prepare.mosaics import ASK, SIDES, counts_of, neighbours, read_groups
 

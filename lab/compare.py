@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from configurator import configure
-from eval import type_order
 from model import ModelConfig, build_model
 from plumbing.console import printable, run_script, table
 from plumbing.files import write_whole
 from plumbing.plots import harmless, plain_text
+from plumbing.results import type_order
 from plumbing.run import LATER
 
 # settings that do not change what is learnt, but for rounding, and the seed

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from configurator import configure
-from eval import exact_match, ids_of, load_run, picture_of, questions_to_judge, set_depth, some_rows
+from eval import exact_match, ids_of, load_run, questions_to_judge, set_depth
 from lab.figures import INTRO, SCRIPT, STYLE, Look, problem, side_by_side, whole_file
 from lab.passes import encode_and_share, passes_of
 from plumbing.console import printable, run_script, what_to_mend
@@ -28,6 +28,7 @@ from plumbing.files import write_whole
 from plumbing.machine import pick_device
 from plumbing.novelty import doubts
 from plumbing.pictures import rgb_picture
+from plumbing.results import picture_of, some_rows
 from plumbing.run import read_checkpoint
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import shapes_rows

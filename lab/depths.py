@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from configurator import configure
-from eval import load_run, passes_per_token, questions_to_judge, set_depth, type_order
+from eval import load_run, passes_per_token, questions_to_judge, set_depth
 from model import Halting
 from plumbing.console import printable, progress, run_script, table
 from plumbing.features import ContextTokens
 from plumbing.files import write_whole
 from plumbing.machine import on_device, pick_device
 from plumbing.plots import harmless, plain_text
+from plumbing.results import type_order
 from plumbing.run import read_checkpoint
 
 

@@ -10,8 +10,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from configurator import configure
-from eval import result_table, rows_to_judge, scored, summaries
+from eval import rows_to_judge, scored, summaries
 from plumbing.console import run_script
+from plumbing.results import result_table
 from plumbing.run import read_checkpoint
 
 

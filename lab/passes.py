@@ -16,13 +16,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from configurator import configure
-from eval import exact_match, ids_of, load_run, picture_of, questions_to_judge, set_depth
+from eval import exact_match, ids_of, load_run, questions_to_judge, set_depth
 from lab.states import rms, watch_passes
 from plumbing.console import printable, run_script
 from plumbing.features import sound_tokens
 from plumbing.files import write_whole
 from plumbing.machine import pick_device
 from plumbing.pictures import picture_sheet, rgb_picture
+from plumbing.results import picture_of
 from plumbing.run import read_checkpoint
 
 SHOWN = ('1 hop', '2 hops', 'count', 'relation')  # question types

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from configurator import configure
-from eval import evaluate, load_run, questions_to_judge, result_table, set_depth
+from eval import evaluate, load_run, questions_to_judge, set_depth
 from lab.bench import BenchConfig, bench_decoder
 from plumbing.console import run_script, table
 from plumbing.features import ContextTokens
 from plumbing.machine import on_device, pick_device
+from plumbing.results import result_table
 from plumbing.run import read_checkpoint
 
 MARKS = (1, 2, 4, 8, 16, 32, 64)

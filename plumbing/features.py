@@ -95,8 +95,8 @@ def decode_all(encoder, pictures, wanted, batch_size):
     if batch:
         yield batch
     if bad:
-        raise ValueError(f'{len(bad)} of {len(pictures)} pictures cannot be used: {first_three(bad)}: '
-                         'remove or repair them')
+        raise ValueError(f'{len(bad)} of {len(pictures)} {encoder.config.reads}s cannot be used: '
+                         f'{first_three(bad)}: remove or repair them')
 
 
 def pixel_array(encoder, pictures):
@@ -194,7 +194,7 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
     for leftover in Path(cache_dir).glob('.*.npy.partial'):  # of a process that was killed
         leftover.unlink()
     n = sum(len(part) for part in parts.values())
-    check_room(n, parts.values(), cache_dir)
+    check_room(f'{n} {encoder.config.reads}s', parts.values(), cache_dir)
     done = 0
     start = time.time()
     try:
@@ -210,18 +210,18 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
                 for (i, _), of_picture in zip(batch, tokens):
                     parts[i // per_part].write(of_picture)
             done += len(batch)
-            progress('encoding pictures', done, n, start)
+            progress(f'encoding {encoder.config.reads}s', done, n, start)
     finally:
         for part in parts.values():
             part.drop()
     print(f'| took {time.time() - start:.0f} s')
 
 
-def check_room(n, parts, cache_dir):
-    """Says how much n pictures in some parts of a cache need. Raises: ValueError where that is not free."""
+def check_room(what, parts, cache_dir):
+    """Says how much room some parts of a cache need. Raises: ValueError where that is not free."""
     need = sum(2 * math.prod(part.shape) for part in parts)  # two bytes a number
     free = shutil.disk_usage(cache_dir).free
-    print(f'encoding {n} pictures into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
+    print(f'encoding {what} into {cache_dir}: {need / 1e9:.2f} GB, {free / 1e9:.0f} GB are free')
     if need > free:
         raise ValueError(f'cache_dir={cache_dir}: {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are '
                          'free: choose another --cache_dir, a smaller --vision_dim, or --cache=false to '

@@ -25,6 +25,7 @@ from encoder import load_encoder
 from lab import demo, figures
 from model import ModelConfig, build_model
 from plumbing.console import run_script
+from plumbing.results import picture_of
 
 KINDS = dict(concat=dict(inner_steps=3), add=dict(recursion='add', inner_steps=3), loop=dict(recursion='loop', inner_steps=3), plain=dict(kind='plain'),
              blind=dict(use_vision=False, inner_steps=3), pretrained=dict(norm='rms', recursion='loop', inner_steps=3, recur_layers=1), narrow=dict(inner_steps=3, vision_dim=8))
@@ -72,7 +73,7 @@ def test_file(kind, bare, tmp_path, capsys):
 def test_look(bare):
     """A look is what the decoder says with so many passes; a prefix changes what it sees, whole tokens do not; what was changed for one question is undone for the next."""
     run = demo.LoadedRun('concat', 'cpu')
-    picture = evaluation.picture_of(bare, 0)
+    picture = picture_of(bare, 0)
     usual = run.look(picture, 'what color is the circle?', demo.Known(['red']))
     deep = run.look(picture, 'what color is the circle?', passes=7)
     assert len(usual.passes) == 3 and len(deep.passes) == 7 and deep.notes == ['it makes 7 passes and was trained with 3'] and not usual.notes
@@ -88,7 +89,7 @@ def test_look(bare):
 def test_light(bare):
     """The veil is thinnest where a pass looks most, and as dark as it gets where it never looks."""
     run = demo.LoadedRun('concat', 'cpu')
-    look = run.look(evaluation.picture_of(bare, 0), 'what color is the circle?')
+    look = run.look(picture_of(bare, 0), 'what color is the circle?')
     one = look.passes[0]
     one.looked = torch.zeros_like(one.looked)
     one.looked[2] = 1

@@ -12,6 +12,7 @@ from PIL import Image
 
 import eval as evaluation
 from eval import exact_match, normalize_answer, token_f1
+from plumbing import results
 from plumbing.console import printable
 from plumbing.files import write_whole
 from plumbing.pictures import picture_sheet
@@ -46,11 +47,11 @@ def test_merged_answers():
     """Answers that only normalisation makes equal are named under the table, and beside em stands what is equal without it; end marks, case and articles are no difference."""
     rows = types.SimpleNamespace(sample_id=list('abcde'), type=['t'] * 5, question=['q'] * 5, references=[['-5'], ['5'], ['C++'], ['C'], ['the sea.', 'Sea']])
     merged = evaluation.summaries([evaluation.scored(rows, i, '5') for i in range(5)])
-    table = evaluation.result_table(merged)
+    table = results.result_table(merged)
     assert merged['merged'] == ['5 = -5', 'c = c++'] and merged['em'] == .4 and merged['equal'] == .2
     assert '5 = -5; c = c++' in table and '| 0.400 | 0.200 |' in table
     alone = evaluation.summaries([evaluation.scored(rows, i, '5') for i in (1, 3, 4)])
-    assert alone['merged'] == [] and 'equal' not in evaluation.result_table(alone)
+    assert alone['merged'] == [] and 'equal' not in results.result_table(alone)
 
 
 def test_write_whole(tmp_path):
@@ -65,7 +66,7 @@ def test_bad_picture_is_named():
     """A picture that cannot be read when samples are drawn is named."""
     pictures = type('Pictures', (list,), dict(names=['a.png']))([b'rubbish'])
     with pytest.raises(ValueError, match='a.png: not a picture.*: remove or repair it'):
-        evaluation.picture_of(types.SimpleNamespace(pictures=pictures, picture=[0]), 0)
+        results.picture_of(types.SimpleNamespace(pictures=pictures, picture=[0]), 0)
 
 
 def test_picture_sheet():
@@ -101,13 +102,13 @@ def test_vqa_accuracy(prediction, answers, score):
 
 def test_official_results(tmp_path, monkeypatch):
     """Of rows with ten answers and numbers for names, the predictions are written as VQA v2 wants them, and their soft accuracy is a column."""
-    monkeypatch.setattr(evaluation, 'draw_samples', lambda *args: None)
+    monkeypatch.setattr(results, 'draw_samples', lambda *args: None)
     rows = types.SimpleNamespace(sample_id=['12', '7'], type=['other', 'other'], question=['q', 'q'], references=[['a'] * 3 + ['b'] * 7, ['yes'] * 10])
     predictions = [evaluation.scored(rows, i, text) for i, text in enumerate(('a.', 'yes'))]
     metrics = evaluation.summaries(predictions)
-    assert metrics['equal'] == .5 and 'vqa' in evaluation.result_table(metrics).splitlines()[0]
+    assert metrics['equal'] == .5 and 'vqa' in results.result_table(metrics).splitlines()[0]
     (tmp_path / 'log.jsonl').write_text('')
-    evaluation.write_results(tmp_path, metrics, rows, predictions)
+    results.write_results(tmp_path, metrics, rows, predictions)
     assert json.loads((tmp_path / 'vqav2_results.json').read_text()) == [dict(question_id=12, answer='a.'), dict(question_id=7, answer='yes')]
 
 
@@ -176,7 +177,7 @@ def test_summaries():
 def test_result_table():
     """The result table has a line per type, captions last."""
     row = dict(n=10, em=.5, f1=.5, token_accuracy=.5, loss=1.)
-    lines = evaluation.result_table(row | dict(em_types=.5, by_type={'color': row, '2 hops': row, 'describe': row})).splitlines()
+    lines = results.result_table(row | dict(em_types=.5, by_type={'color': row, '2 hops': row, 'describe': row})).splitlines()
     assert [line.split('|')[0].strip() for line in lines[2:]] == ['color', '2 hops', 'all', 'mean of types', 'describe']
 
 

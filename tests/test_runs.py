@@ -24,6 +24,7 @@ import eval as evaluation
 import train
 from encoder import load_encoder
 from model import Decoder
+from plumbing import results
 from plumbing.console import GOES_ON, run_script
 from plumbing.files import locked, write_whole
 from plumbing.ranks import processes, rank_and_world
@@ -523,7 +524,7 @@ def test_control_characters(rubbish, monkeypatch, capsys):
         run_script(train.main)
     assert '\x1b' not in capsys.readouterr().err
     metrics = dict(n=1, em=1., f1=1., em_types=1., by_type={'\x1b[31m': dict(n=1, em=1., f1=1.)})
-    assert '\x1b' not in evaluation.result_table(metrics)
+    assert '\x1b' not in results.result_table(metrics)
 
 
 # ----------------------------------------------------------------------------
@@ -607,9 +608,9 @@ def test_a_picture_costs_nothing(whole, tmp_path, monkeypatch, capsys):
         assert (out / 'predictions.jsonl').is_file() and json.loads((out / 'metrics.unfinished.json').read_text()) == before
         raise LookupError('no glyph')
 
-    monkeypatch.setattr(evaluation, 'draw_samples', failing)
+    monkeypatch.setattr(results, 'draw_samples', failing)
     predictions = [json.loads(line) for line in (out / 'predictions.jsonl').read_text().splitlines()]
-    evaluation.write_results(out, before, None, predictions)
+    results.write_results(out, before, None, predictions)
     assert 'samples.png: not drawn (LookupError: no glyph)' in capsys.readouterr().out
     assert json.loads((out / 'metrics.json').read_text()) == before and not (out / 'metrics.unfinished.json').exists()
     assert (out / 'curves.png').is_file()

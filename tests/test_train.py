@@ -28,6 +28,7 @@ from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from lab.compare import compare
 from model import Decoder
 from plumbing.plots import draw_curves
+from plumbing.results import picture_of
 from plumbing.run import FORMAT, read_checkpoint, read_log
 from plumbing.tables import SPLITS
 from prepare import shapes
@@ -215,7 +216,7 @@ def test_settings_of_the_encoder(flags):
     """How pictures become square and upright is taken from the settings where they say it."""
     for flags_, expected in (([], (True, 'squash')), (['--upright=false', '--fit=pad'], (False, 'pad'))):
         settings, _ = configure(train.TrainConfig, [*flags, *flags_])
-        config = train.open_encoder(settings.encoder, dataclasses.asdict(settings)).config
+        config = train.encoder_of_run('encoder', dataclasses.asdict(settings)).config
         assert (config.upright, config.fit) == expected
 
 
@@ -368,7 +369,7 @@ def test_unlike_what_was_seen(flags, tiny_encoder, tmp_path, capsys):
     shapes.draw_shapes(shapes.Config(out=str(tmp_path / 'data'), n_train=600, n_val=20, n_test=20, asked=1, types='color'))
     train.main([*flags, f'--dataset={tmp_path}/data', f'--encoder={ROOT}/assets/encoder_shapes.pt', f'--out_dir={tmp_path}/run'])
     rows = train.read_rows(read_checkpoint(tmp_path / 'run')['settings']['dataset'], 'test')
-    evaluation.picture_of(rows, 0).save(tmp_path / 'like.png')
+    picture_of(rows, 0).save(tmp_path / 'like.png')
     Image.effect_noise((64, 64), 90).convert('RGB').save(tmp_path / 'unlike.png')
     ask = [f'--out_dir={tmp_path}/run', '--device=cpu']
     for picture, question, expected in (('like', rows.question[0], 0), ('unlike', rows.question[0], 1), ('like', 'is there a red zebra?', 1), ('unlike', 'is there a zebra?', 2)):
