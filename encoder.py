@@ -3,11 +3,11 @@ The frozen vision encoder: a picture becomes a few tokens that language can be r
 
     pictures (B, 3, S, S) -> ViT trunk -> (B, P, W) -> resampler -> (B, N, W) -> projection -> (B, N, D)
 
-The trunk has CLIP's form, or is a network of timm; the resampler turns its P patches into N tokens, and the
-projection is Matryoshka: every listed prefix of the D dimensions is trained to be an embedding of its own, so
-a decoder may read only the first `vision_dim` of them. `align/` trains it against captions (stage 1); from
-then on it is frozen, encodes each picture once, and `plumbing/features.py` keeps the result on disk (stage
-2). `pretrained/` reads other people's weights.
+The trunk has CLIP's form, or is a network of timm, or Whisper's encoder for sounds; the resampler turns its
+P patches into N tokens, and the projection is Matryoshka: every listed prefix of the D dimensions is trained
+to be an embedding of its own, so a decoder may read only the first `vision_dim` of them. `align/` trains it
+against captions (stage 1); from then on it is frozen, encodes each picture once, and `plumbing/features.py`
+keeps the result on disk (stage 2). `pretrained/` reads other people's weights.
 
     python encoder.py FILE...    # encode pictures, print shapes and timing
 """
@@ -30,18 +30,20 @@ from plumbing.console import run_script
 from plumbing.features import picture_from
 from plumbing.files import DAMAGED, write_whole
 from plumbing.machine import pick_device
-from plumbing.pictures import as_seen, squared
+from plumbing.pictures import as_seen, open_picture, squared
 from plumbing.run import source_of
+from plumbing.sounds import spectrum, spectrum_picture
 from pretrained.clip import CLIP_MEAN, CLIP_STD, EDGE_GLASS_PREFIXES, read_clip
 from pretrained.files import as_tensor, first_few, open_weights
 from pretrained.hub import folder_of, is_hub_name
 from pretrained.timm_trunk import PREFIX, TimmTrunk, read_timm
+from pretrained.whisper import WhisperTrunk, check_hears, is_whisper, read_whisper
 
 
 @dataclass
 class EncoderConfig:
-    trunk: str = 'vit'                      # 'vit': the one below; 'timm/NAME': that network of timm
-    image_px: int = 64                      # side of the square picture, in pixels
+    trunk: str = 'vit'                      # 'vit': the one below; 'timm/NAME': of timm; 'whisper'
+    image_px: int = 64                      # side of the square picture, in pixels; Whisper: frames of 10 ms
     patch_px: int = 8                       # side of a patch, in pixels
     stem: str = 'conv'                      # 'conv': strided 3x3 ones; 'patch': one of patch_px (CLIP)
     width: int = 128                        # W, width of the trunk
@@ -68,12 +70,15 @@ class EncoderConfig:
     interpolation: str = 'bicubic'          # how it is made smaller: 'bicubic', 'bilinear' or 'lanczos'
     upright: bool = True                    # turn photographs as their EXIF orientation says
     reads: str = 'picture'                  # or 'sound': files whose spectrum is the picture
+    bands: int = 80                         # of the spectrum that Whisper hears
 
     def __post_init__(self):
         expect(self, stem=('conv', 'patch'), activation=('gelu', 'quick_gelu'),
                adapter=('none', 'linear', 'mlp'), projection=('none', 'linear', 'norm_linear'),
                fit=('squash', 'crop', 'pad'), interpolation=('bicubic', 'bilinear', 'lanczos'),
                reads=('picture', 'sound'))
+        if self.trunk == 'whisper':
+            check_hears(self)
         if self.trunk == 'vit' and self.image_px % self.patch_px:
             raise ValueError(f'image_px={self.image_px}: expected a multiple of patch_px={self.patch_px}')
         if not self.prefixes or min(self.prefixes) < 1 or max(self.prefixes) != self.vision_dim:
@@ -98,6 +103,18 @@ class EncoderConfig:
     def side(self):
         """Patches along a side of the picture; the last one of a network of timm may stand over."""
         return -(-self.image_px // self.patch_px)
+
+    @property
+    def n_patches(self):
+        """P, as the trunk gives them: in a square, or one after another in time."""
+        return self.side if self.trunk == 'whisper' else self.side ** 2
+
+    @property
+    def input_shape(self):
+        """Of what the trunk takes: colours, rows and columns; or pitch and time."""
+        if self.trunk == 'whisper':
+            return self.bands, self.image_px
+        return 3, self.image_px, self.image_px
 
     @property
     def inner_width(self):
@@ -271,12 +288,14 @@ class Perceiver(nn.Module):
 
 def make_trunk(config):
     """What turns pictures into patches: (B, 3, S, S) -> (B, P, W), P = side ** 2, row by row; a ViT may keep
-    its class token before them."""
+    its class token before them. Whisper turns spectra into them: (B, bands, frames) -> (B, P, W)."""
     if config.trunk == 'vit':
         return ViT(config)
     if config.trunk.startswith(PREFIX):
         return TimmTrunk(config.trunk, config.image_px)
-    raise ValueError(f'trunk={config.trunk}: expected vit or {PREFIX}NAME')
+    if config.trunk == 'whisper':
+        return WhisperTrunk(config, Block)
+    raise ValueError(f'trunk={config.trunk}: expected vit, whisper or {PREFIX}NAME')
 
 
 def make_adapter(config):
@@ -320,9 +339,11 @@ class Encoder(nn.Module):
         return self.resample(self.patches(images))
 
     def patches(self, images):
-        """The trunk's part, averaged pool x pool. Shapes: (B, 3, S, S) -> (B, P, W)."""
+        """The trunk's part, averaged pool x pool, Whisper's along time. Shapes: (B, 3, S, S) -> (B, P, W)."""
         x = self.trunk(images)
-        if self.config.pool > 1:
+        if self.config.pool > 1 and self.config.trunk == 'whisper':
+            x = x.unflatten(1, (-1, self.config.pool)).mean(2)                         # (B, P, W)
+        elif self.config.pool > 1:
             side = self.config.side
             x = x.transpose(1, 2).unflatten(2, (side, side))                           # (B, W, side, side)
             x = F.avg_pool2d(x, self.config.pool).flatten(2).transpose(1, 2)           # (B, P, W)
@@ -331,6 +352,14 @@ class Encoder(nn.Module):
     def resample(self, patches):
         """What follows the trunk. Shapes: (B, P, W) -> (B, N, D)."""
         return self.projection(self.resampler(self.adapter(patches)))
+
+    def open(self, data):
+        """A file -> what `pixels` takes: a Pillow picture, or Whisper's spectrum. Raises: ValueError."""
+        if self.config.trunk == 'whisper':
+            return spectrum(data, *self.config.input_shape)                            # (bands, frames)
+        if self.config.reads == 'sound':
+            return spectrum_picture(data)
+        return open_picture(data)
 
     def preprocess(self, picture):
         """A Pillow picture of any mode and size -> a normalised float tensor (3, S, S)."""
@@ -344,6 +373,8 @@ class Encoder(nn.Module):
         Raises: ValueError.
         """
         c = self.config
+        if c.trunk == 'whisper':  # its spectra stay as they are: in 8 bits its tokens would be off
+            return torch.from_numpy(picture)                                           # (bands, frames)
         picture = as_seen(picture, turn=c.upright)
         mean_color = tuple(round(255 * m) for m in c.mean)  # after `normalise` it is about 0
         picture = squared(picture, c.image_px, c.fit, border=mean_color, crop_pct=c.crop_pct,
@@ -352,6 +383,8 @@ class Encoder(nn.Module):
 
     def normalise(self, pixels):
         """Shapes: uint8 (..., 3, S, S), 0..255 -> float of that shape, about zero mean and unit spread."""
+        if self.config.trunk == 'whisper':
+            return pixels.float()
         mean = torch.tensor(self.config.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.config.std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
@@ -364,8 +397,8 @@ class Encoder(nn.Module):
     @property
     def at_once(self):
         """How many pictures to encode at a time: a layer's attention then takes 0.25 GB at most."""
-        # n_head maps of side ** 2 x side ** 2 numbers, four bytes each
-        return max(1, min(64, 2 ** 26 // (self.config.n_head * self.config.side ** 4)))
+        # n_head maps of P x P numbers, four bytes each
+        return max(1, min(64, 2 ** 26 // (self.config.n_head * self.config.n_patches ** 2)))
 
     def fingerprint(self):
         """A short hash of the config and the weights: what its tokens depend on."""
@@ -407,12 +440,13 @@ def save_encoder(encoder, path):
 def load_encoder(path, **changes):
     """Reads an encoder: one that `save_encoder` wrote, or CLIP as Hugging Face (a folder, or its weights
     file), OpenAI or open_clip store it, or an aligned checkpoint of Edge-Glass: which one it is, its content
-    says. Or a network of timm, by its name, `timm/NAME` or `timm/NAME@FILE`; or CLIP by its name on the hub.
+    says. Or Whisper's encoder, as Hugging Face stores it. Or a network of timm, by its name, `timm/NAME` or
+    `timm/NAME@FILE`; or CLIP or Whisper by its name on the hub.
     A relative path is also looked up beside this file.
 
-    CLIP or timm alone has no resampler: its tokens are the last hidden states of the patches. `changes` are
+    Each of them alone has no resampler: its tokens are the last hidden states of the patches. `changes` are
     settings of `EncoderConfig` that shall differ from what is read: activation, fit, upright, pool, n_head,
-    perceiver_heads, image_px (the positions are interpolated).
+    perceiver_heads, image_px (the positions are interpolated; Whisper's are cut).
     Raises: FileNotFoundError; ValueError for another kind of file and for weights that are missing or left
         over, which it names.
     """
@@ -428,6 +462,8 @@ def load_encoder(path, **changes):
         raise ValueError(f'{path}: damaged ({e})') from None
     if config.trunk == 'vit':
         weights['trunk.positions'] = fit_positions(weights['trunk.positions'], config)
+    elif config.trunk == 'whisper':  # with fewer frames it hears the beginning alone
+        weights['trunk.positions'] = weights['trunk.positions'][:config.side]
     encoder = Encoder(config)
     encoder.source = source
     try:
@@ -448,10 +484,14 @@ def read_encoder(path, changes):
         found, source = folder_of(path)
     if not found.exists():
         raise FileNotFoundError(f'{path}: no such encoder file or folder; --encoder=PATH takes CLIP, '
-                                'a checkpoint of Edge-Glass, or what python -m align config/align.py makes')
+                                'a checkpoint of Edge-Glass, or what python -m align config/align.py makes; '
+                                '--sound_encoder=PATH takes Whisper')
     tensors, about = open_weights(found)
     if about.get('kind') != 'encoder':
-        config, tensors = read_clip(found, tensors, about, title=path)
+        if is_whisper(found, tensors):
+            config, tensors = read_whisper(found, tensors, title=path)
+        else:
+            config, tensors = read_clip(found, tensors, about, title=path)
         return config, tensors, source
     if about.get('format') != FORMAT:
         raise ValueError(f'{path}: an encoder file of format {about.get("format")}, '

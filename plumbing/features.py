@@ -16,18 +16,14 @@ import torch
 from plumbing.console import first_three, progress
 from plumbing.files import locked
 from plumbing.machine import autocast_to, fast_dtypes
-from plumbing.pictures import open_picture
 from plumbing.ranks import in_turn
-from plumbing.sounds import spectrum_picture
-
-OPEN = dict(picture=open_picture, sound=spectrum_picture)  # what an encoder reads -> a Pillow picture of it
 
 
 def picture_from(file, encoder):
-    """A picture or sound file, ready for its encoder. Shapes: -> (3, S, S). Raises: FileNotFoundError,
-    ValueError naming the file."""
+    """A picture or sound file, ready for its encoder. Shapes: -> (3, S, S), or (bands, frames) for Whisper.
+    Raises: FileNotFoundError, ValueError naming the file."""
     try:
-        return encoder.preprocess(OPEN[encoder.config.reads](Path(file).read_bytes()))
+        return encoder.preprocess(encoder.open(Path(file).read_bytes()))
     except ValueError as e:
         raise ValueError(f'{file}: {e}') from None
 
@@ -38,18 +34,18 @@ def sound_tokens(data, encoders, device):
     if data is None or 'sound_encoder' not in encoders:
         return None
     encoder = encoders['sound_encoder']
-    image = encoder.preprocess(OPEN['sound'](data))                                    # (3, S, S)
-    return encoder.encode_images(image[None].to(device))                               # (1, M, D)
+    spectrum = encoder.preprocess(encoder.open(data))[None].to(device)                 # (1, 3, S, S)
+    return encoder.encode_images(spectrum)                                             # (1, M, D)
 
 
 def decode(encoder, data, digest):
-    """A picture file, or a string that says why there is none -> its pixels, uint8 (3, S, S).
+    """A picture file, or a string that says why there is none -> its pixels, as `Encoder.pixels` gives them.
     Raises: ValueError that says why there are none."""
     if isinstance(data, str):
         raise ValueError(data)
     if hashlib.sha256(data).digest() != digest:
         raise ValueError('it has changed since it was read first')
-    return encoder.pixels(OPEN[encoder.config.reads](data))
+    return encoder.pixels(encoder.open(data))
 
 
 AHEAD_BYTES = 2**27  # of picture files that wait to be decoded
@@ -100,12 +96,14 @@ def decode_all(encoder, pictures, wanted, batch_size):
 
 
 def pixel_array(encoder, pictures):
-    """All pictures decoded, in memory. Shapes: -> (n, 3, S, S) uint8. Raises: ValueError."""
+    """All pictures decoded, in memory. Shapes: -> (n, 3, S, S) uint8, or (n, bands, frames) float16 for
+    Whisper. Raises: ValueError."""
     if not len(pictures):
         return None  # and none is ever asked for
     pixels = []
     for batch in decode_all(encoder, pictures, range(len(pictures)), 256):
-        pixels += [picture for _, picture in batch]
+        # Whisper's are floats: as halves they take half the memory
+        pixels += [p.half() if p is not None and p.is_floating_point() else p for _, p in batch]
     return torch.stack(pixels)                                                         # (n, 3, S, S)
 
 
@@ -170,8 +168,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_b
     dim = dim or encoder.config.vision_dim
     dtype = fast_dtypes(device)[-1]  # of the matrix products
     with torch.no_grad():
-        S = encoder.config.image_px
-        shape = encoder(torch.zeros(1, 3, S, S, device=device)).shape[1:-1] + (dim,)  # (N, dim)
+        shape = encoder(torch.zeros(1, *encoder.config.input_shape, device=device)).shape[1:-1] + (dim,)
     per_part = max(1, part_bytes // (2 * math.prod(shape)))
     maker = f'{encoder.fingerprint()} {dim} {dtype}'.encode()
     parts = []

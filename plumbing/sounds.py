@@ -1,4 +1,4 @@
-"""Sounds: decoded safely, mixed down to one channel, and drawn as a picture of their spectrum."""
+"""Sounds: decoded safely, mixed down to one channel, and their spectra, as a picture or as numbers."""
 
 import io
 import struct
@@ -44,6 +44,18 @@ def spectrum_picture(data, bands=64):
     white = max(mel.max(), 0.5)
     grey = (255 * (mel - white + 2) / 2).clip(0, 255).round()          # (bands, frames)
     return Image.fromarray(grey[::-1].astype(np.uint8))                # the first row is the highest pitch
+
+
+def spectrum(data, bands, frames):
+    """A sound file as Whisper hears it: its log-mel spectrogram, not rounded to levels of grey. Silence
+    follows a sound that is shorter than the frames, a longer one is cut. Raises: ValueError.
+
+    Shapes: -> (bands, frames) float32
+    """
+    samples, rate = open_sound(data)
+    samples = resampled(samples, rate, RATE)[:frames * HOP]
+    missing = frames * HOP - len(samples)
+    return log_mel(np.pad(samples, (0, missing)), bands).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------
