@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import struct
 import sys
 import wave
@@ -22,6 +23,7 @@ import eval as evaluation
 import train
 from data import Questions, Tokenizer, read_rows, train_bpe
 from encoder import SOUND_CONFIG, Encoder, load_encoder, save_encoder
+from lab import demo, depths, passes, states
 from model import ModelConfig, build_model
 from plumbing.sounds import log_mel, open_sound, resampled, spectrum_picture
 from plumbing.tables import write_dataset
@@ -338,12 +340,17 @@ def test_run(drawn, tiny_encoder, tmp_path, capsys, monkeypatch):
     evaluation.main([f'--out_dir={tmp_path}/run', '--device=cpu', '--wrong_pictures=true'])
     evaluation.main([f'--out_dir={tmp_path}/run', '--device=cpu'])
     assert json.loads((tmp_path / 'run/metrics.json').read_text())['correct'] == metrics['correct']
+    capsys.readouterr()
+    for program, flags in ((states, []), (passes, []), (depths, ['--passes=1,2', '--halts=0.3', '--most=64']), (demo, [f'--html={tmp_path}/page.html'])):
+        program.main([f'--out_dir={tmp_path}/run', '--device=cpu', *flags])
+    page = (tmp_path / 'page.html').read_text()
+    assert re.search(r'\d+% at the picture, \d+% at the sound', page) and re.search(r'\d+% at the picture<', page) and 'after pass 64' in capsys.readouterr().out
     (tmp_path / 'bad.wav').write_bytes(b'RIFF')
     with pytest.raises(ValueError, match='bad.wav: not a sound'):
         evaluation.main([f'--out_dir={tmp_path}/run', f'--sound={tmp_path}/bad.wav', '--question=what?', '--device=cpu'])
 
 
-def test_controls(drawn, tiny_encoder, tmp_path):
+def test_controls(drawn, tiny_encoder, tmp_path, capsys):
     """The deaf and the blind control are a flag each; a frozen encoder of sounds comes from a file, and is told from one of pictures."""
     argv = [str(ROOT / 'config/sounds.py'), *SMALL, '--max_steps=1', f'--dataset={drawn}', f'--encoder={tiny_encoder}', f'--cache_dir={tmp_path}/cache']
     train.main([*argv, '--use_sound=false', f'--out_dir={tmp_path}/deaf'])
@@ -361,6 +368,11 @@ def test_controls(drawn, tiny_encoder, tmp_path):
         train.main([*argv, f'--sound_encoder={tiny_encoder}', f'--out_dir={tmp_path}/wrong'])
     with pytest.raises(ValueError, match='an encoder that reads a sound, expected one that reads a picture'):
         train.main([*argv[:-2], f'--encoder={tmp_path}/sound_encoder.pt', argv[-1], f'--out_dir={tmp_path}/wrong'])
+    with pytest.raises(ValueError, match='trained its sound_encoder along; leave --sound_encoder out'):
+        train.main([*argv, '--use_vision=false', f'--sound_encoder={tmp_path}/sound_encoder.pt', f'--init_from={tmp_path}/blind', f'--out_dir={tmp_path}/wrong'])
+    capsys.readouterr()
+    train.main([*argv, f'--sound_encoder={tmp_path}/sound_encoder.pt', f'--init_from={tmp_path}/frozen', f'--out_dir={tmp_path}/again'])
+    assert 'its tokens came from another sound_encoder' in capsys.readouterr().out
     silent = write_folder(tmp_path / 'silent', image=[png()], question=['a?'], answer=['x'])
     with pytest.raises(ValueError, match='no training row has a sound'):
         train.main([*argv, f'--dataset={silent}', f'--out_dir={tmp_path}/wrong'])
