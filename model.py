@@ -10,8 +10,8 @@ The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs 
     logits = head(y)
 
 Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion, and two
-others) and generate, for which a Cache keeps what was computed before. Skip at first: from_pretrained, which
-fills the same attention with the weights of a language model, between blocks of its own kind, LlamaBlock.
+others) and generate, for which a Cache keeps what was computed before. The last part of the page is for
+pretrained language models: what is other in them stands there alone, skip it at first.
 
     B batch   N image, M sound tokens   Q question tokens   A answer tokens   S = N + M + Q context tokens
     T states that go through F together: A of y, or A of y and then A of z   P the states before them
@@ -267,30 +267,6 @@ class Block(nn.Module):
         return self.attention.keys_values(norm(h) if self.norm == 'pre' else h, rope)
 
 
-class LlamaBlock(nn.Module):
-    """The block of pretrained decoders: learned scales, and a gate on what goes through the MLP.
-    Source: Touvron 2023, arXiv 2302.13971; the gate, Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
-        self.attention = Attention(config)
-        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
-        self.fc1 = nn.Linear(config.n_embd, 2 * config.mlp_size, bias=False)   # the gate's half first
-        self.fc2 = nn.Linear(config.mlp_size, config.n_embd, bias=False)
-
-    def forward(self, h, rope, mask, past=None):
-        """Shapes: as Attention."""
-        attended, seen = self.attention(self.norm1(h), rope, mask, past)
-        h = h + attended
-        gate, through = self.fc1(self.norm2(h)).chunk(2, dim=-1)       # (B, T, mlp_size) both
-        return h + self.fc2(F.silu(gate) * through), seen
-
-    def keys_values(self, h, rope):
-        """The keys and values that `forward` would make of h alone, (B, kv, T, hs) both."""
-        return self.attention.keys_values(self.norm1(h), rope)
-
-
 @dataclass
 class Context:
     """x = [image | sound | question], run through F once: what the answer's states look at in every pass."""
@@ -302,18 +278,17 @@ class Context:
 class Decoder(nn.Module):
     """Answers questions about pictures and sounds, plainly or recursively."""
 
+    block = Block
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         C = config.n_embd
         self.embed = nn.Embedding(config.vocab_size, C)
-        block = LlamaBlock if config.norm == 'rms' else Block
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))  # F
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.n_layer))     # F
         self.head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
-        if config.norm == 'rms':  # what such blocks hand on is normed before it is read
-            self.head = nn.Sequential(nn.RMSNorm(C, config.norm_eps), self.head)
         if config.use_vision:
             self.vision_proj = nn.Linear(config.vision_dim, C)
         if config.use_sound:
@@ -322,8 +297,6 @@ class Decoder(nn.Module):
             self.z_start = nn.Parameter(torch.randn(C))
         if config.recursion == 'add':  # elsewhere y starts as e, which a pass of 'add' has beside y
             self.y_start = nn.Parameter(torch.randn(C))
-        if config.has_gates:
-            self.gates = nn.Parameter(torch.zeros(config.streams, 1, C))   # of y, and of z
 
         for p in self.parameters():
             if p.dim() == 2:  # keeps the scale of what goes through; here GPT-2's .02 would shrink it
@@ -370,10 +343,10 @@ class Decoder(nn.Module):
             own_mask = mask + hide(positions[:, None] < positions, x.dtype)    # (B, 1, S, S)
         rope = rotations(positions[None], c.head_size, c.rope_freqs)
 
-        h = self.embedded(x)                                            # (B, S, C)
+        h = self.embedded(x)                                           # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
-            h, seen = self.run_block(block, h, rope, own_mask)         # (B, S, C)
+            h, seen = block(h, rope, own_mask)                         # (B, S, C)
             layers.append(seen)
         # nobody reads what the last block would make of x, only its keys and values
         layers.append(self.blocks[-1].keys_values(h, rope))            # (B, kv, S, hs) both
@@ -381,10 +354,7 @@ class Decoder(nn.Module):
 
     def put_before(self, x, tokens, proj):
         """x behind the tokens of an encoder. Shapes: (B, T, C), (B, N, D) -> (B, N + T, C)"""
-        tokens = tokens.type_as(x)                                     # (B, N, D)
-        if self.config.norm == 'rms':  # else they are normed as they enter
-            tokens = norm(tokens)
-        return torch.cat([proj(tokens), x], dim=1)                     # (B, N + T, C)
+        return torch.cat([proj(tokens.type_as(x)), x], dim=1)          # (B, N + T, C)
 
     def answer_states(self, context, answer, cache=None, inner_steps=None):
         """The recursion. Runs F again and again over the states of answer positions.
@@ -398,22 +368,13 @@ class Decoder(nn.Module):
         c = self.config
         A = answer.size(1)
         start = 0 if cache is None else cache.positions
-        e = self.embedded(self.embed(answer))                           # (B, A, C)
-        n_before = c.n_layer - c.recur_layers
-        if n_before:  # blocks that are passed once: F comes after them
-            rope, mask = self.rope_and_mask(context, A, start, streams=1)
-            e = self.run_blocks(range(n_before), e, rope, mask, context, cache)    # (B, A, C)
+        e = self.written(answer, context, start, cache)                # (B, A, C)
         rope, mask = self.rope_and_mask(context, A, start, c.streams)
         network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)
         if c.checkpoint_recursion and torch.is_grad_enabled():
             network = partial(checkpoint, network, use_reentrant=False)
 
-        if c.recursion == 'add':
-            y = norm(self.y_start).expand_as(e)                        # (B, A, C)
-        elif c.has_gates:  # no pass has made anything yet
-            y = torch.zeros_like(e)
-        else:
-            y = e
+        y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else self.first_y(e)   # (B, A, C)
         z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
         supervised = []
         for cycle in range(c.outer_steps):
@@ -452,65 +413,55 @@ class Decoder(nn.Module):
         """
         c = self.config
         time = torch.arange(A, device=context.length.device).repeat(streams)   # (T,): of y, then of z again
-        hidden = time[:, None] < time                                  # (T, T): states of later positions
-        hidden = F.pad(hidden, (streams * start, 0))                   # (T, P + T): all earlier ones are seen
-        if c.has_gates and streams == 2:  # pretrained blocks: no y looks at a z, it gets z through a gate
-            # columns: P earlier states, made one by one, y z y z ...; then all y of now, then all z
-            hidden[:A, 1:2 * start:2] = True
-            hidden[:A, -A:] = True
+        hidden = self.hidden_states(time, start, streams)              # (T, P + T)
         of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
         mask = hide(hidden, of_context.dtype).expand(len(of_context), 1, -1, -1)   # (B, 1, T, P + T)
         mask = torch.cat([of_context, mask], dim=-1)                   # (B, 1, T, S + P + T)
         # counted from the last real token of x: the padding of a batch moves no answer
         return rotations(context.length[:, None] + start + time, c.head_size, c.rope_freqs), mask
 
+    def hidden_states(self, time, start, streams):
+        """Whom each state does not see: those of later positions. All earlier ones are seen.
+        Shapes: time (T,) -> bool (T, P + T)"""
+        return F.pad(time[:, None] < time, (streams * start, 0))       # (T, P + T)
+
     def network(self, states, rope, mask, context, cache):
-        """F: one pass of the states, through the last recur_layers blocks. Shapes: (B, T, C) -> (B, T, C)."""
+        """F: one pass of the states. Shapes: (B, T, C) -> (B, T, C)."""
         c = self.config
-        layers = range(c.n_layer - c.recur_layers, c.n_layer)
+        layers = range(c.n_layer - c.recur_layers, c.n_layer)  # all, unless blocks are pretrained
         states = self.bounded(self.run_blocks(layers, states, rope, mask, context, cache))
         return states if cache is None else cache.after_pass(states)   # Halting puts back rows that rest
 
     def run_blocks(self, layers, states, rope, mask, context, cache):
         """The states through some blocks, given by their numbers. Shapes: (B, T, C) -> (B, T, C)."""
-        # a list for each call: blocks that are passed once have the first one to themselves
         past = context.layers if cache is None else cache.next_pass(context)
         for i in layers:
-            states, seen = self.run_block(self.blocks[i], states, rope, mask, past[i])
+            states, seen = self.blocks[i](states, rope, mask, past[i])
             if cache is not None:
                 past[i] = seen
         return states
 
-    def run_block(self, block, *args):
-        if self.config.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
-
     def embedded(self, x):
         """Embeddings as the first block wants them: words and image alike at RMS 1, whatever the encoder's
-        scale; pretrained blocks know theirs as they are. Shapes: (B, T, C) -> (B, T, C)"""
-        return x if self.config.norm == 'rms' else norm(x)
+        scale. Shapes: (B, T, C) -> (B, T, C)"""
+        return norm(x)
+
+    def written(self, answer, context, start, cache):
+        """e: the tokens of the answer so far, embedded. Shapes: (B, A) -> (B, A, C)"""
+        return self.embedded(self.embed(answer))
+
+    def first_y(self, e):
+        """y before the first pass. Shapes: (B, A, C) -> (B, A, C)"""
+        return e
 
     def pass_input(self, y, z, e):
         """What goes through F: y + e, or without recall y alone; and z, if there is one.
         Shapes: (B, A, C) each -> a list of one or two"""
-        if self.config.has_gates:
-            return self.gated_input(y, z, e)
         y = norm(y + e) if self.config.recall else y                   # (B, A, C)
         return [y] if z is None else [y, z]
 
-    def gated_input(self, y, z, e):
-        """What goes through pretrained blocks: e, and what the pass before made, as far as gates let it in.
-        Gates start at zero: then F does what it always did. Shapes: as pass_input."""
-        y = e + self.gates[0] * norm(y)                                # (B, A, C)
-        if z is None:
-            return [y]
-        # z goes on beside it ungated: no y looks there
-        return [y + self.gates[1] * norm(z), e + norm(z)]
-
     def bounded(self, states):
-        """Keeps what 'pre' blocks hand on at RMS 1 however many passes there are. 'post' blocks do so
-        themselves, and what comes from 'rms' blocks is normed as it enters again."""
+        """Keeps what 'pre' blocks hand on at RMS 1 however many passes there are; 'post' blocks do so."""
         return norm(states) if self.config.norm == 'pre' else states
 
     @torch.no_grad()
@@ -568,8 +519,102 @@ class Decoder(nn.Module):
             counts[name] = sum(p.numel() for p in part.parameters())
         return dict(core=total - sum(counts.values()), **counts, total=total)
 
+    @staticmethod
+    def from_pretrained(name, **settings):
+        """A decoder with the weights of a language model, see PretrainedDecoder.read. -> PretrainedDecoder"""
+        return PretrainedDecoder.read(name, **settings)
+
+
+# ----------------------------------------------------------------------------
+# pretrained language models: the same attention, between blocks of their kind, and recursion through gates
+
+class LlamaBlock(nn.Module):
+    """The block of pretrained decoders: learned scales, and a gate on what goes through the MLP.
+    Source: Touvron 2023, arXiv 2302.13971; the gate, Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.checkpoint = config.checkpoint_blocks
+        self.norm1 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.fc1 = nn.Linear(config.n_embd, 2 * config.mlp_size, bias=False)   # the gate's half first
+        self.fc2 = nn.Linear(config.mlp_size, config.n_embd, bias=False)
+
+    def forward(self, h, rope, mask, past=None):
+        """Shapes: as Attention."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.run, h, rope, mask, past, use_reentrant=False)
+        return self.run(h, rope, mask, past)
+
+    def run(self, h, rope, mask, past):
+        attended, seen = self.attention(self.norm1(h), rope, mask, past)
+        h = h + attended
+        gate, through = self.fc1(self.norm2(h)).chunk(2, dim=-1)       # (B, T, mlp_size) both
+        return h + self.fc2(F.silu(gate) * through), seen
+
+    def keys_values(self, h, rope):
+        """The keys and values that `forward` would make of h alone, (B, kv, T, hs) both."""
+        return self.attention.keys_values(self.norm1(h), rope)
+
+
+class PretrainedDecoder(Decoder):
+    """A decoder with norm='rms': blocks as Llama's. Recursion is retrofitted: what a pass made enters the
+    next one through gates that start at zero, so that it starts as the language model itself.
+    Source: retrofitted recurrence, arXiv 2511.07384; the gates are our own."""
+
+    block = LlamaBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        # what such blocks hand on is normed before it is read
+        self.head = nn.Sequential(nn.RMSNorm(config.n_embd, config.norm_eps), self.head)
+        if config.has_gates:
+            self.gates = nn.Parameter(torch.zeros(config.streams, 1, config.n_embd))   # of y, and of z
+
+    def embedded(self, x):
+        """Its blocks know words as they are."""
+        return x
+
+    def put_before(self, x, tokens, proj):
+        """Of the size of words, whatever the encoder's scale."""
+        return super().put_before(x, norm(tokens.type_as(x)), proj)
+
+    def written(self, answer, context, start, cache):
+        """e comes out of the first blocks where the last recur_layers alone are passed again."""
+        e = self.embed(answer)                                         # (B, A, C)
+        first = range(self.config.n_layer - self.config.recur_layers)
+        if not first:
+            return e
+        rope, mask = self.rope_and_mask(context, answer.size(1), start, streams=1)
+        return self.run_blocks(first, e, rope, mask, context, cache)   # (B, A, C)
+
+    def first_y(self, e):
+        """Nothing, where gates let it in: no pass has made anything yet."""
+        return torch.zeros_like(e) if self.config.has_gates else e
+
+    def hidden_states(self, time, start, streams):
+        """Nor does a y see any z: it gets z through a gate."""
+        hidden = super().hidden_states(time, start, streams)           # (T, P + T)
+        if streams == 2:
+            # columns: P earlier states, made one by one, y z y z ...; then all y of now, then all z
+            A = len(time) // 2
+            hidden[:A, 1:2 * start:2] = True
+            hidden[:A, -A:] = True
+        return hidden
+
+    def pass_input(self, y, z, e):
+        """e, and what the pass before made, as far as gates let it in."""
+        if not self.config.has_gates:
+            return super().pass_input(y, z, e)
+        y = e + self.gates[0] * norm(y)                                # (B, A, C)
+        if z is None:
+            return [y]
+        # z goes on beside it ungated: no y looks there
+        return [y + self.gates[1] * norm(z), e + norm(z)]
+
     @classmethod
-    def from_pretrained(cls, name, **settings):
+    def read(cls, name, **settings):
         """A decoder with the weights of a language model of Llama's, SmolLM2's, Qwen2's or Qwen3's kind.
 
         name: its folder, or its name on the hub; settings: of ModelConfig, use_vision=False say. Sizes are
@@ -591,7 +636,6 @@ class Decoder(nn.Module):
             nn.init.zeros_(part.bias)
         return decoder
 
-
 def build_model(config):
     """A decoder with fresh weights, drawn from torch's current seed."""
-    return Decoder(config)
+    return PretrainedDecoder(config) if config.norm == 'rms' else Decoder(config)

@@ -146,6 +146,8 @@ def depth(m):
     has the run's settings; 0 where that cannot be made any more."""
     form = {key: m['settings'][key] for key in ('kind', 'recursion', 'n_layer', 'inner_steps', 'outer_steps')}
     form['recur_layers'] = m['settings'].get('recur_layers')
+    if m['settings'].get('decoder'):  # a pretrained one
+        form['norm'] = 'rms'
     try:
         decoder = build_model(ModelConfig(**form, n_embd=2, n_head=1, vocab_size=4, use_vision=False))
     except ValueError:  # a form of another time, which this code does not know
