@@ -343,7 +343,8 @@ def train(s, sources, device, stop):
                                            passes, sound)
                 # a mean over rows: divided, or more micro-batches would make a larger gradient
                 micro_loss = mean * batch.get('weight', 1) / s.grad_accum
-            scaler.scale(micro_loss).backward()
+            if micro_loss.requires_grad:  # a projection alone learns nothing of rows that it takes no part in
+                scaler.scale(micro_loss).backward()
             loss = loss + micro_loss.detach()
         # here the processes meet: one gradient, and they stop at the same step
         losses, stopping = all_reduce(parameters, dict(answer=loss), stop.asked)
