@@ -533,7 +533,9 @@ def flops_per_row(model, tokens_of, questions, s, n=16):
     def one_row(batch, passes=None):
         vision, sound = tokens_of(batch)
         decoder = model['decoder']
-        decoder(vision, batch['question'], batch['answer'], batch['targets'], passes, sound)[1].backward()
+        _, loss = decoder(vision, batch['question'], batch['answer'], batch['targets'], passes, sound)
+        if loss.requires_grad:
+            loss.backward()
 
     def flops_of_batch(batch):
         if s.min_inner_steps is None:
