@@ -154,9 +154,6 @@ class TrainConfig:
         if self.encoder_lr != 1 and not self.train_encoder:
             raise ValueError(f'encoder_lr={self.encoder_lr}: the encoder is frozen; '
                              'give --train_encoder=true')
-        if self.sound_encoder is not None and not self.use_sound:
-            raise ValueError(f'sound_encoder={self.sound_encoder} with use_sound=False: nothing is heard; '
-                             'give --use_sound=true')
         if self.train_encoder and not self.use_vision:
             raise ValueError('train_encoder=True with use_vision=False: '
                              'there is no picture to train the encoder on')
@@ -430,8 +427,11 @@ def splits_to_learn_from(s):
 
 
 def check_rows(rows, s):
-    """Says where there are few questions to validate on. Raises: ValueError where no sound is to be heard."""
+    """Says where there are few questions to validate on, and where sounds are left out. Raises: ValueError
+    where none is there to be heard."""
     say_if_few(len(rows['val']), 'questions')
+    if len(rows['train'].sounds) and not s.use_sound:
+        print(f"{s.dataset} has sounds, which are not heard: use_sound=False")
     if s.use_sound and not len(rows['train'].sounds):
         raise ValueError(f'dataset={s.dataset}: no training row has a sound, and use_sound=True; give '
                          'a dataset with a column sound, or leave the flag out')

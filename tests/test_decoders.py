@@ -308,6 +308,6 @@ def test_rows_that_teach_a_projection_nothing(language_model, tiny_encoder, tmp_
     """The deaf control of a plain pretrained decoder whose projection alone is trained goes through batches of sounds alone: they leave the weights as they are."""
     write_dataset(tmp_path / 'data', ((split, row) for split in SPLITS for row in sounds.sound_rows(sounds.Config(), split, 0, 4)), sounds.SCHEMA)
     train.main([f'--dataset={tmp_path}/data', f'--encoder={tiny_encoder}', f'--cache_dir={tmp_path}/cache', f'--decoder={language_model}', '--train_decoder=projection', '--kind=plain', '--optimizer=adamw',
-                '--ema=0', '--batch_size=8', '--max_question_tokens=64', '--max_answer_tokens=4', '--truncate=true', '--device=cpu', '--max_steps=6', '--eval_interval=6', '--log_interval=1', f'--out_dir={tmp_path}/run'])
+                '--ema=0', '--batch_size=8', '--max_question_tokens=64', '--max_answer_tokens=4', '--truncate=true', '--device=cpu', '--max_steps=24', '--eval_interval=24', '--log_interval=1', f'--out_dir={tmp_path}/run'])
     norms = [event['gnorm'] for event in read_log(tmp_path / 'run') if event['event'] == 'step']
-    assert len(norms) == 6 and min(norms) == 0 < max(norms)
+    assert len(norms) == 24 and min(norms) == 0 < max(norms)
