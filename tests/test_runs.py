@@ -119,10 +119,10 @@ while True:
 
 
 def test_killed_at_random_moments(tiny_encoder, whole, tmp_path):
-    """A run that is killed at 12 random moments, while data are drawn, pictures encoded, weights trained, checkpoints written or answers judged,
+    """A run that is killed at 8 random moments, while data are drawn, pictures encoded, weights trained, checkpoints written or answers judged,
     and started again each time with the same command, ends with the same weights, optimizer, log, metrics and predictions, to the bit."""
     longest = 0
-    for kills in (0, 12):
+    for kills in (0, 8):
         here = tmp_path / str(kills)
         here.mkdir()
         done = python(KILLER, here, kills, longest, *TINY, f'--encoder={tiny_encoder}', '--out_dir=run', cwd=here)
@@ -132,7 +132,7 @@ def test_killed_at_random_moments(tiny_encoder, whole, tmp_path):
         left = [str(p.relative_to(here)) for p in here.rglob('*.partial')]
         assert not left, left
         assert_same(outcome(here / 'run'), outcome(whole))
-    assert console.count('going on at step') > 2
+    assert console.count('going on at step') > 1
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
