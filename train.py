@@ -235,6 +235,7 @@ def train(s, sources, device, stop):
     saved = saved_run(s, FREE, stage='answer')
     about = begin(s, device)
     print(echo(s, sources))
+    settings = asdict(s)
 
     # ---- words and pictures
     rows = {split: read_rows(s.dataset, split) for split in splits_to_learn_from(s)}
@@ -244,7 +245,7 @@ def train(s, sources, device, stop):
     start = read_start(s.init_from) if s.init_from and not saved else None
     tokenizer = open_tokenizer(tokenizer_state(rows['train'], s, saved, start))
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
-    encoders = {name: encoder_of_run(name, asdict(s), saved).to(device) for name in encoder_names(asdict(s))}
+    encoders = {name: encoder_of_run(name, settings, saved).to(device) for name in encoder_names(settings)}
     fingerprints = {name: encoder.fingerprint() if getattr(s, name) else None
                     for name, encoder in encoders.items()}
     for name, fingerprint in fingerprints.items():
@@ -261,7 +262,7 @@ def train(s, sources, device, stop):
         decoder.requires_grad_(False)
         new_parts(decoder).requires_grad_(True)
     for name, encoder in encoders.items():
-        if is_trained(asdict(s), name):
+        if is_trained(settings, name):
             model[name] = encoder.train().requires_grad_(True)
     if start:
         start_from(start, model, fingerprints)
@@ -270,8 +271,8 @@ def train(s, sources, device, stop):
     average = copy.deepcopy(model).requires_grad_(False).eval() if s.ema or s.compile else model
     judged = {name: average[name] if name in average else encoder for name, encoder in encoders.items()}
     # a frozen encoder's tokens come from the cache
-    tokens_of = dict(train=ContextTokens(asdict(s), encoders, rows['train'], device),
-                     val=ContextTokens(asdict(s), judged, rows['val'], device))
+    tokens_of = dict(train=ContextTokens(settings, encoders, rows['train'], device),
+                     val=ContextTokens(settings, judged, rows['val'], device))
     if s.compile:
         compile_layers(model, device)  # only what is trained, not what is judged
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -295,13 +296,13 @@ def train(s, sources, device, stop):
         say_where(s, saved, learning_rate)
     frozen_eye = s.use_vision and not s.train_encoder
     fixed_tokens = partial(tokens_of['train'].of, 'encoder') if frozen_eye else None
-    checkpoint = dict(format=FORMAT, stage='answer', settings=asdict(s), environment=about,
+    checkpoint = dict(format=FORMAT, stage='answer', settings=settings, environment=about,
                       model_config=asdict(config), dataset_fingerprint=rows_sum, tokenizer=tokenizer.state,
                       seen=what_was_seen(rows['train'], fixed_tokens))
     for name, encoder in encoders.items():
         checkpoint |= {f'{name}_config': asdict(encoder.config), f'{name}_source': encoder.source,
                        f'{name}_fingerprint': fingerprints[name]}
-    log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
+    log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=settings))
 
     # ---- the loop
     mark = time.time()
@@ -380,7 +381,7 @@ def train(s, sources, device, stop):
     print(f"best validation em {run.best['scores']['em']:.3f} at step {run.best['step']}")
     run.wall_s = time.time() - run.started
     sizes = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd')}  # perhaps pretrained
-    facts = run.facts(device) | dict(parameters=counts, **about, settings=asdict(s) | sizes)
+    facts = run.facts(device) | dict(parameters=counts, **about, settings=settings | sizes)
     facts |= dict(dataset_fingerprint=rows_sum, encoder_fingerprint=fingerprints.get('encoder'))
     flops = flops_per_row(model, tokens_of['train'], questions['train'], s)
     facts |= dict(mflop_per_example=flops / 1e6, curve=validation_curve(out_dir))
