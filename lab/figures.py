@@ -99,7 +99,7 @@ def stage(look, k, now):
     if look.shares is None:
         sees = 'this run never sees the picture'
     if M:
-        sees += f', {one.looked[N:N + M].sum():.0%} at the sound'
+        sees += f'<br>listens: {one.looked[N:N + M].sum():.0%} at the sound'
     return f'''<div class="stage{now}" data-pass="{k + 1}">
 <div><div class="label">{sees}</div>
 <div class="picture{' unseen' if look.shares is None else ''}">{light(one, look.shares)}</div></div>

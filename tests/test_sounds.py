@@ -344,7 +344,7 @@ def test_run(drawn, tiny_encoder, tmp_path, capsys, monkeypatch):
     for program, flags in ((states, []), (passes, []), (depths, ['--passes=1,2', '--halts=0.3', '--most=64']), (demo, [f'--html={tmp_path}/page.html'])):
         program.main([f'--out_dir={tmp_path}/run', '--device=cpu', *flags])
     page = (tmp_path / 'page.html').read_text()
-    assert re.search(r'\d+% at the picture, \d+% at the sound', page) and re.search(r'\d+% at the picture<', page) and 'after pass 64' in capsys.readouterr().out
+    assert re.search(r'\d+% at the picture<br>listens: \d+% at the sound', page) and re.search(r'\d+% at the picture</div>', page) and 'after pass 64' in capsys.readouterr().out
     (tmp_path / 'bad.wav').write_bytes(b'RIFF')
     with pytest.raises(ValueError, match='bad.wav: not a sound'):
         evaluation.main([f'--out_dir={tmp_path}/run', f'--sound={tmp_path}/bad.wav', '--question=what?', '--device=cpu'])
