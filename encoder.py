@@ -444,7 +444,7 @@ def load_encoder(path, **changes):
     `timm/NAME@FILE`; or CLIP or Whisper by its name on the hub.
     A relative path is also looked up beside this file.
 
-    Each of them alone has no resampler: its tokens are the last hidden states of the patches. `changes` are
+    CLIP, Whisper and timm have no resampler: their tokens are the last hidden states. `changes` are
     settings of `EncoderConfig` that shall differ from what is read: activation, fit, upright, pool, n_head,
     perceiver_heads, image_px (the positions are interpolated; Whisper's are cut).
     Raises: FileNotFoundError; ValueError for another kind of file and for weights that are missing or left
@@ -524,7 +524,7 @@ def encoder_names(settings):
 
 def encoder_of_run(name, settings, saved=None):
     """One of `encoder_names`; that of sounds is a small one with random weights where it has no file.
-    `settings`: those of the run, a dict; `saved`: the checkpoint that goes on. Raises: as `load_encoder`."""
+    `settings`: those of the run, a dict; `saved`: its checkpoint. Raises: as `load_encoder`."""
     path = source_of(settings[name], saved, name)
     if name == 'encoder':
         return open_encoder(path, settings)

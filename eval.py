@@ -163,8 +163,8 @@ def teacher_forced(decoder, batch, vision, sound=None):
 
 @torch.no_grad()
 def quick_scores(decoder, questions, tokens_of, device, batch_size=250, most_rows=2000):
-    """Loss and Exact Match of a split without generating. Processes share the work. `batch_size` is that of
-    training, which had the memory for it; 250 at most.
+    """Loss and a strict Exact Match of a split without generating: the very tokens of the first reference.
+    Processes share the work. `batch_size` is that of training, which had the memory for it; 250 at most.
 
     Greedy generation gives exactly the (first) reference if and only if every one of its tokens is the
     likeliest after the true ones before it. Captions count for the loss only.
@@ -366,18 +366,19 @@ def look_at(flag, path, encoder, device):
     return encoder.encode_images(image)                                                    # (1, N, D)
 
 
-def answer_one(question, vision, sound, decoder, tokenizer, run, seen, halt=None, **sampling):
+def answer_one(question, vision, sound, decoder, tokenizer, settings, seen, halt=None, **sampling):
     """The answer to a question about a picture, a sound or both; where that is unlike what the run has `seen`
-    in training, this is said. run: its settings. Raises: ValueError.
+    in training, this is said. settings: of the run. Raises: ValueError.
     Shapes: vision (1, N, D) and sound (1, M, D), each may be None"""
-    ids = ids_of(question, tokenizer, run['max_question_tokens'])
+    ids = ids_of(question, tokenizer, settings['max_question_tokens'])
     if vision is not None:
         vision = vision[..., :decoder.config.vision_dim]                                   # (1, N, D)
     for doubt in doubts(seen, question, vision):
         print(f'take the answer with care: {printable(doubt)}', file=sys.stderr)
     asked = torch.tensor([ids], device=decoder.embed.weight.device)                        # (1, Q)
     cache = Halting(halt) if halt else None
-    written = decoder.generate(vision, asked, run['max_answer_tokens'], cache=cache, sound=sound, **sampling)
+    written = decoder.generate(vision, asked, settings['max_answer_tokens'], cache=cache, sound=sound,
+                               **sampling)
     return printable(tokenizer.decode(written[0].tolist()))
 
 
@@ -399,10 +400,11 @@ def rows_to_judge(dataset, split):
     return rows
 
 
-def questions_to_judge(run, dataset, split, tokenizer):
-    """A split as tokens, of the `dataset` folder or, without one, of the run's own. run: its settings."""
-    rows = rows_to_judge(dataset or run['dataset'], split)
-    return Questions(rows, tokenizer, run['max_question_tokens'], run['max_answer_tokens'], truncate=True)
+def questions_to_judge(settings, dataset, split, tokenizer):
+    """A split as tokens, of the `dataset` folder or, without one, of the run's own. settings: of the run."""
+    rows = rows_to_judge(dataset or settings['dataset'], split)
+    most = settings['max_question_tokens'], settings['max_answer_tokens']
+    return Questions(rows, tokenizer, *most, truncate=True)
 
 
 def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
@@ -433,9 +435,9 @@ def main(argv=None):
 
 
 def judge(s, device):
-    """Answers questions about a picture, or evaluates a split. Processes share the work."""
+    """Answers questions about a picture or sound, or evaluates a split. Processes share the work."""
     checkpoint = read_checkpoint(s.out_dir)
-    run = checkpoint['settings']
+    settings = checkpoint['settings']
     decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder)
     set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps, s.halt)
     generator = torch.Generator(device).manual_seed(s.seed)
@@ -447,21 +449,21 @@ def judge(s, device):
         vision = look_at('image', s.image, encoders.get('encoder'), device)
         sound = look_at('sound', s.sound, encoders.get('sound_encoder'), device)
         answer = partial(answer_one, vision=vision, sound=sound, decoder=decoder, tokenizer=tokenizer,
-                         run=run, seen=checkpoint.get('seen', {}), halt=s.halt, **sampling)
+                         settings=settings, seen=checkpoint.get('seen', {}), halt=s.halt, **sampling)
         if s.question:
             print(answer(s.question))
         else:
             answer_all(answer)
         return
 
-    questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
+    questions = questions_to_judge(settings, s.dataset, s.split, tokenizer)
     rows = questions.rows
-    tokens_of = ContextTokens(run, encoders, rows, device)
+    tokens_of = ContextTokens(settings, encoders, rows, device)
     if s.wrong_pictures:
         if len(rows.pictures) < 2:
             raise ValueError(f'--wrong_pictures: the {s.split} split has no other picture')
         tokens_of = partial(of_another, tokens_of, len(rows.pictures))
-    batch_size = s.batch_size or min(256, run['batch_size'])
+    batch_size = s.batch_size or min(256, settings['batch_size'])
     metrics, predictions = evaluate(decoder, questions, tokens_of, device, batch_size, s.halt, **sampling)
     print(result_table(metrics))
     before = Path(s.out_dir) / 'metrics.json'
@@ -471,7 +473,7 @@ def judge(s, device):
         usual.dataset = s.dataset
     if s != usual:
         print('nothing written: these are not the settings of the run itself')
-    elif known.get('step') != checkpoint['run']['step'] or checkpoint['run']['step'] < run['max_steps']:
+    elif known.get('step') != checkpoint['run']['step'] or checkpoint['run']['step'] < settings['max_steps']:
         print('nothing written: the run is not finished; the command that began it goes on')
     else:  # the run's own test result
         first = rank_and_world()[0] == 0

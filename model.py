@@ -1,22 +1,23 @@
 """
 The decoders: a plain transformer, and a TRM (tiny recursive model) that recurs on an answer y and a latent z.
 
-    x = F's keys and values of [image | sound | question]    # the context: read once, never changed
+    x = [image | sound | question]                     # the context, once: its keys and values are kept
     e = embed(answer so far)                           # the tokens that are written, <bos> first
     y = e                                              # the answer state, one for each answer position
     z = a learned vector, the same at each position    # the latent state: a scratchpad
     repeat n times:                                    # one pass, with the same two blocks F every time
-        y, z = F([y + e ; z]), looking at x            # recursion='concat'; without recall F([y ; z])
+        y, z = F([y + e ; z]), looking at x            # 'concat'; without recall, config/trm.py, F([y ; z])
     logits = head(y)
 
 Read ModelConfig, Attention, Block, then Decoder: forward, read_context, answer_states (the recursion, and two
-others) and generate, for which a Cache keeps what was computed before. The last part of the page is for
-pretrained language models: what is other in them stands there alone, skip it at first.
+others) and generate, for which a Cache keeps what was computed before. Skip the part on pretrained language
+models at first; what they need elsewhere is marked 'rms', for their norm, or recur_layers.
 
     B batch   N image, M sound tokens   Q question tokens   A answer tokens   S = N + M + Q context tokens
-    T states that go through F together: A of y, or A of y and then A of z   P the states before them
-    C width (n_embd)   D vision_dim   V vocabulary   hs size of a head   nh heads   kv of keys and values
-    y is z_H in the paper's code, z is z_L, e its x   inner_steps: n in the paper   outer_steps: its T
+    T states that go through F together: A of y, or A of y, then A of z   P answer states before them
+    C width (n_embd)   D vision_dim, of sounds sound_dim   V vocabulary   hs size of a head   nh heads
+    kv heads of keys and values   In the paper's code y is z_H, z is z_L, its x is e; inner_steps is its n,
+    outer_steps its T
 """
 
 from dataclasses import dataclass
@@ -37,18 +38,18 @@ RECURSIONS = ('concat', 'add', 'loop')
 
 @dataclass
 class ModelConfig:
-    kind: str = 'trm'           # 'plain': F once over y; 'trm': F again and again over y and z
+    kind: str = 'trm'           # 'plain': F once over y; 'trm': F again and again over y, and z if it has one
     vocab_size: int = 512       # V
-    n_layer: int = 2            # blocks; F is all of them, or the last recur_layers
+    n_layer: int = 2            # blocks: F is all of them
     n_head: int = 4             # nh, attention heads
-    n_kv_head: int | None = None    # kv, of keys and values, which heads share; None: as many as n_head
+    n_kv_head: int | None = None    # kv, heads of keys and values, which queries share; None: n_head
     n_embd: int = 128           # C
     vision_dim: int = 128       # D, dimensions of an image token
     recursion: str = 'concat'   # 'concat': F([y + e ; z]) updates both; 'loop': y <- F(y + e), without z;
                                 # 'add': z <- F(e + y + z) n times, then y <- F(y + z)
     recall: bool = True         # e comes in at every pass; false: at the first alone. 'add' always has it
     inner_steps: int = 4        # n, passes of a cycle; 'add' makes one more, for y
-    outer_steps: int = 1        # T, cycles
+    outer_steps: int = 1        # cycles
     deep_supervision: bool = False      # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False  # recompute the passes in the backward pass: less memory, more time
     norm: str = 'post'          # 'post': blocks norm what they hand on; 'pre': what they read;
@@ -69,7 +70,7 @@ class ModelConfig:
     norm_eps: float = 1e-5              # of 'rms'
     tied_head: bool = True              # the head's weights are the embedding's
     checkpoint_blocks: bool = False     # recompute every block in the backward pass: for deep decoders
-    recur_layers: int | None = None     # F is the last recur_layers blocks, those before are passed once
+    recur_layers: int | None = None     # of 'rms': F is the last ones, those before are passed once
 
     def __post_init__(self):
         expect(self, kind=('plain', 'trm'), recursion=RECURSIONS, norm=('pre', 'post', 'rms'))
@@ -94,6 +95,8 @@ class ModelConfig:
             self.recur_layers = self.n_layer
         if not 1 <= self.recur_layers <= self.n_layer:
             raise ValueError(f'recur_layers={self.recur_layers}: expected 1 to n_layer={self.n_layer}')
+        if self.recur_layers < self.n_layer and self.norm != 'rms':
+            raise ValueError(f"recur_layers={self.recur_layers}: goes with norm='rms', pretrained blocks")
         if self.has_gates and (self.recursion == 'add' or not self.recall):
             raise ValueError(f'recursion={self.recursion}, recall={self.recall}: expected loop or concat, '
                              'and recall, where the blocks are pretrained')
@@ -137,7 +140,7 @@ def rotations(positions, head_size, freqs=None):
 
 
 def rotate(x, rope):
-    """Turns queries or keys (B, any, T, hs) by the angles of `rotations`."""
+    """Turns and scales queries or keys (B, any, T, hs) by `rotations`."""
     cos, sin = rope
     # number i of the first half and number i of the second are a point in the plane
     other = x.roll(x.size(-1) // 2, dims=-1)                           # (B, any, T, hs)
@@ -180,14 +183,15 @@ class Attention(nn.Module):
 
     def forward(self, h, rope, mask, past=None):
         """
-        Shapes: h (B, T, C); mask, added to the scores, (B or 1, 1, T or 1, P + T); past, keys and values of
-            P states before these, (B, kv, P, hs) both -> (B, T, C); all keys and values, (B, kv, P + T, hs)
+        Shapes: h (B, T, C); mask, added to the scores, (B, 1, T or 1, S + P + T); past, keys and values of
+            the context and of P states before these, (B, kv, S + P, hs) both -> (B, T, C); all keys and
+            values, (B, kv, S + P + T, hs) both. The context itself has no past: then S + P is 0
         """
         q, k, v = self.queries_keys_values(h, rope)                    # (B, nh or kv, T, hs) each
         if past is not None:
-            k = torch.cat([past[0], k], dim=2)                         # (B, kv, P + T, hs)
-            v = torch.cat([past[1], v], dim=2)                         # (B, kv, P + T, hs)
-        att = self.weights(q, k, mask)                                 # (B, nh, T, P + T)
+            k = torch.cat([past[0], k], dim=2)                         # (B, kv, S + P + T, hs)
+            v = torch.cat([past[1], v], dim=2)                         # (B, kv, S + P + T, hs)
+        att = self.attention_weights(q, k, mask)                       # (B, nh, T, S + P + T)
         found = shared_product(att, v)                                 # (B, nh, T, hs)
         return self.out(found.transpose(1, 2).flatten(2)), (k, v)      # (B, T, C)
 
@@ -208,7 +212,7 @@ class Attention(nn.Module):
         return self.turned(k, rope), v                                 # (B, kv, T, hs) both
 
     def turned(self, heads, rope):
-        """Queries or keys, normed, at their positions. Shapes: (B, any, T, hs) -> the same."""
+        """Queries or keys at their positions, normed with qk_norm. Shapes: (B, any, T, hs) -> the same."""
         if self.qk_scale is not None:
             heads = F.rms_norm(heads, (self.head_size,), eps=self.norm_eps)
             heads = heads * self.qk_scale[-heads.size(1):]             # keys alone have the last of them
@@ -220,8 +224,9 @@ class Attention(nn.Module):
         """Shapes: (B, T, n * hs) -> (B, n, T, hs)."""
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2).contiguous()
 
-    def weights(self, q, k, mask):
+    def attention_weights(self, q, k, mask):
         """Who looks at whom, and how much. Shapes: q (B, nh, T, hs), k (B, kv, T', hs) -> (B, nh, T, T')."""
+        # without the usual root of hs: `rotations` has scaled both
         scores = shared_product(q, k.mT) + mask                        # (B, nh, T, T')
         return scores.softmax(-1)
 
@@ -248,14 +253,14 @@ class Block(nn.Module):
     def forward(self, h, rope, mask, past=None):
         """Shapes: as Attention."""
         if self.norm == 'pre':
-            attended, seen = self.attention(norm(h), rope, mask, past)
+            attended, kept = self.attention(norm(h), rope, mask, past)
             h = h + attended
-            return h + self.mlp(norm(h)), seen
+            return h + self.mlp(norm(h)), kept
         elif self.norm == 'post':
-            attended, seen = self.attention(h, rope, mask, past)
+            attended, kept = self.attention(h, rope, mask, past)
             # RMS 1 after each half: any number of passes stays bounded without another norm
             h = norm(h + attended)
-            return norm(h + self.mlp(h)), seen
+            return norm(h + self.mlp(h)), kept
         else:
             raise ValueError(f'norm={self.norm}: expected pre or post')
 
@@ -269,7 +274,7 @@ class Block(nn.Module):
 
 @dataclass
 class Context:
-    """x = [image | sound | question], run through F once: what the answer's states look at in every pass."""
+    """x = [image | sound | question], run through all blocks once: what answers look at in every pass."""
     layers: list          # for each block keys and values, (B, kv, S, hs) both
     mask: torch.Tensor    # to add to attention scores, (B, 1, 1, S): -inf at padding
     length: torch.Tensor  # tokens that are not padding (B,)
@@ -314,7 +319,7 @@ class Decoder(nn.Module):
             padded on the right with pad_id; answer (B, A), starting with bos_id; targets (B, A), ending with
             eos_id, -100 where there is nothing to predict; inner_steps, another number of passes than the
             config's -> logits (B, A, V), and loss: nats per target, the mean over the batch and the
-            supervised cycles, or None without targets
+            supervised cycles, or None without targets. Padding of answers comes later than all that counts
         """
         context = self.read_context(vision, question, sound)
         cycles = self.answer_states(context, answer, inner_steps=inner_steps)      # y (B, A, C) of each
@@ -326,8 +331,8 @@ class Decoder(nn.Module):
         return logits[-1], sum(losses) / len(losses)                   # (B, A, V) and a scalar
 
     def read_context(self, vision, question, sound=None):
-        """Runs F over x = [image | sound | question] once, without what rows lack, so that costs nothing. x
-        never sees y or z: this serves every pass. -> Context"""
+        """Runs all blocks over x = [image | sound | question] once; what rows lack is left out. x never sees
+        y or z: this serves every pass. -> Context"""
         c = self.config
         x = self.embed(question)                                       # (B, Q, C)
         real = question != c.pad_id                                    # (B, Q)
@@ -335,7 +340,7 @@ class Decoder(nn.Module):
             x = self.put_before(x, sound, self.sound_proj)             # (B, M + Q, C)
         if c.use_vision and vision is not None:
             x = self.put_before(x, vision, self.vision_proj)           # (B, S, C)
-        real = F.pad(real, (x.size(1) - real.size(1), 0), value=True)  # (B, S): only questions are padded
+        real = F.pad(real, (x.size(1) - real.size(1), 0), value=True)  # (B, S): questions are padded
         mask = hide(~real[:, None, None, :], x.dtype)                  # (B, 1, 1, S): nobody looks at padding
         positions = torch.arange(x.size(1), device=x.device)           # padding is on the right
         own_mask = mask
@@ -346,8 +351,8 @@ class Decoder(nn.Module):
         h = self.embedded(x)                                           # (B, S, C)
         layers = []
         for block in self.blocks[:-1]:
-            h, seen = block(h, rope, own_mask)                         # (B, S, C)
-            layers.append(seen)
+            h, kept = block(h, rope, own_mask)                         # (B, S, C)
+            layers.append(kept)
         # nobody reads what the last block would make of x, only its keys and values
         layers.append(self.blocks[-1].keys_values(h, rope))            # (B, kv, S, hs) both
         return Context(layers, mask, real.sum(1))
@@ -359,10 +364,10 @@ class Decoder(nn.Module):
     def answer_states(self, context, answer, cache=None, inner_steps=None):
         """The recursion. Runs F again and again over the states of answer positions.
 
-        The states of position t see all of x and the states of positions up to t, in 'concat' y and z of each
-        ('add' has their sums): the mask goes by position, not by place in [y ; z].
+        The states of position t see all of x and the states of positions up to t: y and z of each with
+        'concat', the one sum that goes through F with 'add'. So the mask goes by position, not by place.
         Shapes: answer (B, A); with `cache` (B, 1), the position after those in it -> y (B, A, C) at the end
-            of each supervised cycle, a list; the head predicts from the last one
+            of each supervised cycle, a list; the last ones answer, all are trained on
         Source: 'add' is the form of Jolicoeur-Martineau 2025, arXiv 2510.04871, made causal.
         """
         c = self.config
@@ -370,7 +375,7 @@ class Decoder(nn.Module):
         start = 0 if cache is None else cache.positions
         e = self.written(answer, context, start, cache)                # (B, A, C)
         rope, mask = self.rope_and_mask(context, A, start, c.streams)
-        network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)
+        network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)    # one pass
         if c.checkpoint_recursion and torch.is_grad_enabled():
             network = partial(checkpoint, network, use_reentrant=False)
 
@@ -378,15 +383,15 @@ class Decoder(nn.Module):
         z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
         supervised = []
         for cycle in range(c.outer_steps):
-            # the gradient goes through a whole cycle and not beyond it, so y_start and z_start learn in the
-            # first cycle alone, and never where only the last one is trained
+            # the gradient goes through a whole cycle and not beyond it, so what only the first pass gets,
+            # y_start and z_start say, learns in the first cycle alone, and never where that is not trained
             if cycle > 0:
                 y = y.detach()
                 z = None if z is None else z.detach()
             trained = c.deep_supervision or cycle == c.outer_steps - 1
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
                 for _ in range(inner_steps or c.inner_steps):
-                    if cache is not None and cache.settled():
+                    if cache is not None and cache.settled():  # all rows rest, of which only Halting knows
                         break
                     if c.recursion == 'concat':
                         both = torch.cat(self.pass_input(y, z, e), dim=1)        # (B, 2 A, C)
@@ -413,15 +418,15 @@ class Decoder(nn.Module):
         """
         c = self.config
         time = torch.arange(A, device=context.length.device).repeat(streams)   # (T,): of y, then of z again
-        hidden = self.hidden_states(time, start, streams)              # (T, P + T)
+        hidden = self.unseen(time, start, streams)                     # (T, P + T)
         of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
         mask = hide(hidden, of_context.dtype).expand(len(of_context), 1, -1, -1)   # (B, 1, T, P + T)
         mask = torch.cat([of_context, mask], dim=-1)                   # (B, 1, T, S + P + T)
         # counted from the last real token of x: the padding of a batch moves no answer
         return rotations(context.length[:, None] + start + time, c.head_size, c.rope_freqs), mask
 
-    def hidden_states(self, time, start, streams):
-        """Whom each state does not see: those of later positions. All earlier ones are seen.
+    def unseen(self, time, start, streams):
+        """Which states each one does not see: those of later positions. All earlier ones are seen.
         Shapes: time (T,) -> bool (T, P + T)"""
         return F.pad(time[:, None] < time, (streams * start, 0))       # (T, P + T)
 
@@ -433,13 +438,16 @@ class Decoder(nn.Module):
         return states if cache is None else cache.after_pass(states)   # Halting puts back rows that rest
 
     def run_blocks(self, layers, states, rope, mask, context, cache):
-        """The states through some blocks, given by their numbers. Shapes: (B, T, C) -> (B, T, C)."""
+        """The states through some blocks, given by their numbers; for a cache this is one more pass.
+        Shapes: (B, T, C) -> (B, T, C)."""
         past = context.layers if cache is None else cache.next_pass(context)
         for i in layers:
-            states, seen = self.blocks[i](states, rope, mask, past[i])
+            states, kept = self.blocks[i](states, rope, mask, past[i])
             if cache is not None:
-                past[i] = seen
+                past[i] = kept
         return states
+
+    # a PretrainedDecoder has its own way with each of these, with `unseen` and with `put_before`
 
     def embedded(self, x):
         """Embeddings as the first block wants them: words and image alike at RMS 1, whatever the encoder's
@@ -461,7 +469,8 @@ class Decoder(nn.Module):
         return [y] if z is None else [y, z]
 
     def bounded(self, states):
-        """Keeps what 'pre' blocks hand on at RMS 1 however many passes there are; 'post' blocks do so."""
+        """Norms what 'pre' blocks get and hand on, so that no number of passes makes it grow; 'post' blocks
+        norm it themselves."""
         return norm(states) if self.config.norm == 'pre' else states
 
     @torch.no_grad()
@@ -469,8 +478,8 @@ class Decoder(nn.Module):
                  cache=None, sound=None):
         """Answers token by token, the likeliest at temperature 0, else drawn from the top_k likeliest.
 
-        A token costs one position in each pass: the keys and values of those before it are kept, and the
-        tokens are those that `forward` would give, but for rounding.
+        A token costs one position in each pass: the keys and values of those before it are kept. At
+        temperature 0, without Halting, it is the likeliest one of `forward`'s logits, but for rounding.
         Shapes: as `forward`; cache, empty: a Cache, which is the default, or Halting -> (B, max_new_tokens),
             every answer up to and with eos_id, pad_id after it
         Raises: ValueError, for Halting where no pass makes all states anew.
@@ -548,10 +557,10 @@ class LlamaBlock(nn.Module):
         return self.run(h, rope, mask, past)
 
     def run(self, h, rope, mask, past):
-        attended, seen = self.attention(self.norm1(h), rope, mask, past)
+        attended, kept = self.attention(self.norm1(h), rope, mask, past)
         h = h + attended
         gate, through = self.fc1(self.norm2(h)).chunk(2, dim=-1)       # (B, T, mlp_size) both
-        return h + self.fc2(F.silu(gate) * through), seen
+        return h + self.fc2(F.silu(gate) * through), kept
 
     def keys_values(self, h, rope):
         """The keys and values that `forward` would make of h alone, (B, kv, T, hs) both."""
@@ -593,9 +602,9 @@ class PretrainedDecoder(Decoder):
         """Nothing, where gates let it in: no pass has made anything yet."""
         return torch.zeros_like(e) if self.config.has_gates else e
 
-    def hidden_states(self, time, start, streams):
+    def unseen(self, time, start, streams):
         """Nor does a y see any z: it gets z through a gate."""
-        hidden = super().hidden_states(time, start, streams)           # (T, P + T)
+        hidden = super().unseen(time, start, streams)                  # (T, P + T)
         if streams == 2:
             # columns: P earlier states, made one by one, y z y z ...; then all y of now, then all z
             A = len(time) // 2
@@ -635,6 +644,10 @@ class PretrainedDecoder(Decoder):
             nn.init.normal_(part.weight, std=word * part.in_features ** -.5)
             nn.init.zeros_(part.bias)
         return decoder
+
+
+# ----------------------------------------------------------------------------
+# the door to both
 
 def build_model(config):
     """A decoder with fresh weights, drawn from torch's current seed."""

@@ -6,7 +6,8 @@ Training: a decoder learns to answer questions about pictures and sounds.
     torchrun --standalone --nproc_per_node=4 train.py config/trm.py    # the same run, by four processes
 
 The same command goes on where a stopped or killed run stood, to the same result. A run folder gets ckpt.pt,
-log.jsonl, metrics.json and pictures. The encoder was trained before: config/align.py, then align_wild.py.
+log.jsonl, metrics.json, predictions.jsonl and pictures. The encoder was trained before: config/align.py, then
+align_wild.py.
 """
 
 import copy
@@ -59,7 +60,7 @@ from pretrained.tokenizers import read_tokenizer, with_prompt
 
 # may differ when a run goes on: they change its result by rounding at most
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
-# variety is a setting of align
+# settings with ranges of their own, which may be 0; variety is one of align
 MAY_BE_ZERO = ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay', 'min_lr_ratio', 'warmup_ratio',
                'beta1', 'beta2', 'momentum', 'variety', 'draw_after')
 
@@ -111,7 +112,7 @@ class TrainConfig:
     recall: bool = True                       # written tokens come in at every pass; add always has them
     min_inner_steps: int | None = None        # a step draws its passes, from this to inner_steps; None: no
     draw_after: float = 0.0                   # share of the steps that have min_inner_steps, before any draws
-    outer_steps: int = 1                      # T, cycles of so many passes; no gradient crosses them
+    outer_steps: int = 1                      # cycles of so many passes; no gradient crosses them
     deep_supervision: bool = False            # every cycle is trained on; false: the last one only
     checkpoint_recursion: bool = False        # recompute passes for the gradient: less memory, more time
     norm: str = 'post'                        # post: blocks norm what they hand on; pre: what they read
@@ -232,7 +233,7 @@ def train(s, sources, device, stop):
     # ---- the run
     run = Run(started=time.time())
     out_dir = Path(s.out_dir)
-    saved = saved_run(s, FREE, stage='answer')
+    saved = saved_run(s, FREE, stage='answer')  # stage 1 is align
     about = begin(s, device)
     print(echo(s, sources))
     settings = asdict(s)
@@ -339,7 +340,7 @@ def train(s, sources, device, stop):
                 vision, sound = tokens_of['train'](batch)                              # (B, N, D), (B, M, D)
                 _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'],
                                            passes, sound)
-                # a mean over rows: divided, or more micro-batches would make a larger gradient
+                # a mean over targets: divided, or more micro-batches would make a larger gradient
                 micro_loss = mean * batch.get('weight', 1) / s.grad_accum
             if micro_loss.requires_grad:  # a projection alone learns nothing of rows that it takes no part in
                 scaler.scale(micro_loss).backward()

@@ -15,7 +15,7 @@ import torch
 
 from data import Tokenizer, padded, read_rows, train_bpe
 from eval import rows_to_judge
-from plumbing.features import ImageTokens
+from plumbing.features import FileTokens
 from plumbing.pictures import rgb_picture, squared
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
@@ -229,7 +229,7 @@ class AlignData:
         """What a frozen trunk makes of the pictures of a split is computed here, once, and cached."""
         rows = self.rows[split]
         s = self.settings
-        self.images[split] = ImageTokens(self.trunk or self.encoder, rows.pictures, self.device, s.cache_dir,
+        self.images[split] = FileTokens(self.trunk or self.encoder, rows.pictures, self.device, s.cache_dir,
                                          s.cache, trained=self.trunk is None)
 
     def n_pictures(self, split):

@@ -74,7 +74,7 @@ def attention_of(decoder, context, answer):
         h, rope, mask, past = args
         q, k, _ = attention.queries_keys_values(h, rope)               # (B, nh or kv, T, hs) each
         k = torch.cat([past[0], k], dim=2)                             # (B, kv, S + T, hs)
-        seen.append(attention.weights(q, k, mask))                     # (B, nh, T, S + T)
+        seen.append(attention.attention_weights(q, k, mask))           # (B, nh, T, S + T)
 
     hooks = [block.attention.register_forward_pre_hook(note) for block in decoder.blocks]
     try:

@@ -66,7 +66,7 @@ class Halting(Cache):
 
     def filled(self, now, before):
         """Keys, or values, of a pass: tokens that did not get there have those of the pass before.
-        Shapes: (B, kv, P or fewer, hs), (B, kv, P + T, hs) -> (B, kv, P, hs)"""
+        Shapes: (B, kv, S + P or fewer, hs), (B, kv, S + P + T, hs) -> (B, kv, S + P, hs)"""
         T = self.states.size(1)  # of the present token, which is about to get there
         return torch.cat([now, before[:, :, now.size(2):-T]], dim=2)
 

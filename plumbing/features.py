@@ -283,7 +283,7 @@ class Part:
 # ----------------------------------------------------------------------------
 # the tokens of a batch
 
-class ImageTokens:
+class FileTokens:
     """The tokens of pictures or sounds: from the cache where their encoder is frozen, else anew from the
     pixels, with gradient where it is `trained`. `cache=False`: anew in any case. `dim`: as `cached_features`
     """
@@ -301,11 +301,12 @@ class ImageTokens:
             self.features = in_turn(partial(cached_features, encoder, pictures, cache_dir, device, dim))
 
     def __call__(self, encoder, picture):
-        """Shapes: picture, indices (B,) -> (B, N, D), or None where they are -1: the rows have none."""
+        """`encoder`: as it is now, or the average of its weights; the one before only opened the files.
+        Shapes: picture, indices (B,) -> (B, N, dim), or None where they are -1: the rows have none."""
         if picture[0] < 0:
             return None
         if self.features is not None:
-            return self.features[picture.cpu()].to(self.device).float()  # halves travel
+            return self.features[picture.cpu()].to(self.device).float()  # as halves: half the bytes to a GPU
         pixels = self.pixels[picture.cpu()].to(self.device)                            # (B, 3, S, S) uint8
         images = encoder.normalise(pixels)
         if self.trained and torch.is_grad_enabled():
@@ -330,7 +331,7 @@ class ContextTokens:
         self.tokens = {}
         for name, encoder in encoders.items():
             files, dim = (rows.pictures, settings['vision_dim']) if name == 'encoder' else (rows.sounds, None)
-            self.tokens[name] = ImageTokens(encoder, files, device, settings['cache_dir'], settings['cache'],
+            self.tokens[name] = FileTokens(encoder, files, device, settings['cache_dir'], settings['cache'],
                                             is_trained(settings, name), dim)
 
     def __call__(self, batch):

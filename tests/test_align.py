@@ -545,7 +545,7 @@ def test_few_pictures(tmp_path, capsys):
 ])
 def test_early(splits, world, message, tmp_path, monkeypatch):
     """What cannot work is said before a picture is decoded or encoded, with the remedy."""
-    monkeypatch.setattr('align.captions.ImageTokens', None)
+    monkeypatch.setattr('align.captions.FileTokens', None)
     monkeypatch.setattr(align_main, 'rank_and_world', lambda: (0, world))
     data = captioned(tmp_path / 'mine', splits | dict(test=texts(2)))
     with pytest.raises(ValueError, match=message):
