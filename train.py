@@ -60,9 +60,9 @@ from pretrained.tokenizers import read_tokenizer, with_prompt
 
 # may differ when a run goes on: they change its result by rounding at most
 FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
-# settings with ranges of their own, which may be 0; variety is one of align
+# settings with ranges of their own, which may be 0; variety and n_latents are settings of align
 MAY_BE_ZERO = ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay', 'min_lr_ratio', 'warmup_ratio',
-               'beta1', 'beta2', 'momentum', 'variety', 'draw_after')
+               'beta1', 'beta2', 'momentum', 'variety', 'n_latents', 'draw_after')
 
 # settings that a pretrained decoder brings along, and those that go with one
 OF_OURS = ('norm', 'qk_norm', 'prefix_lm', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'tokenizer',

@@ -1,5 +1,6 @@
 """
-Captions for stage 1, of a dataset or drawn while it trains, and the pictures that they are of.
+Captions for stage 1, of a dataset or drawn while it trains, and the pictures that they are of; that of a
+sound is its spectrum.
 
 A batch is a dict: `picture`, indices (B,), or `pixels` (B, 3, S, S) where pictures are drawn; `caption`
 (B, P, L), P phrases of up to L tokens, padded with -100; `left_out` (B, P, L) bool, the words that the cloze
@@ -8,6 +9,7 @@ asks for; `names`, strings for messages. It depends on (seed, split, step) and n
 
 import random
 import re
+from functools import lru_cache
 from itertools import cycle, islice
 
 import numpy as np
@@ -16,13 +18,17 @@ import torch
 from data import Tokenizer, padded, read_rows, train_bpe
 from eval import rows_to_judge
 from plumbing.features import FileTokens
-from plumbing.pictures import rgb_picture, squared
+from plumbing.pictures import as_seen, rgb_picture, squared
+from plumbing.sounds import spectrum_picture
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_scene, draw_some_scene, locate, picture_file
+from prepare.sounds import MOST_TONES, describe_melody, draw_melody, sound_file
+from prepare.sounds import Config as SoundsConfig
 
 SENTENCE_END = r'(?<=[.!?])\s+'
 DRAWN_PICTURES = 1000  # a split of drawn pictures has no end; so many are judged
+MELODIES = 10007       # of a split; no multiple of a batch, so that each time others are told apart
 
 
 def cloze(phrases, batch_size, rng):
@@ -142,19 +148,56 @@ class DrawnCaptions:
         pictures = []
         for scene, varied in drawn:
             # a file, not the drawing: JPEG leaves its traces, and varied pictures have any size
-            picture = rgb_picture(picture_file(scene, varied, rng, self.config))
-            pictures.append(np.array(squared(picture, self.config.image_px, 'squash', border=None)))
-        pixels = torch.from_numpy(np.stack(pictures))                        # (B, S, S, 3)
-        return [scene for scene, _ in drawn], pixels.permute(0, 3, 1, 2), rng
+            pictures.append(self.square(rgb_picture(picture_file(scene, varied, rng, self.config))))
+        return [scene for scene, _ in drawn], stacked(pictures), rng
+
+    def square(self, picture):
+        """Shapes: an RGB picture, Pillow's of any size -> (S, S, 3) uint8, NumPy's"""
+        return np.array(squared(picture, self.config.image_px, 'squash', border=None))
+
+    def phrases(self, scene, rng):
+        """What is said about a scene: strings, of every scene as many."""
+        return locate(scene, rng, self.config.image_px)
 
     def batch(self, split, step, batch_size, seed):
         """Shapes: -> a batch with `pixels` (B, 3, S, S) uint8, see the top of the page."""
         scenes, pixels, rng = self.scenes(split, step, batch_size, seed)
         phrases = []
         for scene in scenes:
-            for phrase in locate(scene, rng, self.config.image_px):
+            for phrase in self.phrases(scene, rng):
                 phrases.append(self.tokenizer.encode(phrase))
         return dict(pixels=pixels, names=[f'step {step}'], **cloze(phrases, batch_size, rng))
+
+
+def stacked(pictures):
+    """Shapes: B arrays (S, S, 3) -> (B, 3, S, S)"""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)          # (B, 3, S, S)
+
+
+class DrawnSounds(DrawnCaptions):
+    """The same of melodies: a scene is a list of tones, and its picture a spectrum. They come again, each
+    time with other phrases: drawing one takes longer than learning from it."""
+
+    def scenes(self, split, step, batch_size, seed):
+        numbers = [(step * batch_size + i) % MELODIES for i in range(batch_size)]
+        drawn = [self.melody(f'align/{seed}/{split}/melody {k}') for k in numbers]
+        melodies, pixels = zip(*drawn)
+        return melodies, stacked(pixels), random.Random(f'align/{seed}/{split}/{step}')
+
+    @lru_cache(maxsize=2 * MELODIES)  # room for the other splits
+    def melody(self, seed):
+        """-> a melody, and the pixels of its spectrum. Shapes: -> (S, S, 3) uint8"""
+        rng = random.Random(seed)
+        melody = some_melody(rng)
+        return melody, self.square(as_seen(spectrum_picture(sound_file(melody, rng))))
+
+    def phrases(self, scene, rng):
+        return describe_melody(scene, rng)
+
+
+def some_melody(rng):
+    """A melody of any number of tones."""
+    return draw_melody(rng, rng.randint(1, MOST_TONES))
 
 
 def caption_sample(config, n=3000):
@@ -162,6 +205,13 @@ def caption_sample(config, n=3000):
     for i in range(n):
         rng = random.Random(f'tokenizer/{config.seed}/{i}')
         yield from locate(draw_scene(rng, config), rng, config.image_px)
+
+
+def sound_caption_sample(config, n=3000):
+    """As `caption_sample`, of melodies."""
+    for i in range(n):
+        rng = random.Random(f'tokenizer/{config.seed}/{i}')
+        yield from describe_melody(some_melody(rng), rng)
 
 
 # ----------------------------------------------------------------------------
@@ -176,14 +226,17 @@ class AlignData:
     def __init__(self, s, saved, splits=('train', 'val')):
         self.settings = s
         self.rows_sum = None
-        self.drawn = None   # DrawnCaptions, or None where there is a dataset; of that, by split:
+        self.drawn = None   # DrawnCaptions, DrawnSounds, or None: there is a dataset; of that, by split:
         self.rows = {}
         self.captions = {}  # Captions
         self.images = {}    # image tokens, see plumbing.features
         if s.captions == 'drawn':
-            shapes = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, variety=s.variety,
+            config = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, variety=s.variety,
                                   seed=s.seed)
-            texts = caption_sample(shapes)
+            texts = caption_sample(config)
+        elif s.captions == 'drawn_sounds':
+            config = SoundsConfig(image_px=s.image_px, seed=s.seed)
+            texts = sound_caption_sample(config)
         elif s.captions == 'dataset':
             if splits:  # who only judges needs no more than what is judged
                 check_splits(s.dataset)
@@ -191,11 +244,13 @@ class AlignData:
                 self.rows_sum = {split: rows.sum.hexdigest() for split, rows in self.rows.items()}
                 texts = self.rows['train'].captions
         else:
-            raise ValueError(f'captions={s.captions}: expected drawn or dataset')
+            raise ValueError(f'captions={s.captions}: expected drawn, drawn_sounds or dataset')
         # words are learnt once: the weights of a saved run belong to the tokens that it has
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, s.vocab_size))
         if s.captions == 'drawn':
-            self.drawn = DrawnCaptions(shapes, self.tokenizer)
+            self.drawn = DrawnCaptions(config, self.tokenizer)
+        elif s.captions == 'drawn_sounds':
+            self.drawn = DrawnSounds(config, self.tokenizer)
         for split, rows in self.rows.items():  # before a picture is encoded: what is missing is said early
             self.captions[split] = Captions(rows, self.tokenizer)
 

@@ -21,7 +21,7 @@ class AlignConfig:
     eval_interval: int = 300        # steps between validations, each followed by a checkpoint
     wandb: bool = False             # log to Weights & Biases too (pip install wandb)
     # pictures and captions
-    captions: str = 'drawn'         # drawn: shapes, as they are needed; dataset: those of the dataset
+    captions: str = 'drawn'         # drawn: shapes, as needed; drawn_sounds: melodies; dataset: those of it
     max_objects: int = 6            # objects in a drawn picture, at most
     variety: float = 0.7            # share of the drawn pictures that look like no other
     dataset: str = 'data/shapes'    # with captions=dataset: folder of parquet files
@@ -40,7 +40,7 @@ class AlignConfig:
     encoder_layers: int = 2         # layers, without a trunk
     pool: int = 1                   # the trunk's patches are averaged pool x pool
     adapter: str = 'none'           # between trunk and resampler: none, linear or mlp
-    n_latents: int = 16             # tokens of a picture
+    n_latents: int = 16             # tokens of a picture; 0: its patches, without a resampler
     perceiver_layers: int = 2       # layers of the resampler
     perceiver_width: int | None = None  # of the resampler; None: the trunk's
     perceiver_heads: int = 4        # attention heads of the resampler
@@ -68,22 +68,28 @@ class AlignConfig:
 
     def __post_init__(self):
         expect(self, optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
-               captions=('drawn', 'dataset'), objective=('contrast', 'cloze', 'both'))
+               captions=('drawn', 'drawn_sounds', 'dataset'), objective=('contrast', 'cloze', 'both'))
         check_numbers(self)
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         idle = [key for key in changed if key in ('image_px', 'encoder_width', 'encoder_layers')]
         if self.vocab_size < 259:
             raise ValueError(f'vocab_size={self.vocab_size}: expected at least 259, '
                              'the bytes and three marks')
-        if self.captions == 'drawn' and 'dataset' in changed:
-            raise ValueError(f'dataset={self.dataset} with captions=drawn: pictures are drawn '
+        if self.n_latents < 0:
+            raise ValueError(f'n_latents={self.n_latents}: expected 0 or more')
+        if self.captions != 'dataset' and 'dataset' in changed:
+            raise ValueError(f'dataset={self.dataset} with captions={self.captions}: pictures are drawn '
                              'as they are needed; give --captions=dataset')
+        for key in ('max_objects', 'variety', 'fit', 'upright'):
+            if self.captions == 'drawn_sounds' and key in changed:
+                raise ValueError(f'{key}={getattr(self, key)} with captions=drawn_sounds: a setting of '
+                                 'pictures; give --captions=drawn')
         if self.trunk and idle:
             raise ValueError(f'{", ".join(idle)}: of an encoder without a trunk; '
                              'the trunk has sizes of its own (--encoder_px is the side of its pictures)')
-        if self.trunk and self.captions == 'drawn':
-            raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; '
-                             'give --captions=dataset')
+        if self.trunk and self.captions != 'dataset':
+            raise ValueError(f'trunk with captions={self.captions}: a pretrained trunk reads the pictures of '
+                             'a dataset; give --captions=dataset')
         if self.encoder_px and not self.trunk:
             raise ValueError('encoder_px without a trunk: the side of the pictures is then --image_px')
         if self.init_from and self.trunk:

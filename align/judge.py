@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ from align.captions import AlignData
 from align.config import AlignConfig
 from align.model import build, chosen, open_trunk
 from configurator import configure
+from encoder import Reader
 from plumbing.console import run_script, say_if_few, table
 from plumbing.machine import on_device, pick_device
 from plumbing.ranks import by_first, shared
 from plumbing.run import read_checkpoint
 from prepare.shapes import COLORS, SHAPES
+from prepare.sounds import INSTRUMENTS, LENGTHS, PITCHES
 
 AT_ONCE = 250    # pictures whose captions are told apart by the loss
 ROUNDING = 2e-6  # of a similarity: two that are closer to each other are equal
@@ -202,6 +205,89 @@ def probe_data(encoder, drawn, device, split, n):
 
 
 # ----------------------------------------------------------------------------
+# the probe of sounds
+
+NOTES = sum(PITCHES.values(), ())
+TONES = list(product(INSTRUMENTS, NOTES, LENGTHS))
+PLACES = 5  # first to fourth, and last
+
+
+def probe_sounds(encoder, drawn, device, n_train=6000, n_test=2000, steps=600):
+    """What can be read from the frozen tokens: a layer of attention says what each tone of a melody is.
+
+    -> shares, 0..1, of melodies that the probe was not trained on: number, how often the number of tones is
+        right; instrument, pitch (one of six) and length, of a tone by its place; exact_melody, all of it
+    """
+    train = sound_probe_data(encoder, drawn, device, 'probe-train', n_train)
+    test = sound_probe_data(encoder, drawn, device, 'probe-test', n_test)
+    return by_first(partial(train_sound_probe, train, test, steps))
+
+
+def train_sound_probe(train, test, steps):
+    """Trains a `SoundProbe` and judges it. `train`, `test`: as `sound_probe_data`; -> as `probe_sounds`"""
+    tokens, tone = train
+    torch.manual_seed(0)
+    net = SoundProbe(tokens)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]['lr'] = 2e-3 * (1 - step / steps)
+        rows = torch.randint(len(tokens), (128,))
+        loss = F.cross_entropy(net(tokens[rows]).flatten(0, 1), tone[rows].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    tokens, tone = test
+    with torch.no_grad():
+        said = torch.cat([net(part).argmax(-1) for part in tokens.split(AT_ONCE)])  # (n, PLACES)
+    scores = dict(number=((said > 0) == (tone > 0)).all(1).float().mean().item())
+    there = tone > 0
+    # TONES are a grid of instruments, pitches and lengths: what a tone has of each
+    sizes = len(INSTRUMENTS), len(NOTES), len(LENGTHS)
+    of_each = torch.cartesian_prod(*map(torch.arange, sizes))                # (tones, 3)
+    of_each = torch.cat([torch.full((1, 3), -1), of_each])                   # (1 + tones, 3)
+    right = of_each[said] == of_each[tone]                                   # (n, PLACES, 3)
+    for k, key in enumerate(('instrument', 'pitch', 'length')):
+        scores[key] = right[..., k][there].float().mean().item()
+    return scores | dict(exact_melody=(said == tone).all(1).float().mean().item())
+
+
+class SoundProbe(torch.nn.Module):
+    """A query for each place reads the tokens."""
+
+    def __init__(self, tokens, width=128):
+        super().__init__()
+        self.mean = tokens.mean((0, 1))
+        self.std = tokens.std((0, 1))
+        self.queries = torch.nn.Parameter(torch.randn(PLACES, width))
+        self.projection = torch.nn.Linear(tokens.size(2), width)
+        self.reader = Reader(width, n_head=4)
+        self.head = torch.nn.Linear(width, 1 + len(TONES))
+
+    def forward(self, tokens):
+        """Shapes: tokens (B, N, D) -> logits (B, PLACES, 1 + tones); the first one says that there is none"""
+        tokens = self.projection((tokens - self.mean) / self.std)            # (B, N, W)
+        queries = self.queries.expand(len(tokens), -1, -1)                   # (B, PLACES, W)
+        return self.head(self.reader(queries, tokens))
+
+
+def sound_probe_data(encoder, drawn, device, split, n):
+    """Processes share the work. Shapes: -> tokens (n, N, D); the tone at each place (n, PLACES), its place in
+    TONES and 1, or 0 where there is none"""
+
+    def part(step):
+        melodies, pixels, _ = drawn.scenes(split, step, AT_ONCE, seed=0)
+        tokens = encoder.encode_images(encoder.normalise(pixels.to(device)))  # (250, N, D)
+        tone = torch.zeros(AT_ONCE, PLACES, dtype=torch.long)
+        for i, melody in enumerate(melodies):
+            for k, note in enumerate(melody):
+                tone[i, [k, -1]] = 1 + TONES.index((note['instrument'], note['hertz'], note['length']))
+        return tokens.float().cpu(), tone
+
+    return tuple(map(torch.cat, zip(*shared(part, n // AT_ONCE))))
+
+
+# ----------------------------------------------------------------------------
 # the report
 
 def report(model, data, s, device, split, most=5000):
@@ -218,7 +304,8 @@ def report(model, data, s, device, split, most=5000):
     print(table(['dimensions', *columns, 'median rank'], rows))
     scores['retrieval'] = by_prefix
     if data.drawn:  # of other pictures nobody knows what is where
-        scores['probe'] = probe(model.encoder, data.drawn, device)
+        asked = probe_sounds if s.captions == 'drawn_sounds' else probe
+        scores['probe'] = asked(model.encoder, data.drawn, device)
         print('probe | ' + ' | '.join(f'{key} {value:.3f}' for key, value in scores['probe'].items()))
     return scores
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from encoder import Block, Encoder, EncoderConfig, Reader, load_encoder, open_encoder
+from encoder import SOUND_CONFIG, Block, Encoder, EncoderConfig, Reader, load_encoder, open_encoder
 from plumbing.ranks import gathered
 from plumbing.run import source_of
 
@@ -150,6 +150,8 @@ def encoder_config(s, trunk):
         for key in ('fit', 'upright', 'activation'):
             if getattr(s, key) is not None:  # else as EncoderConfig has it
                 config[key] = getattr(s, key)
+    if s.captions == 'drawn_sounds':
+        config |= dict(reads=SOUND_CONFIG.reads, mean=SOUND_CONFIG.mean)
     D = s.encoder_dim
     prefixes = [D // 8, D // 4, D // 2, D]
     if s.prefixes:

@@ -1,11 +1,11 @@
-# Pictures and sounds in one context: python data.py sounds draws the dataset. The encoder of sounds is a
-# small new one that is trained along. --use_vision=false is the blind control, --use_sound=false the deaf
-# one.
+# Pictures and sounds in one context: python data.py sounds draws the dataset. --use_vision=false is the blind
+# control, --use_sound=false the deaf one.
 out_dir = 'out/sounds'
 dataset = 'data/sounds'
 use_sound = True
+sound_encoder = 'assets/encoder_sounds.pt'  # frozen; None: a small new one, trained along
 inner_steps = 2
 recall = False                        # these three as in the main job
 n_kv_head = 1
-max_steps = 2600
-eval_interval = 650
+max_steps = 3200
+eval_interval = 800

@@ -2,9 +2,10 @@
 Sounds: pictures as in shapes.py, melodies of a few tones, and questions about the one, the other, or both;
 drawn from a seed, nothing is read or downloaded.
 
-In reading order: melodies and their WAV files; questions about a melody, about both; the dataset. Questions
-about one of the two come without the other half of the time. The question whether there are `as many` has a
-picture and a melody of its own, drawn so that neither of the two tells the answer.
+In reading order: melodies, their WAV files and captions; questions about a melody, about both; the dataset.
+Questions about one of the two come without the other half of the time. The question whether there are `as
+many` has a picture and a melody of its own, drawn so that neither of the two tells the answer; a `choice` has
+a picture of its own, in which two objects can be told apart by their shapes.
 `python data.py sounds --show=true` draws a contact sheet.
 """
 
@@ -52,7 +53,7 @@ class Config(shapes.Config):
     n_train: int = 5000       # scenes in train.parquet
     n_val: int = 500          # scenes in val.parquet
     n_test: int = 500         # scenes in test.parquet
-    types: str = 'color,shape,exist,count'  # what is asked about pictures alone
+    types: str = 'color,shape,exist,count,count'  # asked about pictures alone; counting takes longest
     variety: float = 0.0      # share of the training pictures in varied styles
     describe: float = 0.0     # share of the pictures that also ask for their caption
     alone: float = 0.5        # share of the questions about picture or sound that come without the other
@@ -107,24 +108,54 @@ def silence(seconds):
     return np.zeros(round(seconds * RATE))
 
 
+def tone_counts(melody):
+    """How many tones of each kind there are, under the words a question uses: {words: count}."""
+    counts = {'tones': len(melody)}
+    for key, values in dict(length=LENGTHS, pitch=PITCHES, instrument=INSTRUMENTS).items():
+        for value in values:
+            counts[f'{value} tones'] = sum(tone[key] == value for tone in melody)
+    return counts
+
+
+def extremes(melody):
+    """Which tone is the highest and which the lowest, under the words a question uses."""
+    hertz = [tone['hertz'] for tone in melody]
+    return {'highest': ORDER[hertz.index(max(hertz))], 'lowest': ORDER[hertz.index(min(hertz))]}
+
+
+def describe_melody(melody, rng, n=6):
+    """Phrases to align an encoder with: `n` tones by their places, repeated if there are fewer, the last tone
+    under that name too, a third of them with their pitch in hertz; how many tones there are, of any kind and
+    of one; which is the highest and the lowest.
+
+    'first tone high long organ', 'last tone 315 hertz', '2 low tones', 'highest tone second'.
+    """
+    places = [*zip(ORDER, melody), ('last', melody[-1])]
+    for k, (when, tone) in enumerate((rng.sample(places, len(places)) * n)[:n]):
+        if k % 3:
+            yield f"{when} tone {tone['pitch']} {tone['length']} {tone['instrument']}"
+        else:
+            yield f"{when} tone {tone['hertz']} hertz"
+    counts = tone_counts(melody)
+    yield f"{counts.pop('tones')} tones"
+    words = rng.choice(list(counts))
+    yield f'{counts[words]} {words}'
+    for word, when in extremes(melody).items():
+        yield f'{word} tone {when}'
+
+
 # ----------------------------------------------------------------------------
 # questions: every type lists all the questions that a melody allows, as (question, answer) pairs
 
 
 def ask_tones(melody):
-    groups = {'tones': len(melody)}
-    for key, values in dict(length=LENGTHS, pitch=PITCHES, instrument=INSTRUMENTS).items():
-        for value in values:
-            groups[f'{value} tones'] = sum(tone[key] == value for tone in melody)
-    return [(f'how many {words} are there?', str(count)) for words, count in groups.items()]
+    return [(f'how many {words} are there?', str(count)) for words, count in tone_counts(melody).items()]
 
 
 def ask_highest(melody):
     if len(melody) == 1:
         return []
-    hertz = [tone['hertz'] for tone in melody]
-    return [('which tone is the highest?', ORDER[hertz.index(max(hertz))]),
-            ('which tone is the lowest?', ORDER[hertz.index(min(hertz))])]
+    return [(f'which tone is the {word}?', when) for word, when in extremes(melody).items()]
 
 
 def ask_plays(melody):
@@ -137,6 +168,15 @@ def ask_before(melody):
     once = unique(melody, 'instrument')
     return [(f"does the {a['instrument']} play before the {b['instrument']}?",
              'yes' if melody.index(a) < melody.index(b) else 'no') for a, b in permutations(once, 2)]
+
+
+def ask_quality(melody):
+    """What a choice depends on, by itself."""
+    asked = []
+    for when, tone in (*zip(ORDER, melody), ('last', melody[-1])):
+        asked.append((f'is the {when} tone high?', 'yes' if tone['pitch'] == 'high' else 'no'))
+        asked.append((f'is the {when} tone long?', 'yes' if tone['length'] == 'long' else 'no'))
+    return asked
 
 
 def ask_choice(scene, melody):
@@ -153,7 +193,7 @@ def ask_choice(scene, melody):
     return asked
 
 
-ASK = dict(tones=ask_tones, highest=ask_highest, plays=ask_plays, before=ask_before)
+ASK = dict(tones=ask_tones, highest=ask_highest, plays=ask_plays, before=ask_before, quality=ask_quality)
 
 
 def draw_match(rng):
@@ -177,6 +217,15 @@ def draw_match(rng):
     return chosen + others, n_tones, question, 'yes' if n_tones == n_objects else 'no'
 
 
+def draw_choice(rng):
+    """Objects that a tone can choose from: two of different colours, whose shapes no other object has, and up
+    to two others. -> their (colour, shape) pairs"""
+    shapes = rng.sample(SHAPES, len(SHAPES))
+    chosen = list(zip(rng.sample(tuple(COLORS), 2), shapes))
+    others = [(color, shape) for color in COLORS for shape in shapes[2:]]
+    return chosen + rng.sample(others, rng.randint(0, 2))
+
+
 # ----------------------------------------------------------------------------
 # the dataset
 
@@ -194,16 +243,16 @@ def sound_rows(config, split, start, n_scenes):
         sound = sound_file(melody, rng)
         asked = [('image', type, questions(scene), n) for type, (questions, n) in of_picture.items()]
         asked += [('sound', type, questions(melody), times) for type, questions in ASK.items()]
-        asked += [('both', 'choice', ask_choice(scene, melody), times)]
         for needed, type, candidates, n in asked:
             for k in range(min(n, len(candidates))):
                 both = balanced_choice(candidates, given[type], rng)
                 candidates.remove(both)
                 media = dict(image=image, sound=sound)
-                if needed != 'both' and rng.random() < config.alone:
+                if rng.random() < config.alone:
                     media = {key: file if key == needed else None for key, file in media.items()}
                 drawn.append(row_of(media, type, f'{split}-{i}-{type}-{k}', *both))
         drawn += match_rows(config, split, i, times, rng)
+        drawn += choice_rows(config, split, i, melody, sound, given['choice'], rng)
     return drawn
 
 
@@ -216,6 +265,21 @@ def match_rows(config, split, i, times, rng):
         media = dict(image=picture_file(scene, False, rng, config),
                      sound=sound_file(draw_melody(rng, n_tones), rng))
         drawn.append(row_of(media, 'match', f'{split}-{i}-match-{k}', *both))
+    return drawn
+
+
+def choice_rows(config, split, i, melody, sound, given, rng):
+    """The rows of type `choice`, of a picture of their own. There are twice as many as of others in train, of
+    one picture and melody: all that tells their answers apart is which tone chooses between which objects."""
+    scene = draw_scene(rng, config, pairs=draw_choice(rng))
+    media = dict(image=picture_file(scene, False, rng, config), sound=sound)
+    candidates = ask_choice(scene, melody)
+    drawn = []
+    times = 2 * config.asked if split == 'train' else 1
+    for k in range(min(times, len(candidates))):
+        both = balanced_choice(candidates, given, rng)
+        candidates.remove(both)
+        drawn.append(row_of(media, 'choice', f'{split}-{i}-choice-{k}', *both))
     return drawn
 
 

@@ -20,14 +20,24 @@ from test_runs import torchrun
 import train
 from align import __main__ as align_main
 from align import judge
-from align.captions import AlignData, Captions, DrawnCaptions, caption_sample, cloze
+from align.captions import (
+    AlignData,
+    Captions,
+    DrawnCaptions,
+    DrawnSounds,
+    caption_sample,
+    cloze,
+    sound_caption_sample,
+)
 from align.config import AlignConfig
 from align.model import AlignModel, build, start_from
 from data import Tokenizer, read_rows, train_bpe
-from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
+from encoder import SOUND_CONFIG, Encoder, EncoderConfig, encoder_of_run, load_encoder, save_encoder
 from plumbing.console import run_script
+from plumbing.pictures import as_seen
 from plumbing.run import read_checkpoint
-from prepare import shapes
+from plumbing.sounds import spectrum_picture
+from prepare import shapes, sounds
 from prepare.shapes import Config as ShapesConfig
 
 SMALL = ['--encoder_width=32', '--encoder_layers=1', '--encoder_dim=16', '--n_latents=4', '--device=cpu']
@@ -281,6 +291,82 @@ def test_drawn_captions_are_of_their_picture():
         assert {t.bpe.decode(p[p >= 0].tolist()).split(' at ')[0] for p in phrases} <= there
 
 
+def true_of(melody, phrase):
+    """Whether a phrase is true of a melody, looked up by other means than it was made."""
+    words, order = phrase.split(), dict(first=0, second=1, third=2, fourth=3, last=len(melody) - 1)
+    if words[1] == 'tone' and words[0] in order:
+        tone = dict(enumerate(melody)).get(order[words[0]])
+        if words[-1] == 'hertz':
+            return tone and words[2:] == [str(tone['hertz']), 'hertz']
+        return tone and words[2:] == [tone['pitch'], tone['length'], tone['instrument']] and (tone['pitch'] == 'high') == (tone['hertz'] > 600)
+    if words[0] in ('highest', 'lowest'):
+        ranked = sorted(melody, key=lambda tone: tone['hertz'], reverse=words[0] == 'highest')
+        return melody.index(ranked[0]) == order[words[2]]
+    return int(words[0]) == sum(all(word in tone.values() for word in words[1:-1]) for tone in melody) and words[-1] == 'tones'
+
+
+def test_drawn_sounds():
+    """Phrases are true of their melody, and of other melodies mostly not; batches are a pure function of (seed, split, step), and the pictures are those that an encoder
+    of sounds makes of the files."""
+    config = sounds.Config()
+    t = Tokenizer(train_bpe(sound_caption_sample(config, 300), 512))
+    drawn = DrawnSounds(config, t)
+    batch, (melodies, pixels, _) = drawn.batch('train', 3, 6, 0), drawn.scenes('train', 3, 6, 0)
+    assert torch.equal(batch['pixels'], pixels) and pixels.shape == (6, 3, 64, 64) and batch['caption'].shape[:2] == (6, 10)
+    again = DrawnSounds(config, t)
+    assert all(torch.equal(batch[key], again.batch('train', 3, 6, 0)[key]) for key in ('pixels', 'caption', 'left_out'))
+    assert not torch.equal(pixels, again.scenes('val', 3, 6, 0)[1]) and not torch.equal(pixels, again.scenes('train', 3, 6, 1)[1])
+    said = [[t.bpe.decode(p[p >= 0].tolist()) for p in phrases] for phrases in batch['caption']]
+    for melody, phrases in zip(melodies, said):
+        assert all(true_of(melody, phrase) for phrase in phrases), (melody, phrases)
+        assert sum(all(true_of(melody, phrase) for phrase in others) for others in said) < 3
+    rng, melody = random.Random(0), melodies[0]
+    heard = as_seen(spectrum_picture(sounds.sound_file(melody, rng)))
+    assert torch.equal(Encoder(SOUND_CONFIG).pixels(heard), torch.from_numpy(drawn.square(heard)).permute(2, 0, 1))
+
+
+def test_sound_probe():
+    """On tokens that say what each tone is the probe is nearly perfect, on noise it is at chance: it measures the tokens."""
+    tone = torch.zeros(1500, judge.PLACES, dtype=torch.long)
+    g = torch.Generator().manual_seed(0)
+    for row, n in zip(tone, torch.randint(1, 5, (1500,), generator=g).tolist()):
+        row[:n] = torch.randint(1, 37, (n,), generator=g)
+        row[-1] = row[n - 1]
+    place = torch.eye(judge.PLACES).expand(1500, -1, -1)
+    tokens = torch.cat([place, torch.nn.functional.one_hot(tone, 37).float()], 2)
+    results = []
+    for of in (tokens, torch.randn(tokens.shape, generator=g)):
+        results.append(judge.train_sound_probe((of[:1250], tone[:1250]), (of[1250:], tone[1250:]), 100))
+    assert min(results[0].values()) > .95 and results[1]['number'] < .45 and results[1]['instrument'] < .5
+
+
+def test_align_sounds(tmp_path, capsys, monkeypatch):
+    """config/align_sounds.py trains an encoder of sounds, whose file stage 2 takes as one; a stopped run ends with the same bits."""
+    monkeypatch.setattr(judge.validate, '__defaults__', (250,))
+    monkeypatch.setattr(judge.report, '__defaults__', (250,))
+    monkeypatch.setattr(judge.probe_sounds, '__defaults__', (250, 250, 2))
+    argv = [str(ROOT / 'config/align_sounds.py'), '--eval_interval=2', '--batch_size=4', '--encoder_width=32', '--encoder_dim=16', '--n_latents=0', '--device=cpu']
+    out = tmp_path / 'run'
+    align_main.main([*argv, '--max_steps=4', f'--out_dir={out}'])
+    encoder = encoder_of_run('sound_encoder', dict(sound_encoder=out / 'encoder.pt'))
+    assert encoder.config.reads == 'sound' and encoder.config.vision_dim == 16 and encoder.config.mean == SOUND_CONFIG.mean
+    metrics = json.loads((out / 'metrics.json').read_text())
+    assert metrics['probe'].keys() == {'number', 'instrument', 'pitch', 'length', 'exact_melody'} and 'probe | number' in capsys.readouterr().out
+    judge.main([f'--out_dir={out}', '--device=cpu'])
+    rate = align_main.set_learning_rate
+
+    def killed(optimizers, step, s):
+        if step == 3:
+            raise KeyboardInterrupt
+        return rate(optimizers, step, s)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(align_main, 'set_learning_rate', killed)
+        align_main.main([*argv, '--max_steps=4', f'--out_dir={tmp_path}/half'])
+    align_main.main([*argv, '--max_steps=4', f'--out_dir={tmp_path}/half'])
+    a, b = weights(out), weights(tmp_path / 'half')
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_align_stage(tmp_path, capsys, monkeypatch):
     """config/align.py trains an encoder on drawn captions, reports retrieval per prefix and the probe, and its file then serves
     stage 2."""
@@ -405,6 +491,10 @@ MISTAKES = [
     ('config/align.py --dataset={data}', 'dataset=.* with captions=drawn'),
     ('config/align_pixmo.py --image_px=32', 'image_px: of an encoder without a trunk'),
     ('config/align.py --tokenizer=gpt2', 'tokenizer: no such setting'),
+    ('config/align.py --n_latents=-1', 'n_latents=-1: expected 0 or more'),
+    ('config/align_sounds.py --max_objects=3', 'max_objects=3 with captions=drawn_sounds: a setting of pictures'),
+    ('config/align_sounds.py --dataset={data}', 'dataset=.* with captions=drawn_sounds'),
+    ('config/align_sounds.py --trunk={encoder}', 'trunk with captions=drawn_sounds|of an encoder without a trunk'),
 ]
 
 

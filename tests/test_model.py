@@ -277,8 +277,8 @@ def test_normed_queries_and_keys():
     for settings, same in ((CONCAT, True), (CONCAT | dict(qk_norm=False), False)):
         decoder, batch = decoder_of(settings), sample()
         attention, scores = decoder.blocks[0].attention, []
-        weights = attention.weights
-        attention.weights = lambda q, k, mask: (scores.append((q @ k.mT).abs().max().item()), weights(q, k, mask))[1]
+        weights = attention.attention_weights
+        attention.attention_weights = lambda q, k, mask: (scores.append((q @ k.mT).abs().max().item()), weights(q, k, mask))[1]
         before, _ = decoder(*batch)
         with torch.no_grad():
             for block in decoder.blocks:

@@ -22,12 +22,13 @@ import data
 import eval as evaluation
 import train
 from data import Questions, Tokenizer, read_rows, train_bpe
-from encoder import SOUND_CONFIG, Encoder, load_encoder, save_encoder
+from encoder import SOUND_CONFIG, Encoder, encoder_of_run, load_encoder, save_encoder
 from lab import demo, depths, passes, states
 from model import ModelConfig, build_model
 from plumbing.sounds import log_mel, open_sound, resampled, spectrum_picture
 from plumbing.tables import write_dataset
 from prepare import sounds
+from prepare.shapes import balanced_choice
 
 
 def tone(hertz=440, seconds=0.5, rate=8000):
@@ -256,6 +257,18 @@ def test_without_sound_nothing_changes():
     assert load_encoder('assets/encoder_shapes.pt').fingerprint() == json.loads((ROOT / 'results/runs/elastic_4.json').read_text())['encoder_fingerprint']
 
 
+def test_shipped_encoder():
+    """The shipped encoder of sounds is the one that docs/sounds.md names, is small, and tells melodies of one tone apart by pitch, length and instrument."""
+    path = ROOT / 'assets/encoder_sounds.pt'
+    e = encoder_of_run('sound_encoder', dict(sound_encoder=path))
+    assert e.fingerprint() in (ROOT / 'docs/sounds.md').read_text() and path.stat().st_size < 1e6
+    tokens = []
+    for change in ({}, dict(hertz=1000), dict(seconds=0.4), dict(instrument='organ')):
+        melody = [dict(instrument='flute', hertz=315, seconds=0.15) | change]
+        tokens.append(e.encode_images(e.preprocess(spectrum_picture(sounds.sound_file(melody, random.Random(0))))[None]))
+    assert min((a - b).norm() / a.norm() for a in tokens for b in tokens if a is not b) > .1
+
+
 # ----------------------------------------------------------------------------
 # the drawn task
 
@@ -281,6 +294,26 @@ def test_balance():
     assert all(abs(counts['yes'] / counts.total() - .5) < .05 for counts in answers.values()), answers
 
 
+def test_choice():
+    """A choice has the right answer, and needs both: who sees the picture alone has two colours at even odds, whatever is asked; who hears the tones alone has eight."""
+    rng, given, first = random.Random(0), Counter(), {}
+    for _ in range(1500):
+        scene = [dict(color=color, shape=shape) for color, shape in sounds.draw_choice(rng)]
+        melody = sounds.draw_melody(rng, rng.randint(1, 4))
+        candidates = sounds.ask_choice(scene, melody)
+        for _ in range(4):
+            question, answer = both = balanced_choice(candidates, given, rng)
+            candidates.remove(both)
+            when, value, a, b = re.fullmatch(r'if the (\w+) tone is (\w+), what color is the (\w+), else the (\w+)\?', question).groups()
+            tone = melody[dict(first=0, last=-1)[when]]
+            right, other = (a, b) if value in (tone['pitch'], tone['length']) else (b, a)
+            colors = {shape: [o['color'] for o in scene if o['shape'] == shape] for shape in (right, other)}
+            assert colors[right] == [answer] and len(colors[other]) == 1 and colors[other] != [answer]
+            first.setdefault((when, value), Counter())[right == a] += 1
+    assert len(first) == 4 and all(abs(counts[True] / counts.total() - .5) < .05 for counts in first.values()), first
+    assert len(given) == 8 and max(given.values()) / given.total() < .15
+
+
 def test_questions():
     """What is asked about a melody and about both has the right answer."""
     melody = [dict(instrument='flute', pitch='low', length='long', hertz=250), dict(instrument='organ', pitch='high', length='short', hertz=800),
@@ -288,6 +321,8 @@ def test_questions():
     asked = dict(sounds.ask_tones(melody) + sounds.ask_highest(melody) + sounds.ask_plays(melody))
     assert asked['how many tones are there?'] == '3' and asked['how many organ tones are there?'] == '2' and asked['how many buzzer tones are there?'] == '0'
     assert asked['which tone is the highest?'] == 'second' and asked['which tone is the lowest?'] == 'first' and asked['what plays the last tone?'] == 'organ'
+    asked = dict(sounds.ask_quality(melody))
+    assert asked['is the first tone high?'] == 'no' and asked['is the second tone high?'] == 'yes' and asked['is the first tone long?'] == 'yes' and asked['is the last tone long?'] == 'no'
     assert sounds.ask_before(melody) == [] and dict(sounds.ask_before(melody[:2]))['does the organ play before the flute?'] == 'no'
     scene = [dict(shape='circle', color='red'), dict(shape='square', color='blue')]
     asked = dict(sounds.ask_choice(scene, melody))
@@ -307,7 +342,7 @@ def test_drawn(drawn):
         sounds.Config(alone=2)
 
 
-SMALL = ['--max_steps=4', '--eval_interval=2', '--batch_size=16', '--n_embd=32', '--n_head=2', '--vocab_size=400', '--max_question_tokens=48', '--max_answer_tokens=8', '--device=cpu', '--log_interval=1']
+SMALL = ['--sound_encoder=None', '--max_steps=4', '--eval_interval=2', '--batch_size=16', '--n_embd=32', '--n_head=2', '--vocab_size=400', '--max_question_tokens=48', '--max_answer_tokens=8', '--device=cpu', '--log_interval=1']
 
 
 def test_run(drawn, tiny_encoder, tmp_path, capsys, monkeypatch):
