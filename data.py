@@ -125,8 +125,8 @@ class Rows:
     """A split. Its texts are in a temporary file, its pictures in the dataset: it takes little memory.
 
     rows.question[i], .references[i], .type[i], .sample_id[i]: of row i; .picture[i], .sound[i]: the number of
-    its picture and sound, or -1; .pictures[k], .caption[k]: of picture k; .sounds[k]: sound k; .sum: a sha256
-    of everything, in order.
+    its picture and sound, or -1; .pictures[k], .caption[k]: of picture k; .sounds[k], .sound_caption[k]: of
+    sound k; .sum: a sha256 of everything, in order.
     """
 
     def __init__(self, path):
@@ -139,18 +139,19 @@ class Rows:
         self.sound = array('i')
         self.texts = OnDisk()         # (question, references, type, sample_id) of a row
         self.captions = OnDisk()
-        self.caption_of = array('i')  # the number of a picture's caption, or -1
+        self.caption_of = {key: array('i') for key in MEDIA}  # the number of a caption, or -1
         self.question = View(self.__len__, partial(self.text, 0))
         self.references = View(self.__len__, partial(self.text, 1))
         self.type = View(self.__len__, partial(self.text, 2))
         self.sample_id = View(self.__len__, partial(self.text, 3))
-        self.caption = View(self.pictures.__len__, self.caption_text)
+        self.caption = View(self.pictures.__len__, partial(self.caption_text, 'image'))
+        self.sound_caption = View(self.sounds.__len__, partial(self.caption_text, 'sound'))
 
     def text(self, column, i):
         return self.texts[i][column]
 
-    def caption_text(self, picture):
-        k = self.caption_of[picture]
+    def caption_text(self, key, number):
+        k = self.caption_of[key][number]
         return self.captions[k] if k >= 0 else None
 
     def sound_of(self, i):
@@ -158,12 +159,14 @@ class Rows:
         return self.sounds[self.sound[i]] if self.sound[i] >= 0 else None
 
     def add(self, picture, sound, caption, *texts):
-        # pictures are numbered as they come: this one is new
-        if picture == len(self.caption_of):
-            self.caption_of.append(-1)
-        # the first one that a picture has is its caption
-        if caption and picture >= 0 and self.caption_of[picture] < 0:
-            self.caption_of[picture] = len(self.captions)
+        for key, number in zip(MEDIA, (picture, sound)):
+            # they are numbered as they come: this one is new
+            if number == len(self.caption_of[key]):
+                self.caption_of[key].append(-1)
+        # the first one that a picture has is its caption; that of a sound stands without a picture
+        key, number = ('image', picture) if picture >= 0 else ('sound', sound)
+        if caption and self.caption_of[key][number] < 0:
+            self.caption_of[key][number] = len(self.captions)
             self.captions.append(caption)
         self.picture.append(picture)
         self.sound.append(sound)

@@ -509,11 +509,11 @@ def check_names(path, names, config):
         raise ValueError(f'{path}: weights are missing: {missing}; left over: {left_over}')
 
 
-def open_encoder(path, settings, **more):
+def open_encoder(path, settings, reads='picture', **more):
     """`load_encoder` with what the settings of a run, a dict, change of it."""
     changes = {key: settings[key] for key in ('fit', 'upright', 'activation')}
     encoder = load_encoder(path, image_px=settings['encoder_px'], **changes, **more)
-    return check_reads(encoder, path, 'picture')
+    return check_reads(encoder, path, reads)
 
 
 def encoder_names(settings):

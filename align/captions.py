@@ -50,33 +50,36 @@ def cloze(phrases, batch_size, rng):
 # of a dataset
 
 class Captions:
-    """The captions of a split's pictures, `n_phrases` sentences at a time, none longer than `most_tokens`:
-    longer ones are cut into several. An epoch shows every picture once, but for those that fill no batch.
+    """The captions of a split's pictures, or of its sounds, which `reads` says: `n_phrases` sentences at a
+    time, none longer than `most_tokens`: longer ones are cut into several. An epoch shows every picture once,
+    but for those that fill no batch.
 
     Raises: ValueError where pictures have no caption, naming them; when it is `late`, after the training,
         they are left out, unless none has one.
     """
 
-    def __init__(self, rows, tokenizer, n_phrases=4, most_tokens=64, late=False):
+    def __init__(self, rows, tokenizer, n_phrases=4, most_tokens=64, late=False, reads='picture'):
         self.n_phrases = n_phrases
-        self.names = rows.pictures.names
+        files = files_of(rows, reads)
+        captions = rows.caption if reads == 'picture' else rows.sound_caption
+        self.names = files.names
         self.phrases = []   # of every picture, a list of arrays of tokens
         self.usable = []    # the pictures that have some
         bad = []
-        for i, caption in enumerate(rows.caption):
+        for i, caption in enumerate(captions):
             self.phrases.append(phrases_of(caption or '', tokenizer, most_tokens))
             if self.phrases[i]:
                 self.usable.append(i)
             else:
                 bad.append(self.names[i])
         if bad:
-            problem = (f'{rows.path}: {len(bad)} of {len(rows.caption)} pictures have no caption, '
+            problem = (f'{rows.path}: {len(bad)} of {len(captions)} {reads}s have no caption, '
                        f'which captions=dataset needs: {", ".join(bad[:3])}')
             if not late or not self.usable:
                 raise ValueError(f'{problem}; give them one, or leave out their rows')
             print(f'{problem}; they are left out')
         # sums of their files: an order that is not that of the rows
-        self.usable.sort(key=rows.pictures.digests.__getitem__)
+        self.usable.sort(key=files.digests.__getitem__)
 
     def __len__(self):
         return len(self.usable)
@@ -114,6 +117,11 @@ class Captions:
         own = self.phrases[i]
         sentences = rng.sample(own, min(self.n_phrases, len(own)))
         return [tokens.tolist() for tokens in islice(cycle(sentences), self.n_phrases)]
+
+
+def files_of(rows, reads):
+    """The pictures of a split, or its sounds."""
+    return rows.pictures if reads == 'picture' else rows.sounds
 
 
 def phrases_of(caption, tokenizer, most_tokens):
@@ -230,11 +238,11 @@ class AlignData:
         self.rows = {}
         self.captions = {}  # Captions
         self.images = {}    # image tokens, see plumbing.features
-        if s.captions == 'drawn':
+        if s.captions == 'drawn' and s.reads == 'picture':
             config = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, variety=s.variety,
                                   seed=s.seed)
             texts = caption_sample(config)
-        elif s.captions == 'drawn_sounds':
+        elif s.captions == 'drawn':
             config = SoundsConfig(image_px=s.image_px, seed=s.seed)
             texts = sound_caption_sample(config)
         elif s.captions == 'dataset':
@@ -244,15 +252,14 @@ class AlignData:
                 self.rows_sum = {split: rows.sum.hexdigest() for split, rows in self.rows.items()}
                 texts = self.rows['train'].captions
         else:
-            raise ValueError(f'captions={s.captions}: expected drawn, drawn_sounds or dataset')
+            raise ValueError(f'captions={s.captions}: expected drawn or dataset')
         # words are learnt once: the weights of a saved run belong to the tokens that it has
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, s.vocab_size))
         if s.captions == 'drawn':
-            self.drawn = DrawnCaptions(config, self.tokenizer)
-        elif s.captions == 'drawn_sounds':
-            self.drawn = DrawnSounds(config, self.tokenizer)
+            drawn = DrawnCaptions if s.reads == 'picture' else DrawnSounds
+            self.drawn = drawn(config, self.tokenizer)
         for split, rows in self.rows.items():  # before a picture is encoded: what is missing is said early
-            self.captions[split] = Captions(rows, self.tokenizer)
+            self.captions[split] = Captions(rows, self.tokenizer, reads=s.reads)
 
     def fitting(self, batch_size, world):
         """The batch size, or that of the training split where it is smaller. Raises: ValueError where the
@@ -260,10 +267,11 @@ class AlignData:
         if not self.drawn:
             n = len(self.captions['train'])
             if n < 2:
-                raise ValueError(f'{self.settings.dataset}: one picture to train on: captions tell pictures '
-                                 f'apart, give two or more')
+                raise ValueError(f'{self.settings.dataset}: {n or "no"} {self.settings.reads} to train on: '
+                                 f'captions tell them apart, give two or more')
             if n < batch_size:
-                print(f'batch_size={batch_size}: the {n} pictures of the training split make one batch')
+                print(f'batch_size={batch_size}: the {n} {self.settings.reads}s of the training split make '
+                      'one batch')
                 batch_size = n
         if batch_size % world:
             even = batch_size - batch_size % world
@@ -282,10 +290,10 @@ class AlignData:
 
     def open(self, split):
         """What a frozen trunk makes of the pictures of a split is computed here, once, and cached."""
-        rows = self.rows[split]
         s = self.settings
-        self.images[split] = FileTokens(self.trunk or self.encoder, rows.pictures, self.device, s.cache_dir,
-                                         s.cache, trained=self.trunk is None)
+        files = files_of(self.rows[split], s.reads)
+        self.images[split] = FileTokens(self.trunk or self.encoder, files, self.device, s.cache_dir, s.cache,
+                                        trained=self.trunk is None)
 
     def n_pictures(self, split):
         """How many pictures there are to judge; opens the split where it is not open yet."""
@@ -293,7 +301,8 @@ class AlignData:
             return DRAWN_PICTURES
         if split not in self.captions:
             self.rows[split] = rows_to_judge(self.settings.dataset, split)
-            self.captions[split] = Captions(self.rows[split], self.tokenizer, late=True)
+            self.captions[split] = Captions(self.rows[split], self.tokenizer, late=True,
+                                            reads=self.settings.reads)
             self.open(split)
         return len(self.captions[split])
 

@@ -21,7 +21,8 @@ class AlignConfig:
     eval_interval: int = 300        # steps between validations, each followed by a checkpoint
     wandb: bool = False             # log to Weights & Biases too (pip install wandb)
     # pictures and captions
-    captions: str = 'drawn'         # drawn: shapes, as needed; drawn_sounds: melodies; dataset: those of it
+    captions: str = 'drawn'         # drawn: shapes or melodies, as they are needed; dataset: those of it
+    reads: str = 'picture'          # or sound: what the captions are of
     max_objects: int = 6            # objects in a drawn picture, at most
     variety: float = 0.7            # share of the drawn pictures that look like no other
     dataset: str = 'data/shapes'    # with captions=dataset: folder of parquet files
@@ -29,7 +30,7 @@ class AlignConfig:
     cache: bool = True              # false: decode and encode pictures anew in every step
     vocab_size: int = 512           # of the BPE that is trained on the captions, at most
     # the encoder, see encoder.EncoderConfig
-    trunk: str | None = None        # the encoder (CLIP) whose trunk is frozen; None: a small one, trained too
+    trunk: str | None = None        # an encoder (CLIP, Whisper) whose trunk is frozen; None: one is trained
     encoder_px: int | None = None   # with a trunk: side of its pictures, in pixels; None: as it was made for
     fit: str | None = None          # pictures become square: crop, squash or pad; None: its own way
     upright: bool | None = None     # turn pictures as EXIF says; None: as it was made for
@@ -68,7 +69,8 @@ class AlignConfig:
 
     def __post_init__(self):
         expect(self, optimizer=('muon', 'adamw'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
-               captions=('drawn', 'drawn_sounds', 'dataset'), objective=('contrast', 'cloze', 'both'))
+               captions=('drawn', 'dataset'), reads=('picture', 'sound'),
+               objective=('contrast', 'cloze', 'both'))
         check_numbers(self)
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         idle = [key for key in changed if key in ('image_px', 'encoder_width', 'encoder_layers')]
@@ -77,19 +79,18 @@ class AlignConfig:
                              'the bytes and three marks')
         if self.n_latents < 0:
             raise ValueError(f'n_latents={self.n_latents}: expected 0 or more')
-        if self.captions != 'dataset' and 'dataset' in changed:
-            raise ValueError(f'dataset={self.dataset} with captions={self.captions}: pictures are drawn '
+        if self.captions == 'drawn' and 'dataset' in changed:
+            raise ValueError(f'dataset={self.dataset} with captions=drawn: pictures are drawn '
                              'as they are needed; give --captions=dataset')
         for key in ('max_objects', 'variety', 'fit', 'upright'):
-            if self.captions == 'drawn_sounds' and key in changed:
-                raise ValueError(f'{key}={getattr(self, key)} with captions=drawn_sounds: a setting of '
-                                 'pictures; give --captions=drawn')
+            if self.reads == 'sound' and key in changed:
+                raise ValueError(f'{key}={getattr(self, key)} with reads=sound: a setting of pictures')
         if self.trunk and idle:
             raise ValueError(f'{", ".join(idle)}: of an encoder without a trunk; '
                              'the trunk has sizes of its own (--encoder_px is the side of its pictures)')
-        if self.trunk and self.captions != 'dataset':
-            raise ValueError(f'trunk with captions={self.captions}: a pretrained trunk reads the pictures of '
-                             'a dataset; give --captions=dataset')
+        if self.trunk and self.captions == 'drawn':
+            raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; '
+                             'give --captions=dataset')
         if self.encoder_px and not self.trunk:
             raise ValueError('encoder_px without a trunk: the side of the pictures is then --image_px')
         if self.init_from and self.trunk:

@@ -304,7 +304,7 @@ def report(model, data, s, device, split, most=5000):
     print(table(['dimensions', *columns, 'median rank'], rows))
     scores['retrieval'] = by_prefix
     if data.drawn:  # of other pictures nobody knows what is where
-        asked = probe_sounds if s.captions == 'drawn_sounds' else probe
+        asked = probe_sounds if s.reads == 'sound' else probe
         scores['probe'] = asked(model.encoder, data.drawn, device)
         print('probe | ' + ' | '.join(f'{key} {value:.3f}' for key, value in scores['probe'].items()))
     return scores

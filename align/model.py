@@ -121,10 +121,10 @@ def open_trunk(s, saved, device):
     """
     if not s.trunk:
         return None
-    trunk = open_encoder(source_of(s.trunk, saved, 'trunk'), asdict(s), pool=s.pool).to(device)
+    trunk = open_encoder(source_of(s.trunk, saved, 'trunk'), asdict(s), s.reads, pool=s.pool).to(device)
     if trunk.config.n_latents or trunk.config.projection != 'none':
         raise ValueError(f'trunk={s.trunk}: an encoder with a resampler or a projection; expected CLIP '
-                         'alone, or a network of timm')
+                         'alone, a network of timm, or Whisper')
     return trunk
 
 
@@ -150,7 +150,7 @@ def encoder_config(s, trunk):
         for key in ('fit', 'upright', 'activation'):
             if getattr(s, key) is not None:  # else as EncoderConfig has it
                 config[key] = getattr(s, key)
-    if s.captions == 'drawn_sounds':
+    if s.reads == 'sound' and not trunk:
         config |= dict(reads=SOUND_CONFIG.reads, mean=SOUND_CONFIG.mean)
     D = s.encoder_dim
     prefixes = [D // 8, D // 4, D // 2, D]

@@ -1,7 +1,7 @@
 # Stage 1 for sounds: a small encoder learns from captions of drawn melodies. The file that it writes,
 # out/align_sounds/encoder.pt, is shipped as assets/encoder_sounds.pt.
 out_dir = 'out/align_sounds'
-captions = 'drawn_sounds'
+reads = 'sound'
 encoder_width = 64
 encoder_layers = 1
 max_steps = 2000

@@ -492,9 +492,9 @@ MISTAKES = [
     ('config/align_pixmo.py --image_px=32', 'image_px: of an encoder without a trunk'),
     ('config/align.py --tokenizer=gpt2', 'tokenizer: no such setting'),
     ('config/align.py --n_latents=-1', 'n_latents=-1: expected 0 or more'),
-    ('config/align_sounds.py --max_objects=3', 'max_objects=3 with captions=drawn_sounds: a setting of pictures'),
-    ('config/align_sounds.py --dataset={data}', 'dataset=.* with captions=drawn_sounds'),
-    ('config/align_sounds.py --trunk={encoder}', 'trunk with captions=drawn_sounds|of an encoder without a trunk'),
+    ('config/align_sounds.py --max_objects=3', 'max_objects=3 with reads=sound: a setting of pictures'),
+    ('config/align_sounds.py --dataset={data}', 'dataset=.* with captions=drawn'),
+    ('config/align_sounds.py --trunk={encoder}', 'trunk with captions=drawn|of an encoder without a trunk'),
 ]
 
 

@@ -12,8 +12,11 @@ from conftest import without_torchvision
 from test_clip import shaken
 from test_sounds import tone, wav
 
+from align import __main__ as align_main
+from align import judge
 from encoder import Encoder, EncoderConfig, encoder_of_run, load_encoder, open_encoder, save_encoder
 from plumbing.features import PixelReader, cached_features, picture_from, pixel_array
+from plumbing.tables import SOUND_SCHEMA, SPLITS, write_dataset
 
 with without_torchvision():
     transformers = pytest.importorskip('transformers')
@@ -237,3 +240,20 @@ def test_a_name_of_the_hub(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, root / 'snapshots' / ('a' * 40))
     e = encoder_of_run('sound_encoder', dict(sound_encoder='someone/whisper'))
     assert e.source == f'someone/whisper@{"a" * 40}' and e.fingerprint() == load_encoder(folder).fingerprint()
+
+
+def test_a_perceiver_behind_it(folder, tiny_shapes, tiny_encoder, tmp_path, monkeypatch):
+    """Stage 1 trains a resampler behind the frozen trunk from the captions of sounds; its file then serves stage 2."""
+    monkeypatch.setattr(judge.validate, '__defaults__', (4,))
+    names = ('low', 'middle', 'high', 'higher')
+    rows = [(split, dict(sound=wav(melody(k)), caption=f'a {names[k]} tone. it lasts.', question=None, answer=None, sample_id=str(k))) for split in SPLITS for k in range(4)]
+    write_dataset(tmp_path / 'data', rows, SOUND_SCHEMA)
+    align_main.main(['--reads=sound', '--captions=dataset', f'--dataset={tmp_path}/data', f'--trunk={folder}', '--n_latents=3', '--perceiver_layers=1', '--encoder_dim=16', '--text_width=32', '--max_steps=4',
+                     '--eval_interval=4', '--batch_size=4', '--device=cpu', f'--cache_dir={tmp_path}/cache', f'--out_dir={tmp_path}/run'])
+    e = encoder_of_run('sound_encoder', dict(sound_encoder=tmp_path / 'run/encoder.pt'))
+    before = load_encoder(folder)
+    assert e.config.trunk == 'whisper' and all(torch.equal(t.half(), before.state_dict()[key].half()) for key, t in e.state_dict().items() if key.startswith('trunk.'))
+    (tmp_path / 'a.wav').write_bytes(wav(melody()))
+    assert e.encode_images(picture_from(tmp_path / 'a.wav', e)[None]).shape == (1, 3, 16)
+    with pytest.raises(ValueError, match='reads a sound, expected one that reads a picture'):
+        align_main.main(['--captions=dataset', f'--dataset={tiny_shapes}', f'--trunk={folder}', f'--out_dir={tmp_path}/wrong'])
