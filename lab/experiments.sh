@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The experiments of results/, run by run. What is finished is skipped, what was stopped goes on: start it again whenever you like.
 #
-#     bash lab/experiments.sh                  # everything but the groups gpu, wide, five, photographs and pretrained, three seeds; of the learning rates left aside one
+#     bash lab/experiments.sh                  # everything but the groups gpu, wide, five, photographs, sounds and pretrained, three seeds; of the learning rates left aside one
 #     bash lab/experiments.sh steps width T2   # some groups, some runs
 #     SEEDS="1 2 3 4 5" JOBS=2 bash lab/experiments.sh swaps
 #     LIST=1 bash lab/experiments.sh           # only print the commands that there are to run
@@ -123,6 +123,11 @@ for k in "mosaics" "mosaics_blind --use_vision=false" "mosaics_plain4 --kind=pla
     set -- $k; add photographs $1 config/mosaics.py "${@:2}"
 done
 
+# sounds: pictures and sounds in one context, and the two controls; left out unless asked for
+for k in "sounds" "sounds_blind --use_vision=false" "sounds_deaf --use_sound=false"; do
+    set -- $k; add sounds $1 config/sounds.py "${@:2}"
+done
+
 # pretrained: SmolLM2 on mosaics, some forty minutes of a core each; needs data/mosaics_few, which is data/mosaics with --n_val=60 --n_test=200, and the weights by
 # their name on the hub or, with DECODER=FOLDER, in a folder; left out unless asked for
 few="--decoder=${DECODER:-HuggingFaceTB/SmolLM2-135M-Instruct} --dataset=data/mosaics_few --batch_size=16"
@@ -153,7 +158,7 @@ one() {  # NAME SEED
 
 TODO=()
 for seed in ${SEEDS:-1 2 3}; do for name in "${NAMES[@]}"; do
-    if [ "$WANTED" = "  " ] && [[ ${GROUP[$name]} != @(gpu|wide|five|photographs|pretrained) && ( $seed = 1 || ${GROUP[$name]} != *rate ) ]] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
+    if [ "$WANTED" = "  " ] && [[ ${GROUP[$name]} != @(gpu|wide|five|photographs|sounds|pretrained) && ( $seed = 1 || ${GROUP[$name]} != *rate ) ]] || [[ $WANTED == *" ${GROUP[$name]} "* || $WANTED == *" $name "* ]]; then
         [ -e $RESULTS/${name}_$seed.json ] || TODO+=("$name $seed")
     fi
 done; done
@@ -170,6 +175,7 @@ for d in "swaps 6 3" "swaps4 7 4" "swaps5 8 5"; do
     set -- $d; if need $1_ && [ ! -e data/$1 ]; then python data.py shapes --out=data/$1 --types=swaps --n_train=24000 --min_objects=4 --max_objects=4 --max_swaps=$2 --train_swaps=$3 --describe=0 --asked=1; fi
 done
 if need sortofclevr && [ ! -e data/sortofclevr ]; then python data.py sortofclevr --n_test=1000; fi
+if need sounds && [ ! -e data/sounds ]; then python data.py sounds --out=data/sounds; fi
 start=$SECONDS; k=0
 for job in "${TODO[@]}"; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; k=$((k + 1)); eta=$(((SECONDS - start) * (${#TODO[@]} - k) / k)); echo "$k of ${#TODO[@]} done | eta $((eta / 60)) min"; done
