@@ -163,10 +163,10 @@ class Rows:
             # they are numbered as they come: this one is new
             if number == len(self.caption_of[key]):
                 self.caption_of[key].append(-1)
-        # the first one that a picture has is its caption; that of a sound stands without a picture
-        key, number = ('image', picture) if picture >= 0 else ('sound', sound)
-        if caption and self.caption_of[key][number] < 0:
-            self.caption_of[key][number] = len(self.captions)
+            # the first one that it has is its caption; of a row with both it is of both
+            if caption and number >= 0 and self.caption_of[key][number] < 0:
+                self.caption_of[key][number] = len(self.captions)
+        if caption:
             self.captions.append(caption)
         self.picture.append(picture)
         self.sound.append(sound)

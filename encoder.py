@@ -454,7 +454,10 @@ def load_encoder(path, **changes):
     config, tensors, source = read_encoder(path, changes)
     if changes.get('fit', config.get('fit')) != config.get('fit'):
         config['crop_pct'] = 1.0  # it belongs to the fit that it came with
-    config = EncoderConfig(**config | changes)
+    try:
+        config = EncoderConfig(**config | changes)
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from None
     check_names(path, tensors.keys(), config)  # first: a wrong file is refused before all of it is read
     try:
         weights = {key: as_tensor(t).float() for key, t in tensors.items()}
@@ -463,7 +466,11 @@ def load_encoder(path, **changes):
     if config.trunk == 'vit':
         weights['trunk.positions'] = fit_positions(weights['trunk.positions'], config)
     elif config.trunk == 'whisper':  # with fewer frames it hears the beginning alone
-        weights['trunk.positions'] = weights['trunk.positions'][:config.side]
+        positions = weights['trunk.positions']                                         # (P, W)
+        if len(positions) < config.side:
+            raise ValueError(f'{path}: image_px={config.image_px}: expected {2 * len(positions)} at most, '
+                             'the frames that it has positions for')
+        weights['trunk.positions'] = positions[:config.side]
     encoder = Encoder(config)
     encoder.source = source
     try:

@@ -49,6 +49,7 @@ class EvalConfig:
     dataset: str | None = None      # another dataset folder than the one of the run, or where that lies now
     wrong_pictures: bool = False    # a control: every question about the picture of another one
     encoder: str | None = None      # where the encoder of the run lies now
+    sound_encoder: str | None = None    # the same of its encoder of sounds
     image: str | None = None        # a picture file: answer `question` about it instead
     sound: str | None = None        # a sound file, beside `image` or instead of it
     question: str | None = None     # the question about them; None: it asks for one after the other
@@ -68,7 +69,7 @@ class EvalConfig:
             raise ValueError('--top_k goes with a --temperature above 0')
         if self.halt is not None and self.halt <= 0:
             raise ValueError(f'halt={self.halt}: expected more than 0')
-        for key in ('image', 'sound', 'question', 'dataset', 'encoder'):
+        for key in ('image', 'sound', 'question', 'dataset', 'encoder', 'sound_encoder'):
             if getattr(self, key) == '':  # an unset variable, say
                 raise ValueError(f'--{key} is empty')
         if self.question is not None and self.image is None and self.sound is None:
@@ -295,10 +296,10 @@ def summary(sums):
 # ----------------------------------------------------------------------------
 # a finished run, and what it answers
 
-def load_run(checkpoint, device, encoder_path=None):
+def load_run(checkpoint, device, encoder_path=None, sound_encoder_path=None):
     """The decoder of a checkpoint with its best weights, its encoders, {'encoder': of pictures,
-    'sound_encoder': of sounds} as far as it has them, and its tokenizer. `encoder_path`: where its encoder
-    lies now, if not where it did. Raises: ValueError; FileNotFoundError."""
+    'sound_encoder': of sounds} as far as it has them, and its tokenizer. The paths: where they lie now, if
+    not where they did. Raises: ValueError; FileNotFoundError."""
     if checkpoint['stage'] != 'answer':
         raise ValueError(f"a checkpoint of stage '{checkpoint['stage']}' has no decoder: it trained an "
                          f"encoder, which --encoder=FILE gives to train.py; python -m align.judge "
@@ -306,9 +307,11 @@ def load_run(checkpoint, device, encoder_path=None):
     settings = checkpoint['settings']
     decoder = fitted(checkpoint, 'decoder', build_model, ModelConfig, decoder_settings(checkpoint))
     best = checkpoint['run']['best']
-    if encoder_path and ('encoder' in best or not settings['use_vision']):
-        raise ValueError(f"--encoder={encoder_path}: {settings['out_dir']} needs no file of an encoder")
-    moved = {'encoder': encoder_path} if encoder_path else {}
+    moved = dict(encoder=encoder_path, sound_encoder=sound_encoder_path)
+    moved = {name: path for name, path in moved.items() if path}
+    for name, path in moved.items():
+        if name in best or name not in encoder_names(settings):
+            raise ValueError(f"--{name}={path}: {settings['out_dir']} needs no file of an encoder")
     encoders = {}
     for name in encoder_names(settings):
         if name in best:  # trained along
@@ -317,9 +320,8 @@ def load_run(checkpoint, device, encoder_path=None):
             continue
         encoders[name] = encoder_of_run(name, settings | moved, checkpoint).to(device).eval()
         if encoders[name].fingerprint() != checkpoint[f'{name}_fingerprint']:
-            remedy = '--encoder=PATH says where that lies now' if name == 'encoder' else 'put that one back'
             raise ValueError(f'{(settings | moved)[name]}: not the {name} that this run was trained with '
-                             f'(another fingerprint); {remedy}')
+                             f'(another fingerprint); --{name}=PATH says where that lies now')
     return decoder.to(device).eval(), encoders, open_tokenizer(checkpoint['tokenizer'])
 
 
@@ -438,7 +440,7 @@ def judge(s, device):
     """Answers questions about a picture or sound, or evaluates a split. Processes share the work."""
     checkpoint = read_checkpoint(s.out_dir)
     settings = checkpoint['settings']
-    decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder)
+    decoder, encoders, tokenizer = load_run(checkpoint, device, s.encoder, s.sound_encoder)
     set_depth(decoder, s.out_dir, s.inner_steps, s.outer_steps, s.halt)
     generator = torch.Generator(device).manual_seed(s.seed)
     sampling = dict(temperature=s.temperature, top_k=s.top_k, generator=generator)
@@ -468,7 +470,8 @@ def judge(s, device):
     print(result_table(metrics))
     before = Path(s.out_dir) / 'metrics.json'
     known = json.loads(before.read_text()) if before.is_file() else {}
-    usual = EvalConfig(out_dir=s.out_dir, batch_size=s.batch_size, device=s.device, encoder=s.encoder)
+    usual = EvalConfig(out_dir=s.out_dir, batch_size=s.batch_size, device=s.device, encoder=s.encoder,
+                       sound_encoder=s.sound_encoder)
     if rows.sum.hexdigest() == known.get('dataset_fingerprint', {}).get('test'):  # wherever they lie now
         usual.dataset = s.dataset
     if s != usual:

@@ -162,8 +162,9 @@ class TrainConfig:
             if getattr(self, key) != getattr(TrainConfig, key):
                 raise ValueError(f'{key}={getattr(self, key)}: goes {"without" if self.decoder else "with"} '
                                  '--decoder, a pretrained one')
-        if self.decoder == '':  # an unset variable, say
-            raise ValueError('decoder is empty: expected the name of a folder, or of a model on the hub')
+        for key in ('decoder', 'encoder', 'sound_encoder'):
+            if getattr(self, key) == '':  # an unset variable, say
+                raise ValueError(f'{key} is empty: expected the name of a file or folder, or one on the hub')
         if self.train_decoder == 'projection' and not self.use_vision and not self.use_sound:
             raise ValueError('train_decoder=projection with use_vision=False: there is none to train')
         if self.norm == 'rms':

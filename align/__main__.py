@@ -70,7 +70,7 @@ def align(s, sources, device, stop):
     data = AlignData(s, saved)
     unchanged(s, saved, 'dataset', data.rows_sum)
     batch_size = data.fitting(s.batch_size, world=rank_and_world()[1])
-    say_if_few(data.n_pictures('val'), 'pictures')
+    say_if_few(data.n_pictures('val'), f'{s.reads}s')
     trunk = open_trunk(s, saved, device)
     fingerprint = trunk.fingerprint() if trunk else None
     unchanged(s, saved, 'trunk', fingerprint)

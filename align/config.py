@@ -89,8 +89,8 @@ class AlignConfig:
             raise ValueError(f'{", ".join(idle)}: of an encoder without a trunk; '
                              'the trunk has sizes of its own (--encoder_px is the side of its pictures)')
         if self.trunk and self.captions == 'drawn':
-            raise ValueError('trunk with captions=drawn: a pretrained trunk reads the pictures of a dataset; '
-                             'give --captions=dataset')
+            raise ValueError(f'trunk with captions=drawn: a pretrained trunk reads the {self.reads}s of a '
+                             'dataset; give --captions=dataset')
         if self.encoder_px and not self.trunk:
             raise ValueError('encoder_px without a trunk: the side of the pictures is then --image_px')
         if self.init_from and self.trunk:

@@ -295,8 +295,8 @@ def report(model, data, s, device, split, most=5000):
     and the loss"""
     scores, by_prefix, captions = judged(model, data, s, device, split, most)
     n = len(captions)
-    say_if_few(n, 'pictures', split)
-    print(f'retrieval among {n} pictures, both ways; {len(set(captions))} different captions')
+    say_if_few(n, f'{s.reads}s', split)
+    print(f'retrieval among {n} {s.reads}s, both ways; {len(set(captions))} different captions')
     columns = ['R@1', 'R@5', 'R@10']
     rows = []
     for d, result in by_prefix.items():

@@ -12,7 +12,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from encoder import SOUND_CONFIG, Block, Encoder, EncoderConfig, Reader, load_encoder, open_encoder
+from encoder import (
+    SOUND_CONFIG,
+    Block,
+    Encoder,
+    EncoderConfig,
+    Reader,
+    check_reads,
+    load_encoder,
+    open_encoder,
+)
 from plumbing.ranks import gathered
 from plumbing.run import source_of
 
@@ -130,7 +139,7 @@ def open_trunk(s, saved, device):
 
 def start_from(path, encoder):
     """Gives the encoder the weights of a file. Raises: ValueError where its sizes are others."""
-    other = load_encoder(path)
+    other = check_reads(load_encoder(path), path, encoder.config.reads)
     sizes = []
     for e in (other, encoder):
         shapes = {name: tuple(p.shape) for name, p in e.state_dict().items()}

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from configurator import configure
-from encoder import EDGE_GLASS_CONFIG, Encoder, load_encoder
+from encoder import EDGE_GLASS_CONFIG, Encoder, check_reads, load_encoder
 from lab.decoders import compare_decoders
 from lab.naive import naive_generate, naive_logits
 from model import ModelConfig, build_model, cross_entropy
@@ -339,7 +339,7 @@ def open_for_timing(path):
         encoder = Encoder(EDGE_GLASS_CONFIG).eval().requires_grad_(False)
         about = 'random weights'
     else:
-        encoder = load_encoder(path)
+        encoder = check_reads(load_encoder(path), path, 'picture')
         about = f'{path} | fingerprint {encoder.fingerprint()}'
     return encoder, f'{about} | {sum(p.numel() for p in encoder.parameters()):,} parameters'
 

@@ -50,6 +50,8 @@ def labelled(rows, vision_of, grid):
     """Cells that `what is at ...?` asks about: the answer is the label -> mean tokens (n, D), classes [n]"""
     places = [question for question, _ in ASK['what'](range(grid ** 2), [], {})]
     asked = [i for i, question in enumerate(rows.question) if question in places]
+    if not asked:
+        raise ValueError(f'{rows.path}: no row asks {places[0]!r}: expected mosaics, and their --grid')
     seen = []
     for start in range(0, len(asked), 500):
         some = asked[start:start + 500]

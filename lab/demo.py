@@ -190,7 +190,9 @@ class Demo:
 
     def figures(self, source, number, file, question, passes, prefix):
         picture, known = self.picture_and_questions(source, number, file)
-        known = known.get((question or '').strip(), NOTHING)
+        # a typed question is about a sound of the picture's too
+        heard = next((one.sound for one in known.values() if one.sound), None)
+        known = known.get((question or '').strip(), Known([], sound=heard))
         passes = int(passes) if passes else None
         return side_by_side([run.look(picture, question, known, passes, prefix) for run in self.runs])
 

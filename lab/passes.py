@@ -236,6 +236,8 @@ def chosen_rows(rows, types=SHOWN):
     first = {}
     for i in seen:
         first.setdefault(rows.type[i], i)
+    if not seen:
+        raise ValueError(f'{rows.path}: has no pictures to look at')
     return [first[type] for type in types if type in first] or seen[:4]
 
 

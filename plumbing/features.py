@@ -229,7 +229,11 @@ def encode_halves(encoder, images, dim, dtype):
     """Shapes: uint8 (B, 3, S, S) on the encoder's device -> float16 (B, N, dim), NumPy's."""
     with autocast_to(dtype, images.device.type):
         tokens = encoder.encode_images(encoder.normalise(images))                      # (B, N, D)
-        return tokens[..., :dim].half().cpu().numpy()
+        halves = tokens[..., :dim].half().cpu()                                        # (B, N, dim)
+    if not halves.isfinite().all():
+        raise ValueError('the encoder makes tokens that are no finite numbers in half precision: its weights '
+                         'are damaged, or of another kind of network')
+    return halves.numpy()
 
 
 class Part:

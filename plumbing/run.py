@@ -204,7 +204,7 @@ def start_from(start, model, fingerprints):
     """Gives the parts of a model the best weights of another run. `fingerprints`: of the encoders that this
     run has, by the names of their settings; None of one with new weights. Raises: ValueError."""
     folder = start['settings']['out_dir']
-    remedies = dict(encoder='give --train_encoder=true', sound_encoder='leave --sound_encoder out')
+    remedies = dict(encoder='give --train_encoder=true', sound_encoder='give --sound_encoder=None')
     for name, fingerprint in fingerprints.items():
         if name in start['run']['best'] and name not in model:
             raise ValueError(f'init_from: {folder} trained its {name} along; {remedies[name]}, which starts '
@@ -219,7 +219,7 @@ def start_from(start, model, fingerprints):
         other = other_weights(part, weights)
         if other:
             raise ValueError(f'init_from: the {name} of {folder} has other weights ({", ".join(other[:4])}): '
-                             f'its settings of the model and these must agree')
+                             f'its settings of the model and these must agree, use_vision and use_sound too')
         part.load_state_dict(weights)
     ours = asdict(model['decoder'].config)
     theirs = decoder_settings(start)

@@ -342,7 +342,7 @@ def files_in(row, folder):
     """The picture file and the sound file of a row, those that it has, at least one: {'image' or 'sound':
     bytes, or a string that says what is wrong with it}."""
     files = {key: read_image(row[key], folder, key) for key in MEDIA if row.get(key) is not None}
-    return files or {'image': 'the image is empty'}
+    return files or {'image': 'the image is empty, and there is no sound'}
 
 
 def file_problem(files):

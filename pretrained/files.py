@@ -40,7 +40,7 @@ def read_json(path):
     refuse_impostor(path)
     try:
         return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{path}: not JSON: {e}') from None
 
 
@@ -54,7 +54,10 @@ def read_beside(path, name):
         return {}
     if not (folder / name).is_file():
         return {}
-    return read_json(folder / name)
+    found = read_json(folder / name)
+    if not isinstance(found, dict):
+        raise ValueError(f'{folder / name}: a {type(found).__name__}; expected an object')
+    return found
 
 
 def weight_files(path):

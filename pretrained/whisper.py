@@ -77,7 +77,7 @@ def sinusoids(n, width):
 
 def check_hears(config):
     """Raises: ValueError where the EncoderConfig of a Whisper has settings that only pictures need."""
-    for key, value in dict(reads='sound', patch_px=2, fit='squash', upright=True).items():
+    for key, value in dict(reads='sound', patch_px=2, fit='squash', upright=True, activation='gelu').items():
         if getattr(config, key) != value:
             raise ValueError(f'{key}={getattr(config, key)}: Whisper hears, with it {key} stays {value}')
 
@@ -99,7 +99,9 @@ def read_whisper(path, tensors, title):
     config = config_of(title, read_beside(path, 'config.json'))
     # transformers 5 writes the first one alone
     extractor = read_beside(path, 'processor_config.json').get('feature_extractor')
-    check_spectrum(title, extractor or read_beside(path, 'preprocessor_config.json'), config['bands'])
+    if not isinstance(extractor, dict):
+        extractor = read_beside(path, 'preprocessor_config.json')
+    check_spectrum(title, extractor, config['bands'])
     root = next(root for root in ROOTS if root == '' or any(key.startswith(root) for key in tensors))
     weights = {}
     for key, t in tensors.items():
@@ -117,11 +119,13 @@ def read_whisper(path, tensors, title):
 
 def config_of(title, about):
     """The config of an encoder (a dict). about: of config.json, {} without one. Raises: ValueError."""
+    if not about:
+        raise ValueError(f'{title}: weights of Whisper, and no config.json beside them: expected its folder')
     if about.get('model_type') != 'whisper':
         raise ValueError(f'{title}: weights of Whisper, and config.json beside them says model_type '
                          f'{about.get("model_type")}: expected its folder, with a config.json of whisper')
     for key in SIZES:
-        if not isinstance(about.get(key), int) or about[key] < 1:
+        if type(about.get(key)) is not int or about[key] < 1:
             raise ValueError(f'{title}: config.json says {key} {about.get(key)}: expected a number from 1 on')
     activation = about.get('activation_function', 'gelu')
     if activation != 'gelu':

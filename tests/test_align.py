@@ -630,7 +630,7 @@ def test_few_pictures(tmp_path, capsys):
 
 @pytest.mark.parametrize('splits, world, message', [
     (dict(train=texts(5), val=[*texts(2), None]), 1, 'val.parquet: 1 of 3 pictures have no caption.*row 2'),
-    (dict(train=texts(1), val=texts(2)), 1, 'one picture to train on'),
+    (dict(train=texts(1), val=texts(2)), 1, '1 picture to train on'),
     (dict(train=texts(5), val=texts(2)), 2, 'batch_size=5: 2 processes .* --batch_size=4 will do'),
 ])
 def test_early(splits, world, message, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def bare(monkeypatch, tiny_shapes, tiny_encoder):
         settings = dict(dataset=str(tiny_shapes), max_question_tokens=40, max_answer_tokens=3, use_vision=out_dir != 'blind', out_dir=out_dir)
         return dict(settings=settings, seen=dict(words=['is', 'what', 'color', 'the', 'circle']))
 
-    def load(checkpoint, device, encoder_path=None):
+    def load(checkpoint, device, *paths):
         tokenizer = open_tokenizer(state)
         marks = dict(pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         torch.manual_seed(0)

@@ -150,6 +150,15 @@ def test_pretrained_decoders():
         assert row['steps x rows'] == f"{m['settings']['max_steps']} x {m['settings']['batch_size']}" and row['minutes'] == f"{m['train_s'] / 60:.0f}"
 
 
+def test_sounds():
+    """The table of pictures and sounds, the two controls beside it: means over the seeds."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in (ROOT / 'results/sounds.md').read_text().splitlines() if line.startswith('|')][2:]
+    three = [runs(name).values() for name in ('sounds', 'sounds_blind', 'sounds_deaf')]
+    assert {type for _, type, *_ in rows} == {*next(iter(three[0]))['by_type'], 'all'} and all(len(of) == 3 for of in three)
+    for _, type, *said in rows:
+        assert said == [f"{np.mean([(m['by_type'] | dict(all=m))[type]['em'] for m in of]):.3f}" for of in three], type
+
+
 def best_of(name, rates):
     """The best validation of seed 1 by learning rate, where there is a run."""
     of = {rate: runs(name_of(name, rate)).get('1') for rate in rates}
