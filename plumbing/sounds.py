@@ -109,7 +109,7 @@ def read_wav(data):
     try:
         file = wave.open(io.BytesIO(data))
     except wave.Error as e:
-        if 'unknown format' in str(e):  # floats, say
+        if str(e).startswith(('unknown format', 'unknown extended format')):  # floats, say
             return None
         raise
     n = file.getnframes()

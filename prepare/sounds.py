@@ -198,8 +198,8 @@ ASK = dict(tones=ask_tones, highest=ask_highest, plays=ask_plays, before=ask_bef
 
 def draw_match(rng):
     """A group of objects, how many of them a picture has, and how many tones go with it: the same number or,
-    half of the time, another. Each number comes equally often with either answer, and with either number of
-    the other: picture, melody or question alone say nothing.
+    half of the time, another. Each number, of objects or of tones, comes equally often with yes and no:
+    picture, melody or question alone say nothing.
 
     -> (colour, shape) pairs of the objects; the number of tones; question and answer
     """
