@@ -159,14 +159,16 @@ class Rows:
         return self.sounds[self.sound[i]] if self.sound[i] >= 0 else None
 
     def add(self, picture, sound, caption, *texts):
-        for key, number in zip(MEDIA, (picture, sound)):
+        numbers = dict(zip(MEDIA, (picture, sound)))
+        for key, number in numbers.items():
             # they are numbered as they come: this one is new
             if number == len(self.caption_of[key]):
                 self.caption_of[key].append(-1)
-            # the first one that it has is its caption; of a row with both it is of both
-            if caption and number >= 0 and self.caption_of[key][number] < 0:
-                self.caption_of[key][number] = len(self.captions)
-        if caption:
+        # the first one that a picture or sound has is its caption; that of a row with both is of both
+        lacking = [key for key, number in numbers.items() if number >= 0 and self.caption_of[key][number] < 0]
+        if caption and lacking:
+            for key in lacking:
+                self.caption_of[key][numbers[key]] = len(self.captions)
             self.captions.append(caption)
         self.picture.append(picture)
         self.sound.append(sound)

@@ -282,6 +282,7 @@ def test_columns(tmp_path):
     rows = read_rows(write(tmp_path / 'b', image=[png(), png(), png((1, 1, 1))], caption=['a dog', 'a cat', 'a cow']), 'train')
     assert list(rows.references) == [['a dog'], ['a cat'], ['a cow']] and list(rows.picture) == [0, 0, 1]
     assert all(q in data.PROMPTS for q in rows.question) and list(rows.type) == ['describe'] * 3
+    assert list(rows.caption) == list(rows.captions) == ['a dog', 'a cow']  # from the first ones alone stage 1 learns its words
     rows = read_rows(write(tmp_path / 'c', image=[png()], caption=[['a dog', 'a pet']]), 'train')
     assert list(rows.references) == [['a dog', 'a pet']] and list(rows.caption) == ['a dog']
 
