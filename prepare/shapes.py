@@ -373,10 +373,7 @@ def shapes_rows(config, split, start, n_pictures, draw=draw_picture):
         scene, file = draw(rng, config, split)
         picture = dict(image=file, caption=describe(scene))
         for type, (questions, n) in ask.items():
-            candidates = questions(scene)
-            for k in range(min(n, len(candidates))):
-                both = balanced_choice(candidates, given[type], rng)
-                candidates.remove(both)
+            for k, both in enumerate(balanced_choices(questions(scene), n, given[type], rng)):
                 drawn.append(row_of(picture, type, f'{split}-{i}-{type}-{k}', *both))
         if rng.random() < config.describe:
             drawn.append(row_of(picture, 'describe', f'{split}-{i}-describe'))
@@ -387,6 +384,15 @@ def row_of(picture, type, sample_id, question=None, answer=None):
     """A row of a dataset; without a question it asks for the caption. picture: its image and caption."""
     sample_id = sample_id.replace(' ', '')
     return picture | dict(question=question, answer=answer, type=type, sample_id=sample_id)
+
+
+def balanced_choices(candidates, n, given, rng):
+    """Yields n different ones, or all, each a `balanced_choice` when it is asked for."""
+    left = list(candidates)
+    for _ in range(min(n, len(left))):
+        both = balanced_choice(left, given, rng)
+        left.remove(both)
+        yield both
 
 
 def balanced_choice(candidates, given, rng, key=itemgetter(1)):

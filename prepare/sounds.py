@@ -27,7 +27,7 @@ from prepare import shapes
 from prepare._looks import COLORS
 from prepare.shapes import (
     SHAPES,
-    balanced_choice,
+    balanced_choices,
     draw_scene,
     group_counts,
     on_all_cores,
@@ -244,9 +244,7 @@ def sound_rows(config, split, start, n_scenes):
         asked = [('image', type, questions(scene), n) for type, (questions, n) in of_picture.items()]
         asked += [('sound', type, questions(melody), times) for type, questions in ASK.items()]
         for needed, type, candidates, n in asked:
-            for k in range(min(n, len(candidates))):
-                both = balanced_choice(candidates, given[type], rng)
-                candidates.remove(both)
+            for k, both in enumerate(balanced_choices(candidates, n, given[type], rng)):
                 media = dict(image=image, sound=sound)
                 if rng.random() < config.alone:
                     media = {key: file if key == needed else None for key, file in media.items()}
@@ -273,14 +271,9 @@ def choice_rows(config, split, i, melody, sound, given, rng):
     one picture and melody: all that tells their answers apart is which tone chooses between which objects."""
     scene = draw_scene(rng, config, pairs=draw_choice(rng))
     media = dict(image=picture_file(scene, False, rng, config), sound=sound)
-    candidates = ask_choice(scene, melody)
-    drawn = []
     times = 2 * config.asked if split == 'train' else 1
-    for k in range(min(times, len(candidates))):
-        both = balanced_choice(candidates, given, rng)
-        candidates.remove(both)
-        drawn.append(row_of(media, 'choice', f'{split}-{i}-choice-{k}', *both))
-    return drawn
+    chosen = balanced_choices(ask_choice(scene, melody), times, given, rng)
+    return [row_of(media, 'choice', f'{split}-{i}-choice-{k}', *both) for k, both in enumerate(chosen)]
 
 
 def rows(config, shard=500):
