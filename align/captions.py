@@ -141,9 +141,18 @@ def phrases_of(caption, tokenizer, most_tokens):
 class DrawnCaptions:
     """Pictures of shapes with captions, drawn when they are asked for: no picture comes twice."""
 
-    def __init__(self, config, tokenizer):
+    def __init__(self, config, tokenizer=None):
         self.config = config
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # for `batch`; may come later, trained on a `sample`
+
+    def some_scene(self, rng):
+        return draw_scene(rng, self.config)
+
+    def sample(self, n=3000):
+        """Phrases as `batch` draws them, for the tokenizer."""
+        for i in range(n):
+            rng = random.Random(f'tokenizer/{self.config.seed}/{i}')
+            yield from self.phrases(self.some_scene(rng), rng)
 
     def scenes(self, split, step, batch_size, seed):
         """-> scenes, a list of B; their pixels; and the random.Random that drew them.
@@ -186,6 +195,9 @@ class DrawnSounds(DrawnCaptions):
     """The same of melodies: a scene is a list of tones, and its picture a spectrum. They come again, each
     time with other phrases: drawing one takes longer than learning from it."""
 
+    def some_scene(self, rng):
+        return draw_melody(rng, rng.randint(1, MOST_TONES))
+
     def scenes(self, split, step, batch_size, seed):
         numbers = [(step * batch_size + i) % MELODIES for i in range(batch_size)]
         drawn = [self.melody(f'align/{seed}/{split}/melody {k}') for k in numbers]
@@ -196,30 +208,11 @@ class DrawnSounds(DrawnCaptions):
     def melody(self, seed):
         """-> a melody, and the pixels of its spectrum. Shapes: -> (S, S, 3) uint8"""
         rng = random.Random(seed)
-        melody = some_melody(rng)
+        melody = self.some_scene(rng)
         return melody, self.square(as_seen(spectrum_picture(sound_file(melody, rng))))
 
     def phrases(self, scene, rng):
         return describe_melody(scene, rng)
-
-
-def some_melody(rng):
-    """A melody of any number of tones."""
-    return draw_melody(rng, rng.randint(1, MOST_TONES))
-
-
-def caption_sample(config, n=3000):
-    """Phrases as the alignment draws them, for its tokenizer."""
-    for i in range(n):
-        rng = random.Random(f'tokenizer/{config.seed}/{i}')
-        yield from locate(draw_scene(rng, config), rng, config.image_px)
-
-
-def sound_caption_sample(config, n=3000):
-    """As `caption_sample`, of melodies."""
-    for i in range(n):
-        rng = random.Random(f'tokenizer/{config.seed}/{i}')
-        yield from describe_melody(some_melody(rng), rng)
 
 
 # ----------------------------------------------------------------------------
@@ -239,12 +232,12 @@ class AlignData:
         self.captions = {}  # Captions
         self.images = {}    # image tokens, see plumbing.features
         if s.captions == 'drawn' and s.reads == 'picture':
-            config = ShapesConfig(image_px=s.image_px, max_objects=s.max_objects, variety=s.variety,
-                                  seed=s.seed)
-            texts = caption_sample(config)
+            self.drawn = DrawnCaptions(ShapesConfig(image_px=s.image_px, max_objects=s.max_objects,
+                                                    variety=s.variety, seed=s.seed))
+            texts = self.drawn.sample()
         elif s.captions == 'drawn':
-            config = SoundsConfig(image_px=s.image_px, seed=s.seed)
-            texts = sound_caption_sample(config)
+            self.drawn = DrawnSounds(SoundsConfig(image_px=s.image_px, seed=s.seed))
+            texts = self.drawn.sample()
         elif s.captions == 'dataset':
             if splits:  # who only judges needs no more than what is judged
                 check_splits(s.dataset)
@@ -255,9 +248,8 @@ class AlignData:
             raise ValueError(f'captions={s.captions}: expected drawn or dataset')
         # words are learnt once: the weights of a saved run belong to the tokens that it has
         self.tokenizer = Tokenizer(saved['tokenizer'] if saved else train_bpe(texts, s.vocab_size))
-        if s.captions == 'drawn':
-            drawn = DrawnCaptions if s.reads == 'picture' else DrawnSounds
-            self.drawn = drawn(config, self.tokenizer)
+        if self.drawn:
+            self.drawn.tokenizer = self.tokenizer
         for split, rows in self.rows.items():  # before a picture is encoded: what is missing is said early
             self.captions[split] = Captions(rows, self.tokenizer, reads=s.reads)
 

@@ -25,9 +25,7 @@ from align.captions import (
     Captions,
     DrawnCaptions,
     DrawnSounds,
-    caption_sample,
     cloze,
-    sound_caption_sample,
 )
 from align.config import AlignConfig
 from align.model import AlignModel, build, start_from
@@ -230,8 +228,8 @@ def test_probe_reads_perfect_tokens():
 def test_drawn_captions():
     """Alignment batches are a pure function of (split, step, seed); phrases name size, colour, shape and the right place."""
     config = ShapesConfig()
-    t = Tokenizer(train_bpe(caption_sample(config, 300), 512))
-    drawn = DrawnCaptions(config, t)
+    drawn = DrawnCaptions(config)
+    drawn.tokenizer = Tokenizer(train_bpe(drawn.sample(300), 512))
     a, b, c = drawn.batch('train', 3, 4, 0), drawn.batch('train', 3, 4, 0), drawn.batch('val', 3, 4, 0)
     assert all(torch.equal(a[k], b[k]) for k in ('pixels', 'caption', 'left_out')) and not torch.equal(a['pixels'], c['pixels'])
     assert a['pixels'].shape == (4, 3, 64, 64) and a['pixels'].dtype == torch.uint8 and a['caption'].shape[:2] == (4, 4)
@@ -282,8 +280,8 @@ def test_captions(tmp_path):
 def test_drawn_captions_are_of_their_picture():
     """Each phrase names an object of its own scene."""
     config = shapes.Config()
-    t = Tokenizer(train_bpe(caption_sample(config, 300), 512))
-    drawn = DrawnCaptions(config, t)
+    drawn = DrawnCaptions(config)
+    drawn.tokenizer = t = Tokenizer(train_bpe(drawn.sample(300), 512))
     batch, (scenes, pixels, _) = drawn.batch('train', 3, 6, 0), drawn.scenes('train', 3, 6, 0)
     assert torch.equal(batch['pixels'], pixels)
     for scene, phrases in zip(scenes, batch['caption']):
@@ -309,8 +307,8 @@ def test_drawn_sounds():
     """Phrases are true of their melody, and of other melodies mostly not; batches are a pure function of (seed, split, step), and the pictures are those that an encoder
     of sounds makes of the files."""
     config = sounds.Config()
-    t = Tokenizer(train_bpe(sound_caption_sample(config, 300), 512))
-    drawn = DrawnSounds(config, t)
+    drawn = DrawnSounds(config)
+    drawn.tokenizer = t = Tokenizer(train_bpe(drawn.sample(300), 512))
     batch, (melodies, pixels, _) = drawn.batch('train', 3, 6, 0), drawn.scenes('train', 3, 6, 0)
     assert torch.equal(batch['pixels'], pixels) and pixels.shape == (6, 3, 64, 64) and batch['caption'].shape[:2] == (6, 10)
     again = DrawnSounds(config, t)
@@ -340,6 +338,21 @@ def test_sound_probe():
     assert min(results[0].values()) > .95 and results[1]['number'] < .45 and results[1]['instrument'] < .5
 
 
+def killed_and_resumed(argv, last, monkeypatch):
+    """A run that dies at the beginning of a step, and then the same command again."""
+    class Killed(BaseException):
+        pass
+
+    def killed(optimizers, step, s, rate=align_main.set_learning_rate):
+        if step == last:
+            raise Killed
+        return rate(optimizers, step, s)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(align_main, 'set_learning_rate', killed)
+        align_main.main(argv)
+    align_main.main(argv)
+
+
 def test_align_sounds(tmp_path, capsys, monkeypatch):
     """config/align_sounds.py trains an encoder of sounds, whose file stage 2 takes as one; a stopped run ends with the same bits."""
     monkeypatch.setattr(judge.validate, '__defaults__', (250,))
@@ -353,16 +366,7 @@ def test_align_sounds(tmp_path, capsys, monkeypatch):
     metrics = json.loads((out / 'metrics.json').read_text())
     assert metrics['probe'].keys() == {'number', 'instrument', 'pitch', 'length', 'exact_melody'} and 'probe | number' in capsys.readouterr().out
     judge.main([f'--out_dir={out}', '--device=cpu'])
-    rate = align_main.set_learning_rate
-
-    def killed(optimizers, step, s):
-        if step == 3:
-            raise KeyboardInterrupt
-        return rate(optimizers, step, s)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(align_main, 'set_learning_rate', killed)
-        align_main.main([*argv, '--max_steps=4', f'--out_dir={tmp_path}/half'])
-    align_main.main([*argv, '--max_steps=4', f'--out_dir={tmp_path}/half'])
+    killed_and_resumed([*argv, '--max_steps=4', f'--out_dir={tmp_path}/half'], 3, monkeypatch)
     a, b = weights(out), weights(tmp_path / 'half')
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -463,20 +467,9 @@ def test_stopped_and_resumed(tmp_path, monkeypatch):
     """A run that is killed between checkpoints and started again ends with the same weights, to the bit."""
     monkeypatch.setattr(align_main, 'finish', lambda *args: None)
     monkeypatch.setattr(align_main, 'validate', lambda *args: {'loss': 1., 'R@1': 0.})
-    rate, run = align_main.set_learning_rate, ['--max_steps=6', '--eval_interval=2', '--batch_size=4', *SMALL]
+    run = ['--max_steps=6', '--eval_interval=2', '--batch_size=4', *SMALL]
     align_main.main([*run, f'--out_dir={tmp_path}/whole'])
-
-    class Killed(BaseException):
-        pass
-
-    def killed_at_5(optimizers, step, s):
-        if step == 5:
-            raise Killed
-        return rate(optimizers, step, s)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(align_main, 'set_learning_rate', killed_at_5)
-        align_main.main([*run, f'--out_dir={tmp_path}/killed'])
-    align_main.main([*run, f'--out_dir={tmp_path}/killed'])
+    killed_and_resumed([*run, f'--out_dir={tmp_path}/killed'], 5, monkeypatch)
     a, b = weights(tmp_path / 'whole'), weights(tmp_path / 'killed')
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
