@@ -1,0 +1,115 @@
+"""A training step recorded once for each shape of its batches, and replayed: on a GPU a small model waits
+not for the work of its step but for the launching of some 1,600 kernels."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+
+def mapped(function, tensors):
+    """The same nested lists and dicts with function(tensor) in place of every tensor; a None stays."""
+    if isinstance(tensors, dict):
+        return {name: mapped(function, inner) for name, inner in tensors.items()}
+    if isinstance(tensors, (list, tuple)):
+        return [mapped(function, inner) for inner in tensors]
+    return None if tensors is None else function(tensors)
+
+
+def leaves(tensors):
+    """The tensors of nested lists and dicts, in their order."""
+    found = []
+    mapped(found.append, tensors)
+    return found
+
+
+def shape_and_dtype(tensor):
+    return tuple(tensor.shape), tensor.dtype
+
+
+class Captured:
+    """step(tensors, *settings) -> tensor, which changes weights and optimizers, recorded for each key: the
+    structure, shapes and dtypes of `tensors`, and `settings`.
+
+    The first call with a key runs the step as it is, which makes what only a first step makes: states of
+    optimizers, handles of libraries. The second records it, and from then on the recording is replayed.
+    Every call is one step. A recording repeats the kernels, on the memory that they had, and none of the
+    Python: a number that changes from step to step has to be a tensor among `tensors`, and no weight or state
+    may be replaced by another tensor.
+
+    tensors: nested lists and dicts of tensors, on the device or not, None where one is missing. Pinned memory
+    may be read after the call still, and must not be overwritten. settings: what Python branches on.
+    most: recordings that are kept; steps with further keys run as they are. recorder: as `OnGpu`.
+
+    Shapes: -> as the step's result. Raises: RuntimeError in the second call of a step that waits for the
+    device, by .item() say.
+    """
+
+    def __init__(self, step, device, most=32, recorder=None):
+        self.step = step
+        self.device = device
+        self.most = most
+        self.recorder = recorder or OnGpu(device)
+        self.known = set()    # keys that have had their first call
+        self.recorded = {}    # key: (the inputs that are read, what replays, the result that is overwritten)
+        self.is_full = False  # and that has been said
+
+    def __call__(self, tensors, *settings):
+        key = str(mapped(shape_and_dtype, tensors)), settings  # as text: a dict cannot be a key
+        with self.recorder.aside():
+            if key in self.recorded:
+                inputs, replay, result = self.recorded[key]
+                for mine, given in zip(leaves(inputs), leaves(tensors)):
+                    mine.copy_(given, non_blocking=True)
+                replay()
+            elif key in self.known and self.has_room():
+                inputs = self.on_device(tensors, copy=True)
+                replay, result = self.recorder.record(partial(self.step, inputs, *settings))
+                self.recorded[key] = inputs, replay, result
+                replay()  # to record is not to execute
+            else:
+                self.known.add(key)
+                result = self.step(self.on_device(tensors), *settings)
+        # the next replay overwrites the result
+        return result.detach().clone()
+
+    def on_device(self, tensors, copy=False):
+        move = partial(torch.Tensor.to, device=self.device, non_blocking=True, copy=copy)
+        return mapped(move, tensors)
+
+    def has_room(self):
+        if len(self.recorded) == self.most and not self.is_full:
+            self.is_full = True
+            print(f'{self.most} CUDA graphs are recorded, steps of further shapes run without one, slower: '
+                  'fewer shapes of batches would help')
+        return len(self.recorded) < self.most
+
+
+class OnGpu:
+    """Records CUDA graphs, all in one pool of memory: one runs at a time, and none reads what another left.
+
+    Every step is on one side stream: the default one cannot be recorded, and autograd adds a weight's
+    gradients up on the stream where it met the weight first.
+
+    Source: PyTorch's notes on CUDA graphs, docs.pytorch.org/docs/stable/notes/cuda.html
+    """
+
+    def __init__(self, device):
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def aside(self):
+        """On the side stream, which waits for what the current one has begun, as that does afterwards."""
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def record(self, run):
+        """-> (what executes again all that run() did on the device, the memory of its result)"""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            result = run()
+        return graph.replay, result
