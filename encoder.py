@@ -333,6 +333,9 @@ class Encoder(nn.Module):
         self.adapter = make_adapter(config)
         self.resampler = Perceiver(config) if config.n_latents else nn.Identity()
         self.projection = make_projection(config)
+        # of pixels, by colour; on the device already, so that `normalise` waits for no copy
+        self.register_buffer('mean', torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         """Shapes: (B, 3, S, S), normalised as `preprocess` does, -> (B, N, D)."""
@@ -385,9 +388,7 @@ class Encoder(nn.Module):
         """Shapes: uint8 (..., 3, S, S), 0..255 -> float of that shape, about zero mean and unit spread."""
         if self.config.trunk == 'whisper':
             return pixels.float()
-        mean = torch.tensor(self.config.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.config.std, device=pixels.device).view(3, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        return (pixels.float() / 255 - self.mean) / self.std
 
     @torch.no_grad()
     def encode_images(self, images):

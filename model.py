@@ -129,8 +129,6 @@ def rotations(positions, head_size, freqs=None):
     # float32 even under autocast: bfloat16 could not tell far positions apart
     if freqs is None:
         freqs = 10000 ** -(torch.arange(0, head_size, 2, device=positions.device) / head_size)     # (hs / 2,)
-    else:
-        freqs = torch.tensor(freqs, device=positions.device)           # (hs / 2,)
     angles = positions[:, None, :, None] * freqs                       # (B, 1, T, hs / 2)
     # scores are divided by the root of hs: queries and keys by hs ** .25 each
     scale = head_size ** -.25
@@ -302,6 +300,8 @@ class Decoder(nn.Module):
             self.z_start = nn.Parameter(torch.randn(C))
         if config.recursion == 'add':  # elsewhere y starts as e, which a pass of 'add' has beside y
             self.y_start = nn.Parameter(torch.randn(C))
+        freqs = None if config.rope_freqs is None else torch.tensor(config.rope_freqs)     # (hs / 2,)
+        self.register_buffer('rope_freqs', freqs, persistent=False)
 
         for p in self.parameters():
             if p.dim() == 2:  # keeps the scale of what goes through; here GPT-2's .02 would shrink it
@@ -346,7 +346,7 @@ class Decoder(nn.Module):
         own_mask = mask
         if not c.prefix_lm:
             own_mask = mask + hide(positions[:, None] < positions, x.dtype)    # (B, 1, S, S)
-        rope = rotations(positions[None], c.head_size, c.rope_freqs)
+        rope = rotations(positions[None], c.head_size, self.rope_freqs)
 
         h = self.embedded(x)                                           # (B, S, C)
         layers = []
@@ -377,7 +377,7 @@ class Decoder(nn.Module):
         rope, mask = self.rope_and_mask(context, A, start, c.streams)
         network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)    # one pass
         if c.checkpoint_recursion and torch.is_grad_enabled():
-            network = partial(checkpoint, network, use_reentrant=False)
+            network = partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False)
 
         y = norm(self.y_start).expand_as(e) if c.recursion == 'add' else self.first_y(e)   # (B, A, C)
         z = None if c.recursion == 'loop' else norm(self.z_start).expand_as(e)     # (B, A, C)
@@ -423,7 +423,7 @@ class Decoder(nn.Module):
         mask = hide(hidden, of_context.dtype).expand(len(of_context), 1, -1, -1)   # (B, 1, T, P + T)
         mask = torch.cat([of_context, mask], dim=-1)                   # (B, 1, T, S + P + T)
         # counted from the last real token of x: the padding of a batch moves no answer
-        return rotations(context.length[:, None] + start + time, c.head_size, c.rope_freqs), mask
+        return rotations(context.length[:, None] + start + time, c.head_size, self.rope_freqs), mask
 
     def unseen(self, time, start, streams):
         """Which states each one does not see: those of later positions. All earlier ones are seen.
@@ -553,7 +553,7 @@ class LlamaBlock(nn.Module):
     def forward(self, h, rope, mask, past=None):
         """Shapes: as Attention."""
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self.run, h, rope, mask, past, use_reentrant=False)
+            return checkpoint(self.run, h, rope, mask, past, use_reentrant=False, preserve_rng_state=False)
         return self.run(h, rope, mask, past)
 
     def run(self, h, rope, mask, past):

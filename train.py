@@ -28,12 +28,13 @@ from configurator import configure, echo, expect
 from data import Questions, open_tokenizer, read_rows, train_bpe
 from encoder import encoder_names, encoder_of_run
 from model import Decoder, ModelConfig, build_model
-from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
+from plumbing.console import GOES_ON, clock, run_script, say_if_few
 from plumbing.features import ContextTokens, is_trained
 from plumbing.files import locked
-from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype
+from plumbing.graphs import Captured
+from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype, pinned
 from plumbing.novelty import what_was_seen
-from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
+from plumbing.ranks import all_reduce, alone, in_turn, processes, rank_and_world, shard
 from plumbing.results import already_finished, result_table, write_results
 from plumbing.run import (
     FORMAT,
@@ -42,7 +43,7 @@ from plumbing.run import (
     Stop,
     begin,
     end_early,
-    leave_out,
+    hear,
     put_back,
     read_start,
     save,
@@ -52,6 +53,7 @@ from plumbing.run import (
     unchanged,
     validation_curve,
 )
+from plumbing.steps import Ahead, Guard
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_shapes
@@ -59,7 +61,8 @@ from pretrained.decoders import found_folder
 from pretrained.tokenizers import read_tokenizer, with_prompt
 
 # may differ when a run goes on: they change its result by rounding at most
-FREE = ('fresh', 'out_dir', 'device', 'compile', 'log_interval', 'wandb', 'skip_bad_steps', 'cache_dir')
+FREE = ('fresh', 'out_dir', 'device', 'compile', 'graphs', 'log_interval', 'wandb', 'skip_bad_steps',
+        'cache_dir')
 # settings with ranges of their own, which may be 0; variety and n_latents are settings of align
 MAY_BE_ZERO = ('seed', 'grad_clip', 'skip_bad_steps', 'ema', 'weight_decay', 'min_lr_ratio', 'warmup_ratio',
                'beta1', 'beta2', 'momentum', 'variety', 'n_latents', 'draw_after')
@@ -81,6 +84,7 @@ class TrainConfig:
     dtype: str = 'auto'                       # float32, bfloat16, float16, or auto: bfloat16 where it is fast
     deterministic: bool = False               # the same bits every time, on a GPU too; slower there
     compile: bool = False                     # torch.compile: takes minutes, which a long run earns back
+    graphs: bool = True                       # on one GPU: launch the kernels of a step in one go
     log_interval: int = 50                    # steps between log lines
     eval_interval: int = 300                  # steps between validations, each followed by a checkpoint
     wandb: bool = False                       # log to Weights & Biases too (pip install wandb)
@@ -246,7 +250,9 @@ def train(s, sources, device, stop):
     check_rows(rows, s)
     start = read_start(s.init_from) if s.init_from and not saved else None
     tokenizer = open_tokenizer(tokenizer_state(rows['train'], s, saved, start))
-    questions = {split: tokenized(of_split, tokenizer, s, s.truncate) for split, of_split in rows.items()}
+    few_shapes = s.compile or uses_graphs(s, device)
+    questions = {split: tokenized(of_split, tokenizer, s, s.truncate, few_shapes)
+                 for split, of_split in rows.items()}
     encoders = {name: encoder_of_run(name, settings, saved).to(device) for name in encoder_names(settings)}
     fingerprints = {name: encoder.fingerprint() if getattr(s, name) else None
                     for name, encoder in encoders.items()}
@@ -281,8 +287,7 @@ def train(s, sources, device, stop):
     dtype = pick_dtype(s.dtype, device)
     optimizers = make_optimizers(parts_and_shares(model, s), s, dtype)
     autocast = autocast_to(dtype, device)
-    # in float16 small gradients are 0 unless the loss is scaled up
-    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
+    guard = Guard(device, dtype, s.skip_bad_steps)
     counts = parameter_counts(model, encoders)
     chance = math.log(config.vocab_size)  # what a guess costs, in nats per token
     print('parameters | ' + ' | '.join(f'{name} {n:,}' for name, n in counts.items()))
@@ -291,10 +296,11 @@ def train(s, sources, device, stop):
 
     # ---- go on where a stopped run stood
     # the whole state: batches and passes follow from step and seed, and nothing in the model is random
-    parts = dict(model=model, ema=average, scaler=scaler)
+    parts = dict(model=model, ema=average, scaler=guard)
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
         run = put_back(saved, parts, run.started)
+        guard.left -= run.bad_steps
         say_where(s, saved, learning_rate)
     frozen_eye = s.use_vision and not s.train_encoder
     fixed_tokens = partial(tokens_of['train'].of, 'encoder') if frozen_eye else None
@@ -306,7 +312,52 @@ def train(s, sources, device, stop):
                        f'{name}_fingerprint': fingerprints[name]}
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=settings))
 
+    # ---- a step
+    def batches_of_step(step):
+        """-> names of some of its samples, how many there are, and batches with what the device needs."""
+        names = []
+        n_rows = 0
+        batches = []
+        for micro in range(s.grad_accum):
+            chosen = questions['train'].rows_of_step(step * s.grad_accum + micro, s.batch_size, s.seed)
+            batch = questions['train'].batch(chosen)
+            batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
+            batches.append(pinned(tokens_of['train'].fetch(shard(batch)), device))
+            names += [rows['train'].sample_id[i] for i in chosen[:8]]
+            n_rows += len(chosen)
+        return names, n_rows, batches
+
+    def learn(given, passes):
+        """Forward, loss, backward, update: nothing in it waits for the device. given: the batches, and what
+        the host says of the step, (3,): learning rate, how far the average moves, whether to stop
+        Shapes: -> (4,): loss, whether any process is to stop, norm of the gradient, whether the step was bad
+        """
+        batches, pace = on_device(given, device)
+        lr, share, asked = pace                                        # () each
+        loss = 0
+        for batch in batches:
+            with autocast:
+                vision, sound = tokens_of['train'].encode(batch)       # (B, N, D), (B, M, D)
+                _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'],
+                                           passes, sound)
+                # a mean over targets: divided, or more micro-batches would make a larger gradient
+                micro_loss = mean * batch.get('weight', 1) / s.grad_accum
+            if micro_loss.requires_grad:  # a projection alone learns nothing of rows that it takes no part in
+                guard.scaled(micro_loss).backward()
+            loss = loss + micro_loss.detach()
+        # here the processes meet: one gradient, and they stop at the same step
+        loss, asked = all_reduce(parameters, torch.stack([loss, asked]))
+        set_learning_rate(optimizers, lr)
+        gnorm, stays, bad = update(parameters, optimizers, guard, loss, s.grad_clip)
+        follow(average, model, share * (1 - stays))
+        return torch.stack([loss, asked, gnorm, bad])
+
     # ---- the loop
+    if uses_graphs(s, device):
+        learn = Captured(learn, device)
+    ahead = Ahead(batches_of_step, s.max_steps)
+    keep = partial(save, out_dir, checkpoint, run, parts)
+    recent = []  # steps of which the device has not told yet
     mark = time.time()
     warned = False
     stopping = False
@@ -320,46 +371,22 @@ def train(s, sources, device, stop):
                 weights = {name: copy.deepcopy(part.state_dict()) for name, part in average.items()}
                 run.best = dict(step=run.step, scores=scores, **weights)
             run.validated = run.step
-            save(out_dir, checkpoint, run, parts)
+            keep()
             mark = time.time()  # the clock of the log lines stands still while evaluating
         if stopping:
             end_early(run, s)
         if run.step >= s.max_steps:
             break
 
-        lr = set_learning_rate(optimizers, run.step, s)
-        passes = passes_of_step(run.step, s)
-        batches = []
-        loss = 0
-        for micro in range(s.grad_accum):
-            chosen = questions['train'].rows_of_step(run.step * s.grad_accum + micro, s.batch_size, s.seed)
-            batches.append(chosen)
-            batch = questions['train'].batch(chosen)
-            batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
-            batch = on_device(shard(batch), device)
-            with autocast:
-                vision, sound = tokens_of['train'](batch)                              # (B, N, D), (B, M, D)
-                _, mean = model['decoder'](vision, batch['question'], batch['answer'], batch['targets'],
-                                           passes, sound)
-                # a mean over targets: divided, or more micro-batches would make a larger gradient
-                micro_loss = mean * batch.get('weight', 1) / s.grad_accum
-            if micro_loss.requires_grad:  # a projection alone learns nothing of rows that it takes no part in
-                scaler.scale(micro_loss).backward()
-            loss = loss + micro_loss.detach()
-        # here the processes meet: one gradient, and they stop at the same step
-        losses, stopping = all_reduce(parameters, dict(answer=loss), stop.asked)
-        gnorm, good = update(parameters, optimizers, scaler, losses['answer'], s.grad_clip)
-        if good:
-            follow(average, model, run.step, s.ema)
-            run.count(losses, sum(map(len, batches)))
-        else:
-            names = [rows['train'].sample_id[i] for chosen in batches for i in chosen[:8]]
-            values = f"loss {losses['answer']}, gradient norm {gnorm}, lr {lr:.2e}"
-            problem = printable(f"step {run.step}: {values}: not finite; samples {', '.join(names)}, ...")
-            if run.bad_steps >= s.skip_bad_steps:  # `leave_out` ends the run, which can go on from here
-                save(out_dir, checkpoint, run, parts)
-            leave_out(run, log, problem, s.skip_bad_steps)
+        names, n_rows, batches = ahead(run.step)
+        lr = learning_rate(run.step, s)
+        pace = torch.tensor([lr, new_share(run.step, s), stop.asked])  # (3,)
+        values = learn([batches, pinned(pace, device)], passes_of_step(run.step, s))   # (4,)
+        recent.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, values=values))
         run.step += 1
+        if is_told(run.step, s, device, stop):
+            asked, gnorm = hear(recent, ['answer'], run, log, s.skip_bad_steps, keep)
+            stopping = asked or stop.asked and alone()
         run.since_s += time.time() - mark
         mark = time.time()
 
@@ -371,7 +398,7 @@ def train(s, sources, device, stop):
 
         # saved before validating too: a crash there loses no step
         if stopping or is_due(run.step, s):
-            save(out_dir, checkpoint, run, parts)
+            keep()
     stop.waits = False
     if stop.asked:
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; '
@@ -398,6 +425,18 @@ def train(s, sources, device, stop):
 def is_due(step, s):
     """Whether the run is saved, and validated, after so many steps."""
     return step % s.eval_interval == 0 or step == s.max_steps
+
+
+def is_told(step, s, device, stop):
+    """Whether the host asks the device how the steps went, for which it waits: after each one on a CPU, where
+    that costs nothing; else at log lines, before saving, and where it alone is to stop."""
+    on_gpu = device.startswith('cuda')
+    return not on_gpu or step % s.log_interval == 0 or is_due(step, s) or stop.asked and alone()
+
+
+def uses_graphs(s, device):
+    """Whether steps are launched as CUDA graphs; several processes meet within a step, which none is for."""
+    return s.graphs and device.startswith('cuda') and alone() and not s.compile
 
 
 def passes_of_step(step, s):
@@ -462,9 +501,8 @@ def tokenizer_state(rows, s, saved, start):
     return train_bpe(texts, s.vocab_size)
 
 
-def tokenized(rows, tokenizer, s, truncate):
-    return Questions(rows, tokenizer, s.max_question_tokens, s.max_answer_tokens, truncate,
-                     few_shapes=s.compile)
+def tokenized(rows, tokenizer, s, truncate, few_shapes=False):
+    return Questions(rows, tokenizer, s.max_question_tokens, s.max_answer_tokens, truncate, few_shapes)
 
 
 def new_decoder(s, saved, tokenizer, encoders):
@@ -588,13 +626,11 @@ def learning_rate(step, s):
     return s.learning_rate * (s.min_lr_ratio + (1 - s.min_lr_ratio) * (1 + math.cos(math.pi * t)) / 2)
 
 
-def set_learning_rate(optimizers, step, s):
-    """Gives every group its share of the learning rate of this step. -> the rate"""
-    lr = learning_rate(step, s)
+def set_learning_rate(optimizers, lr):
+    """Gives every group its share of the learning rate, a tensor on the device: () ."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = lr * group['share']
-    return lr
 
 
 def make_optimizers(parts, s, dtype=torch.float32):
@@ -622,41 +658,46 @@ def make_optimizers(parts, s, dtype=torch.float32):
         groups.append(dict(params=decayed, weight_decay=s.weight_decay, share=share))
         groups.append(dict(params=plain, weight_decay=0.0, share=share))
         matrices.append(dict(params=[p for p in trained if p in muon], share=share))
-    on_gpu = next(parts[-1][1].parameters()).is_cuda
-    adamw = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=on_gpu)
+    # fused: it takes half the time, and leaves out a step without asking the host; so a graph can have it
+    adamw = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=True, capturable=True)
     if not muon:
         return [adamw]
     return [adamw, Muon(matrices, s.learning_rate, s.momentum, s.weight_decay, dtype)]
 
 
-def update(parameters, optimizers, scaler, loss, grad_clip):
-    """A step of all optimizers with the clipped gradient -> its norm, and whether all is well.
+def update(parameters, optimizers, guard, loss, grad_clip):
+    """A step of all optimizers with the clipped gradient, on the device alone.
 
-    Where loss or gradient is not finite no weight moves. In float16 that is no fault while the loss itself is
-    finite: the scale was too high and is lowered.
+    Shapes: loss () -> () each: the gradient's norm; 1.0 where no weight moves, for loss or gradient are not
+        finite; 1.0 where that is no mere overflow of float16
     """
-    for optimizer in optimizers:  # before clipping, or the limit would hold for the scaled gradient
-        scaler.unscale_(optimizer)
-    gnorm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
-    finite = math.isfinite(loss + gnorm)
-    scale = scaler.get_scale()
-    if finite:
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-    scaler.update()  # without a step too: it lowers the scale after an overflow
+    grads = [p.grad for p in parameters if p.grad is not None]
+    guard.unscale(grads)  # before clipping, or the limit would hold for the scaled gradient
+    gnorm = torch.zeros_like(loss)
+    if grads:
+        gnorm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    stays, bad = guard.judge(loss, gnorm)
     for optimizer in optimizers:
+        optimizer.found_inf = stays  # torch's AdamW takes it from here, as GradScaler gives it
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    # at scale 1 nothing was scaled up: then it is a fault
-    overflow = scaler.is_enabled() and math.isfinite(loss) and scale > 1
-    return gnorm, finite or overflow
+    return gnorm, stays, bad
+
+
+def new_share(step, s):
+    """How far the average moves towards the weights; early on more, so that it never lags far."""
+    return 1 - min(s.ema, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
-def follow(average, model, step, ema):
-    """Moves the averaged weights towards the model's; early on faster, so that they never lag far."""
-    if average is not model:
-        kept = min(ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - kept)
+def follow(average, model, rate):
+    """Moves the averaged weights towards the model's, by a share `rate` of the way, ()."""
+    if average is model:
+        return
+    averages = list(average.parameters())
+    ways = torch._foreach_sub(list(model.parameters()), averages)
+    torch._foreach_mul_(ways, rate)
+    torch._foreach_add_(averages, ways)
 
 
 class Muon(torch.optim.Optimizer):
@@ -671,6 +712,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum, weight_decay, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
+        self.found_inf = torch.zeros(())  # 1.0: no weight may move
 
     @torch.no_grad()
     def step(self):
@@ -680,14 +722,21 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     same_shape.setdefault(p.shape, []).append(p)
             for shape, params in same_shape.items():
-                grads = [p.grad for p in params]
-                averages = [self.average_of(p) for p in params]
-                torch._foreach_lerp_(averages, grads, 1 - group['momentum'])
-                ahead = torch._foreach_lerp(grads, averages, group['momentum'])  # Nesterov: one step ahead
-                moves = orthogonal(torch.stack(ahead), self.dtype)     # (n, rows, columns)
-                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-                rate = -group['lr'] * .2 * max(shape) ** .5  # RMS of the step: .2 lr, about AdamW's
-                torch._foreach_add_(params, moves.unbind(), alpha=rate)
+                self.move(params, group['lr'], group['momentum'], group['weight_decay'], max(shape))
+
+    def move(self, params, lr, momentum, weight_decay, side):
+        """A step of matrices of one shape, whose longer side is `side`. lr: (), on the device."""
+        free = 1 - self.found_inf                                      # (): 0.0 where nothing may move
+        grads = torch.stack([p.grad for p in params])                  # (n, rows, columns)
+        grads = grads.masked_fill(free == 0, 0.)  # even 0 * nan would be nan
+        averages = [self.average_of(p) for p in params]
+        average = torch.stack(averages).lerp(grads, (1 - momentum) * free)     # (n, rows, columns)
+        torch._foreach_copy_(averages, average.unbind())
+        ahead = grads.lerp(average, momentum)  # Nesterov: one step ahead
+        rate = -lr * free * .2 * side ** .5  # RMS of the step: .2 lr, about AdamW's
+        moves = rate * orthogonal(ahead, self.dtype)                   # (n, rows, columns)
+        torch._foreach_mul_(params, 1 - lr * free * weight_decay)
+        torch._foreach_add_(params, moves.unbind())
 
     def average_of(self, p):
         """A matrix's momentum: the mean of its gradients, in which the latest count most."""

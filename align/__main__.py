@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +28,11 @@ from align.judge import report, validate
 from align.model import build, chosen, open_trunk, start_from
 from configurator import configure, echo
 from encoder import load_encoder, save_encoder
-from plumbing.console import GOES_ON, clock, printable, run_script, say_if_few
+from plumbing.console import GOES_ON, clock, run_script, say_if_few
 from plumbing.files import locked, write_whole
-from plumbing.machine import autocast_to, compile_layers, most_memory, on_device, pick_dtype
+from plumbing.machine import autocast_to, compile_layers, most_memory, on_device, pick_dtype, pinned
 from plumbing.plots import draw_curves
-from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world, shard
+from plumbing.ranks import all_reduce, alone, in_turn, processes, rank_and_world, shard
 from plumbing.run import (
     FORMAT,
     Log,
@@ -39,14 +40,25 @@ from plumbing.run import (
     Stop,
     begin,
     end_early,
-    leave_out,
+    hear,
     put_back,
     save,
     saved_run,
     say_where,
     unchanged,
 )
-from train import FREE, follow, is_due, learning_rate, make_optimizers, set_learning_rate, update
+from plumbing.steps import Ahead, Guard
+from train import (
+    FREE,
+    follow,
+    is_due,
+    is_told,
+    learning_rate,
+    make_optimizers,
+    new_share,
+    set_learning_rate,
+    update,
+)
 
 
 def main(argv=None):
@@ -88,7 +100,7 @@ def align(s, sources, device, stop):
     optimizers = make_optimizers([(1.0, model)], s)
     dtype = pick_dtype(s.dtype, device)
     autocast = autocast_to(dtype, device)
-    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
+    guard = Guard(device, dtype, s.skip_bad_steps)
     counts = parameter_counts(model, trunk)
     # what a guess costs, in nats: one caption of a batch, one word of all
     chance = chosen(s, dict(contrast=math.log(batch_size), cloze=math.log(data.tokenizer.vocab_size)))
@@ -97,10 +109,11 @@ def align(s, sources, device, stop):
           f'expected loss at the start {sum(chance.values()):.2f}')
 
     # ---- go on where a stopped run stood
-    parts = dict(model=model, ema=average, scaler=scaler)  # the whole state
+    parts = dict(model=model, ema=average, scaler=guard)  # the whole state
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
         run = put_back(saved, parts, run.started)
+        guard.left -= run.bad_steps
         say_where(s, saved, learning_rate)
     checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
                       encoder_config=asdict(model.encoder.config), tokenizer=data.tokenizer.state,
@@ -108,7 +121,48 @@ def align(s, sources, device, stop):
                       trunk_source=trunk.source if trunk else None)
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
+    # ---- a step
+    def batches_of_step(step):
+        """-> names of some of its samples, how many there are, and batches with what the device needs."""
+        names = []
+        n_rows = 0
+        batches = []
+        for micro in range(s.grad_accum):
+            batch = data.batch('train', step * s.grad_accum + micro, batch_size, s.seed)
+            names += batch.pop('names')
+            n_rows += len(batch['caption'])
+            batch['counted'] = batch['left_out']  # the words that the cloze is a mean of
+            batches.append(pinned(data.fetch(shard(batch), 'train'), device))
+        return names, n_rows, batches
+
+    def learn(given):
+        """Forward, losses, backward, update. given: the batches, and what the host says of the step, (3,):
+        learning rate, how far the average moves, whether to stop
+        Shapes: -> (losses + 3,): every loss, whether any process is to stop, norm of the gradient, whether
+            the step was bad"""
+        batches, pace = on_device(given, device)
+        lr, share, asked = pace                                        # () each
+        losses = {name: 0 for name in chance}
+        for batch in batches:
+            with autocast:
+                tokens = data.encode(model.encoder, batch, 'train')                        # (B, N, D)
+                terms = model(tokens, batch['caption'], batch['left_out'])
+                # a process may have drawn fewer gaps than another
+                terms['cloze'] = terms['cloze'] * batch.get('weight', 1)
+                terms = chosen(s, terms)
+            guard.scaled(sum(terms.values()) / s.grad_accum).backward()
+            for name, term in terms.items():
+                losses[name] = losses[name] + term.detach() / s.grad_accum
+        *losses, asked = all_reduce(parameters, torch.stack([*losses.values(), asked]))
+        set_learning_rate(optimizers, lr)
+        gnorm, stays, bad = update(parameters, optimizers, guard, sum(losses), s.grad_clip)
+        follow(average, model, share * (1 - stays))
+        return torch.stack([*losses, asked, gnorm, bad])
+
     # ---- the loop
+    ahead = Ahead(batches_of_step, s.max_steps)
+    keep = partial(save, out_dir, checkpoint, run, parts)
+    recent = []  # steps of which the device has not told yet
     mark = time.time()
     warned = False
     stopping = False
@@ -120,44 +174,22 @@ def align(s, sources, device, stop):
             if run.best is None or scores['loss'] <= run.best['scores']['loss']:
                 run.best = dict(step=run.step, scores=scores, model=copy.deepcopy(average.state_dict()))
             run.validated = run.step
-            save(out_dir, checkpoint, run, parts)
+            keep()
             mark = time.time()  # the clock of the log lines stands still while evaluating
         if stopping:
             end_early(run, s)
         if run.step >= s.max_steps:
             break
 
-        lr = set_learning_rate(optimizers, run.step, s)
-        names = []
-        n_rows = 0
-        losses = {}
-        for micro in range(s.grad_accum):
-            batch = data.batch('train', run.step * s.grad_accum + micro, batch_size, s.seed)
-            names += batch.pop('names')
-            n_rows += len(batch['caption'])
-            batch['counted'] = batch['left_out']  # the words that the cloze is a mean of
-            batch = on_device(shard(batch), device)
-            with autocast:
-                tokens = data.tokens(model.encoder, batch, 'train')                        # (B, N, D)
-                terms = model(tokens, batch['caption'], batch['left_out'])
-                # a process may have drawn fewer gaps than another
-                terms['cloze'] = terms['cloze'] * batch.get('weight', 1)
-                terms = chosen(s, terms)
-            scaler.scale(sum(terms.values()) / s.grad_accum).backward()
-            for name, term in terms.items():
-                losses[name] = losses.get(name, 0) + term.detach() / s.grad_accum
-        losses, stopping = all_reduce(parameters, losses, stop.asked)
-        gnorm, good = update(parameters, optimizers, scaler, sum(losses.values()), s.grad_clip)
-        if good:
-            follow(average, model, run.step, s.ema)
-            run.count(losses, n_rows)
-        else:
-            values = f'loss {sum(losses.values())}, gradient norm {gnorm}, lr {lr:.2e}'
-            problem = printable(f"step {run.step}: {values}: not finite; samples {', '.join(names)}, ...")
-            if run.bad_steps >= s.skip_bad_steps:
-                save(out_dir, checkpoint, run, parts)
-            leave_out(run, log, problem, s.skip_bad_steps)
+        names, n_rows, batches = ahead(run.step)
+        lr = learning_rate(run.step, s)
+        pace = torch.tensor([lr, new_share(run.step, s), stop.asked])  # (3,)
+        values = learn([batches, pinned(pace, device)])                # (losses + 3,)
+        recent.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, values=values))
         run.step += 1
+        if is_told(run.step, s, device, stop):
+            asked, gnorm = hear(recent, chance, run, log, s.skip_bad_steps, keep)
+            stopping = asked or stop.asked and alone()
         run.since_s += time.time() - mark
         mark = time.time()
 
@@ -170,7 +202,7 @@ def align(s, sources, device, stop):
 
         # before validating too: whatever ends that costs no step
         if stopping or is_due(run.step, s):
-            save(out_dir, checkpoint, run, parts)
+            keep()
     stop.waits = False
     if stop.asked:
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; '

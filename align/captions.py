@@ -18,6 +18,7 @@ import torch
 from data import Tokenizer, padded, read_rows, train_bpe
 from eval import rows_to_judge
 from plumbing.features import FileTokens
+from plumbing.machine import on_device
 from plumbing.pictures import as_seen, rgb_picture, squared
 from plumbing.sounds import spectrum_picture
 from plumbing.tables import check_splits
@@ -313,9 +314,19 @@ class AlignData:
 
     def tokens(self, encoder, batch, split):
         """What the encoder makes of the pictures of a batch. Shapes: -> (B, N, D)"""
+        return self.encode(encoder, on_device(self.fetch(batch, split), self.device), split)
+
+    def fetch(self, batch, split):
+        """A batch with what the device needs of its files in place of their numbers."""
         if self.drawn:
-            return encoder(encoder.normalise(batch['pixels']))
+            return batch
+        return batch | dict(picture=self.images[split].fetch(batch['picture'].cpu()))
+
+    def encode(self, encoder, fetched, split):
+        """As `tokens`, of a batch that is fetched, and on the device."""
+        if self.drawn:
+            return encoder(encoder.normalise(fetched['pixels']))
         if self.trunk is None:
-            return self.images[split](encoder, batch['picture'])
-        patches = self.images[split](self.trunk, batch['picture'])           # (B, patches, W)
+            return self.images[split].encode(encoder, fetched['picture'])
+        patches = self.images[split].encode(self.trunk, fetched['picture'])  # (B, patches, W)
         return encoder.resample(patches)

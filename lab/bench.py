@@ -41,7 +41,8 @@ from plumbing.machine import (
     seconds,
 )
 from plumbing.pictures import open_picture
-from train import TrainConfig, follow, make_optimizers, update
+from plumbing.steps import Guard
+from train import TrainConfig, follow, make_optimizers, set_learning_rate, update
 
 SCALE = ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')
 
@@ -255,7 +256,8 @@ def main_job(b, steps=30, most=12):
     average = copy.deepcopy(decoder)
     parameters = list(decoder.parameters())
     optimizers = make_optimizers([(1.0, decoder)], s, dtype)
-    scaler = torch.amp.GradScaler(b.device.split(':')[0], enabled=False)
+    guard = Guard(b.device, dtype, most=0)
+    lr = torch.tensor(1e-3, device=b.device)
     tokens = torch.randint(3, s.vocab_size, (s.batch_size, 18), device=b.device)
     question, answer, targets = tokens.split((14, 2, 2), dim=1)        # (B, 14), (B, 2) and (B, 2)
     vision = torch.randn(s.batch_size, 16, 128, device=b.device)
@@ -269,8 +271,9 @@ def main_job(b, steps=30, most=12):
         losses[0].backward()
 
     def optimize():
-        update(parameters, optimizers, scaler, losses[0].item(), s.grad_clip)
-        follow(average, decoder, 1, s.ema)
+        set_learning_rate(optimizers, lr)
+        _, stays, _ = update(parameters, optimizers, guard, losses[0].detach(), s.grad_clip)
+        follow(average, decoder, (1 - s.ema) * (1 - stays))
 
     def step():
         forward()

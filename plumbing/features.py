@@ -15,7 +15,7 @@ import torch
 
 from plumbing.console import first_three, progress
 from plumbing.files import locked
-from plumbing.machine import autocast_to, fast_dtypes
+from plumbing.machine import autocast_to, fast_dtypes, room_on
 from plumbing.ranks import in_turn
 
 
@@ -155,6 +155,17 @@ class Features:
             tokens[inside] = part[indices[inside] % self.per_part]
         return torch.from_numpy(tokens)
 
+    def on(self, device):
+        """All of them on the device, or None where they would take more than a quarter of its free memory,
+        and for a CPU, which reads them from where they are. Shapes: -> (n, N, D) float16"""
+        parts = [np.load(file, mmap_mode='r') for file in self.files]                  # (a part's n, N, D)
+        if not parts or 4 * sum(part.nbytes for part in parts) > room_on(device):
+            return None
+        tokens = torch.empty(self.n, *parts[0].shape[1:], dtype=torch.float16, device=device)
+        for into, part in zip(tokens.split(self.per_part), parts):
+            into.copy_(torch.from_numpy(np.array(part)))  # one after the other: never two of all
+        return tokens
+
 
 def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_bytes=2 ** 28):
     """The tokens of all pictures, encoded once and kept in `cache_dir`, in parts of `part_bytes`.
@@ -290,6 +301,9 @@ class Part:
 class FileTokens:
     """The tokens of pictures or sounds: from the cache where their encoder is frozen, else anew from the
     pixels, with gradient where it is `trained`. `cache=False`: anew in any case. `dim`: as `cached_features`
+
+    In two parts, so that a batch can be fetched while the device computes the one before: `fetch`, on the
+    CPU, and `encode`, on the device, which nothing in it waits for.
     """
 
     def __init__(self, encoder, pictures, device, cache_dir, cache=True, trained=False, dim=None):
@@ -297,22 +311,39 @@ class FileTokens:
         self.dim = dim
         self.trained = trained
         self.features = None
+        self.resident = None
         if not cache:
             self.pixels = PixelReader(encoder, pictures)
         elif trained:  # its tokens change with every step, the pixels do not
             self.pixels = pixel_array(encoder, pictures)
         else:
             self.features = in_turn(partial(cached_features, encoder, pictures, cache_dir, device, dim))
+            self.resident = self.features.on(device)
 
-    def __call__(self, encoder, picture):
+    def __call__(self, encoder, numbers):
         """`encoder`: as it is now, or the average of its weights; the one before only opened the files.
-        Shapes: picture, indices (B,) -> (B, N, dim), or None where they are -1: the rows have none."""
-        if picture[0] < 0:
+        Shapes: numbers (B,) of the files -> (B, N, dim), or None where they are -1: the rows have none."""
+        fetched = self.fetch(numbers.cpu())
+        return None if fetched is None else self.encode(encoder, fetched.to(self.device))
+
+    def fetch(self, numbers):
+        """What the device needs of some files: tokens, pixels or, where the tokens of all files lie there,
+        the numbers themselves. Shapes: (B,) -> (B, N, dim) float16, (B, 3, S, S) uint8, or (B,)."""
+        if numbers[0] < 0:
             return None
+        if self.resident is not None:
+            return numbers
         if self.features is not None:
-            return self.features[picture.cpu()].to(self.device).float()  # as halves: half the bytes to a GPU
-        pixels = self.pixels[picture.cpu()].to(self.device)                            # (B, 3, S, S) uint8
-        images = encoder.normalise(pixels)
+            return self.features[numbers]  # as halves: half the bytes to a GPU
+        return self.pixels[numbers]
+
+    def encode(self, encoder, fetched):
+        """Shapes: what `fetch` gave, on the device -> (B, N, dim)"""
+        if self.resident is not None:
+            return self.resident[fetched].float()                                      # (B, N, dim)
+        if self.features is not None:
+            return fetched.float()                                                     # (B, N, dim)
+        images = encoder.normalise(fetched)                                            # (B, 3, S, S)
         if self.trained and torch.is_grad_enabled():
             tokens = encoder(images)                                                   # (B, N, D)
         else:
@@ -326,6 +357,9 @@ def is_trained(settings, name):
     return settings['train_encoder'] if name == 'encoder' else settings[name] is None
 
 
+COLUMNS = dict(encoder='picture', sound_encoder='sound')  # where a batch has the numbers of its files
+
+
 class ContextTokens:
     """What a run sees and hears of a split. `encoders`: {'encoder': of pictures, 'sound_encoder': of sounds},
     those that it has; `settings`: its settings, a dict."""
@@ -336,13 +370,29 @@ class ContextTokens:
         for name, encoder in encoders.items():
             files, dim = (rows.pictures, settings['vision_dim']) if name == 'encoder' else (rows.sounds, None)
             self.tokens[name] = FileTokens(encoder, files, device, settings['cache_dir'], settings['cache'],
-                                            is_trained(settings, name), dim)
+                                           is_trained(settings, name), dim)
 
     def __call__(self, batch):
         """Shapes: a batch -> image tokens (B, N, D) and sound tokens (B, M, D), each None where the rows or
         the run have none."""
         return self.of('encoder', batch['picture']), self.of('sound_encoder', batch['sound'])
 
-    def of(self, name, indices):
+    def of(self, name, numbers):
         """What one of the encoders makes of pictures or sounds; None without it."""
-        return self.tokens[name](self.encoders[name], indices) if name in self.encoders else None
+        return self.tokens[name](self.encoders[name], numbers) if name in self.encoders else None
+
+    def fetch(self, batch):
+        """A batch with what the device needs of its files in place of their numbers."""
+        fetched = dict(batch)
+        for name, column in COLUMNS.items():
+            has = name in self.encoders
+            fetched[column] = self.tokens[name].fetch(batch[column]) if has else None
+        return fetched
+
+    def encode(self, fetched):
+        """As a call, of a batch that is fetched, and on the device."""
+        made = []
+        for name, column in COLUMNS.items():
+            what = fetched[column]
+            made.append(None if what is None else self.tokens[name].encode(self.encoders[name], what))
+        return made

@@ -6,14 +6,7 @@ from functools import partial
 
 import torch
 
-
-def mapped(function, tensors):
-    """The same nested lists and dicts with function(tensor) in place of every tensor; a None stays."""
-    if isinstance(tensors, dict):
-        return {name: mapped(function, inner) for name, inner in tensors.items()}
-    if isinstance(tensors, (list, tuple)):
-        return [mapped(function, inner) for inner in tensors]
-    return None if tensors is None else function(tensors)
+from plumbing.machine import mapped, on_device
 
 
 def leaves(tensors):
@@ -63,19 +56,15 @@ class Captured:
                     mine.copy_(given, non_blocking=True)
                 replay()
             elif key in self.known and self.has_room():
-                inputs = self.on_device(tensors, copy=True)
+                inputs = on_device(tensors, self.device, copy=True)
                 replay, result = self.recorder.record(partial(self.step, inputs, *settings))
                 self.recorded[key] = inputs, replay, result
                 replay()  # to record is not to execute
             else:
                 self.known.add(key)
-                result = self.step(self.on_device(tensors), *settings)
+                result = self.step(on_device(tensors, self.device), *settings)
         # the next replay overwrites the result
         return result.detach().clone()
-
-    def on_device(self, tensors, copy=False):
-        move = partial(torch.Tensor.to, device=self.device, non_blocking=True, copy=copy)
-        return mapped(move, tensors)
 
     def has_room(self):
         if len(self.recorded) == self.most and not self.is_full:
@@ -110,6 +99,7 @@ class OnGpu:
     def record(self, run):
         """-> (what executes again all that run() did on the device, the memory of its result)"""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # the thread that makes the next batch may pin memory meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode='thread_local'):
             result = run()
         return graph.replay, result

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,6 +85,11 @@ def most_memory(device):
     return most if sys.platform == 'darwin' else most * 1024
 
 
+def room_on(device):
+    """Bytes of a GPU's memory that are free for what is to stay there; 0 for a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith('cuda') else 0
+
+
 def keep_freed_memory():
     """Lets glibc keep the memory that a step frees for the next one, instead of handing it back to Linux and
     asking for fresh, zeroed pages: a quarter of an alignment step on a CPU. Elsewhere it does nothing."""
@@ -160,9 +166,20 @@ def flops_of(function):
     return counter.get_total_flops()
 
 
-def on_device(batch, device):
-    """A batch, a dict, with its tensors on the device; what is no tensor stays as it is."""
-    moved = {}
-    for key, value in batch.items():
-        moved[key] = value.to(device) if torch.is_tensor(value) else value
-    return moved
+def mapped(function, given):
+    """The same nested lists and dicts with function(tensor) in place of every tensor; what is none stays."""
+    if isinstance(given, dict):
+        return {key: mapped(function, value) for key, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [mapped(function, value) for value in given]
+    return function(given) if torch.is_tensor(given) else given
+
+
+def on_device(given, device, copy=False):
+    """Nested lists and dicts with their tensors on the device. Nobody waits for what is in pinned memory."""
+    return mapped(partial(torch.Tensor.to, device=device, non_blocking=True, copy=copy), given)
+
+
+def pinned(given, device):
+    """The same in memory that a GPU copies from while the host goes on; for a CPU as it is."""
+    return mapped(torch.Tensor.pin_memory, given) if device.startswith('cuda') else given

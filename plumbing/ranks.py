@@ -29,6 +29,11 @@ def rank_and_world():
     return 0, 1
 
 
+def alone():
+    """Whether this process works alone."""
+    return rank_and_world()[1] == 1
+
+
 def in_turn(make):
     """Calls make() in the first process, then in the first of every other machine, then in all others, and
     returns what it returns there: what the first one leaves on disk, the others find."""
@@ -172,23 +177,19 @@ def shard(batch):
     return share
 
 
-def all_reduce(parameters, losses, stop):
-    """Makes every gradient the mean over the processes -> the mean losses, a dict of floats, and whether any
-    process was asked to stop: the same in all."""
+def all_reduce(parameters, values):
+    """Makes every gradient the mean over the processes. Shapes: values (n,) -> their means, alike in all"""
     _, world = rank_and_world()
-    values = torch.stack([*losses.values()]).float()  # (number of losses,)
-    if world > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        asked = values.new_tensor([float(stop)])
-        # one message with everything in it: each costs a wait
-        flat = torch.cat([g.flatten() for g in grads] + [values, asked])  # (all numbers,)
-        torch.distributed.all_reduce(flat)
-        sizes = [g.numel() for g in grads] + [len(values), 1]
-        *means, values, stop = (flat / world).split(sizes)
-        for g, mean in zip(grads, means):
-            g.copy_(mean.view_as(g))
-    # one asked process makes a mean that is not 0
-    return dict(zip(losses, values.tolist())), bool(stop)
+    if world == 1:
+        return values
+    grads = [p.grad for p in parameters if p.grad is not None]
+    # one message with everything in it: each costs a wait
+    flat = torch.cat([g.flatten() for g in grads] + [values])          # (all numbers,)
+    torch.distributed.all_reduce(flat)
+    *means, values = (flat / world).split([g.numel() for g in grads] + [len(values)])
+    for g, mean in zip(grads, means):
+        g.copy_(mean.view_as(g))
+    return values
 
 
 class Gather(torch.autograd.Function):

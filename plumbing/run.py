@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.console import clock, stop_signals
+from plumbing.console import clock, printable, stop_signals
 from plumbing.files import safe_load, write_whole
 from plumbing.machine import commit, device_name, keep_freed_memory, most_memory
 from plumbing.ranks import from_all, in_turn, rank_and_world
@@ -180,9 +180,8 @@ def unchanged(settings, saved, key, fingerprint):
 
 def put_back(saved, parts, started):
     """Gives every part the state that it had. -> the Run, as far as it was"""
-    fused = parts['optimizer 0'].defaults['fused']  # the run may have begun on another device
-    for group in saved['state']['optimizer 0']['param_groups']:
-        group['fused'] = fused
+    for group in saved['state']['optimizer 0']['param_groups']:  # older code may have begun the run
+        group |= dict(fused=True, capturable=True)
     for name, part in parts.items():
         part.load_state_dict(saved['state'][name])
     return Run(**saved['run'] | dict(started=started - saved['run']['wall_s']))
@@ -264,15 +263,34 @@ def end_early(run, settings):
                             f'the same command{fresh} goes on from there')
 
 
-def leave_out(run, log, problem, most):
-    """Counts a step that was not finite and moved nothing. Raises: FloatingPointError after `most`."""
-    if run.bad_steps >= most:
-        raise FloatingPointError(f'{problem}; the state before this step is saved; '
-                                 f'a lower --learning_rate with --fresh=true is the usual remedy, '
-                                 f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
-    run.bad_steps += 1
-    print(f'{problem}; left out')
-    log.write(dict(event='bad step', step=run.step + 1, problem=problem))
+def hear(recent, losses, run, log, most, keep):
+    """Waits for the device, counts the steps that it tells of and leaves the bad ones out.
+
+    recent: the steps since the last time, dicts with step, lr, n_rows, names of some samples and values, (n,)
+        on the device: the losses, whose names are `losses`, whether to stop, norm of the gradient, whether
+        the step was bad, and so moved nothing; emptied. keep: saves the run
+    -> whether any process was asked to stop, and the norm of the last gradient
+    Raises: FloatingPointError after more than `most` bad steps, with the state before the last one saved.
+    """
+    all_values = torch.stack([tried.pop('values') for tried in recent]).tolist()
+    for tried, (*of_losses, asked, gnorm, bad) in zip(recent, all_values):
+        if not bad:
+            run.count(dict(zip(losses, of_losses)), tried['n_rows'])
+            continue
+        values = f"loss {sum(of_losses)}, gradient norm {gnorm}, lr {tried['lr']:.2e}"
+        names = ', '.join(tried['names'])
+        problem = printable(f"step {tried['step']}: {values}: not finite; samples {names}, ...")
+        if run.bad_steps >= most:
+            run.step = tried['step']  # the device has moved nothing since
+            keep()
+            raise FloatingPointError(f'{problem}; the state before this step is saved; '
+                                     f'a lower --learning_rate with --fresh=true is the usual remedy, '
+                                     f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
+        run.bad_steps += 1
+        print(f'{problem}; left out')
+        log.write(dict(event='bad step', step=tried['step'] + 1, problem=problem))
+    recent.clear()
+    return asked > 0, gnorm
 
 
 # ----------------------------------------------------------------------------

@@ -439,9 +439,9 @@ GRADIENTS = '''
 import os, sys, torch
 from align import __main__ as align_main
 all_reduce, out = align_main.all_reduce, []
-def caught(parameters, losses, stop):
-    means = all_reduce(parameters, losses, stop)
-    out.append([torch.tensor(list(means[0].values()))] + [p.grad.clone() for p in parameters if p.grad is not None])
+def caught(parameters, values):
+    means = all_reduce(parameters, values)
+    out.append([means[:-1].clone()] + [p.grad.clone() for p in parameters if p.grad is not None])
     return means
 align_main.all_reduce = caught
 align_main.finish = lambda *args: None

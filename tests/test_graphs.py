@@ -1,6 +1,7 @@
 """A recorded step: as the plain one to the last digit, on a tape that is as strict as a CUDA graph."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from tape import OnTape, Tape
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import train
 from plumbing.graphs import Captured
+from plumbing.run import read_checkpoint, read_log
 
 LEARNING_RATES = [.01 / (1 + k) for k in range(12)]
 
@@ -265,3 +268,48 @@ def test_results_stay():
     assert [x.tolist() for x in given] == [[k] * 2 for k in (0., 1., 2., 3., 4.)]
     results[-1].zero_()
     assert captured(dict(x=given[1])).tolist() == [11., 11.]
+
+
+# ----------------------------------------------------------------------------
+# the training itself
+
+@pytest.mark.parametrize('more', [[], ['--min_inner_steps=1', '--inner_steps=3'], ['--train_encoder=true', '--grad_accum=2', '--optimizer=adamw'],
+                                  ['--kind=plain', '--dtype=float16', '--ema=0'], ['--recursion=add', '--checkpoint_recursion=true']], ids=' '.join)
+def test_training_as_graphs(more, tiny_shapes, tiny_encoder, tmp_path, monkeypatch):
+    """Training whose steps are recorded and replayed ends with the weights of the same training without it, and left the same bad step out."""
+    monkeypatch.setattr(train, 'judge_test_split', lambda *args: None)
+    monkeypatch.setattr(train, 'uses_graphs', lambda s, device: s.graphs)  # on a CPU too
+    monkeypatch.setattr(train, 'is_told', lambda step, s, device, stop: train.is_due(step, s))
+    fetch, fetched, replayed = train.ContextTokens.fetch, [], []
+
+    def bad_once(self, batch):
+        fetched.append(fetch(self, batch))
+        if len(fetched) == 20 and fetched[-1]['picture'].is_floating_point():
+            fetched[-1]['picture'] *= math.nan
+        return fetched[-1]
+
+    class Watched(OnTape):
+        def record(self, run):
+            replay, result = super().record(run)
+            return lambda: (replayed.append(1), replay()), result
+
+    monkeypatch.setattr(train.ContextTokens, 'fetch', bad_once)
+    flags = [f'--dataset={tiny_shapes}', f'--encoder={tiny_encoder}', f'--cache_dir={tmp_path}/cache', '--device=cpu', '--n_embd=16', '--n_head=2', '--inner_steps=2',
+             '--max_steps=24', '--eval_interval=24', '--batch_size=8', '--max_question_tokens=40',
+             '--skip_bad_steps=1', *more]
+    ends = []
+    for name, made in (('graphs', lambda learn, device: Captured(learn, device, recorder=Watched())), ('plain', lambda learn, device: learn)):
+        fetched.clear()
+        monkeypatch.setattr(train, 'Captured', made)
+        train.main([*flags, f'--out_dir={tmp_path / name}'])
+        ends.append(read_checkpoint(tmp_path / name))
+    assert len(replayed) > 4
+    a, b = ends
+    assert a['run']['bad_steps'] == b['run']['bad_steps'] == ('--train_encoder=true' not in more)
+    assert all(same(a['state'][part].values(), b['state'][part].values()) for part in ('model', 'ema'))
+    assert log_of(tmp_path / 'graphs') == log_of(tmp_path / 'plain')
+
+
+def log_of(out_dir):
+    """What a run's steps were like, without its clock."""
+    return [[event.get(key) for key in ('step', 'loss', 'gnorm', 'lr', 'em', 'problem')] for event in read_log(out_dir)]

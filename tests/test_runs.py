@@ -226,11 +226,11 @@ GRADIENTS = '''
 import torch, train
 from plumbing.ranks import rank_and_world
 all_reduce, out = train.all_reduce, []
-def caught(parameters, losses, stop):
-    means, stopping = all_reduce(parameters, losses, rank_and_world()[0] == 1 and len(out) == 5)
-    assert stopping == (len(out) == 5 and rank_and_world()[1] > 1)  # all know that one was asked to stop
-    out.append([torch.tensor(list(means.values()))] + [p.grad.clone() for p in parameters if p.grad is not None])
-    return means, False
+def caught(parameters, values):
+    loss, asked = all_reduce(parameters, torch.stack([values[0], values.new_tensor(rank_and_world()[0] == 1 and len(out) == 5)]))
+    assert (asked > 0) == (len(out) == 5 and rank_and_world()[1] > 1)  # all know that one was asked to stop
+    out.append([loss.clone()] + [p.grad.clone() for p in parameters if p.grad is not None])
+    return torch.stack([loss, torch.zeros(())])
 train.all_reduce = caught
 train.judge_test_split = lambda *args: None
 train.main(sys.argv[1:])

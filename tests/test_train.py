@@ -30,6 +30,7 @@ from model import Decoder
 from plumbing.plots import draw_curves
 from plumbing.results import picture_of
 from plumbing.run import FORMAT, read_checkpoint, read_log
+from plumbing.steps import Guard
 from plumbing.tables import SPLITS
 from prepare import shapes
 
@@ -249,7 +250,7 @@ def test_settings_matter(option, flags, tmp_path):
 def test_gradient_accumulation(flags, tmp_path, monkeypatch):
     """The gradient of an accumulated step is the mean of the gradients of its batches, clipped only together; so is its loss."""
     all_reduce, make, grads, started = train.all_reduce, train.make_optimizers, [], []
-    monkeypatch.setattr(train, 'all_reduce', lambda parameters, losses, stop: (grads.append([p.grad.clone() for p in parameters]), all_reduce(parameters, losses, stop))[1])
+    monkeypatch.setattr(train, 'all_reduce', lambda parameters, values: (grads.append([p.grad.clone() for p in parameters]), all_reduce(parameters, values))[1])
     monkeypatch.setattr(train, 'make_optimizers', lambda parts, s, dtype: (started.append(copy.deepcopy(parts[0][1])), make(parts, s, dtype))[1])
     _, tokens_of, questions, s = caught('flops_per_row', [*flags, '--dtype=float32', '--grad_accum=2', '--log_interval=1', '--grad_clip=1e-6', f'--out_dir={tmp_path}'], monkeypatch)
     decoder, losses = started[0], []
@@ -263,7 +264,7 @@ def test_gradient_accumulation(flags, tmp_path, monkeypatch):
 
 def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     """A run killed after its first checkpoint and started again with the same command ends with the same weights, to the bit; the seconds of
-    training since the last log line are not forgotten, and the optimizer is that of the device, even if the run began on another one."""
+    training since the last log line are not forgotten, and the optimizer is today's, even if older code began the run."""
     flags = [*flags, '--log_interval=5']
     train.main([*flags, f"--out_dir={tmp_path / 'whole'}"])
 
@@ -282,11 +283,11 @@ def test_resume_is_exact(flags, tmp_path, monkeypatch, capsys):
     at_4 = saved['run']
     assert at_4['step'] == at_4['since'] == 4 and at_4['since_s'] > 0 == at_4['train_s']
     for group in saved['state']['optimizer 0']['param_groups']:
-        group['fused'] = True  # as on a GPU
+        group |= dict(fused=None, capturable=False)  # as older code wrote them
     torch.save(saved, tmp_path / 'killed/ckpt.pt')
     train.main([*flags, f"--out_dir={tmp_path / 'killed'}"])
     assert 'going on at step 4' in capsys.readouterr().out
-    assert not any(group['fused'] for group in read_checkpoint(tmp_path / 'killed')['state']['optimizer 0']['param_groups'])
+    assert all(group['fused'] and group['capturable'] for group in read_checkpoint(tmp_path / 'killed')['state']['optimizer 0']['param_groups'])
     assert same(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
     steps = [json.loads(line)['step'] for line in (tmp_path / 'killed/log.jsonl').read_text().splitlines()]
     assert steps == sorted(steps)
@@ -436,16 +437,73 @@ def test_non_finite_loss(flags, tmp_path, monkeypatch):
         train.main([*flags, f'--out_dir={tmp_path}'])
 
 
-def test_update_float16():
-    """A gradient that is not finite anywhere moves no weight of any optimizer; in float16 it lowers the loss scale, as far as that goes."""
+def test_guard_float16():
+    """A gradient that is not finite moves no weight of any optimizer; in float16 it lowers the loss scale, which is no fault, down to 1; the scale
+    rises again after many good steps. After more faults than are allowed nothing moves any more, the scale neither."""
     one, other = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    optimizers, scaler = [torch.optim.SGD([one], .1), train.Muon([other], .1, .9, 0.)], torch.amp.GradScaler('cpu', init_scale=2.)
-    for value, scale, moves, well in ((math.nan, 1., False, True), (math.nan, .5, False, False), (1., .5, True, True)):
-        scaler.scale(torch.ones(()))
-        one.grad, other.grad = torch.full((2, 2), value), torch.eye(2)
-        _, good = train.update([one, other], optimizers, scaler, 1., 1.)
-        assert good == well and scaler.get_scale() == scale and one.grad is other.grad is None
-        assert ((one != 1).any() and (other != 1).any()) == moves and torch.isfinite(other).all()
+    optimizers, guard = [torch.optim.AdamW([one], .1, fused=True), train.Muon([other], .1, .9, 0.)], Guard('cpu', torch.float16, most=1)
+    guard.load_state_dict(dict(scale=2., _growth_tracker=Guard.DOUBLED_AFTER - 1))
+    weights, saved = [], []
+
+    def step(value, loss=1.):
+        one.grad, other.grad = torch.full((2, 2), value) * guard.scale, torch.eye(2) * guard.scale
+        gnorm, stays, bad = train.update([one, other], optimizers, guard, torch.tensor(loss), 1.)
+        assert one.grad is other.grad is None
+        weights.append([one.detach().clone(), other.detach().clone()]), saved.append(optimizers[1].state_dict())
+        return bool(stays), bool(bad), guard.scale.item()
+
+    assert step(1.) == (False, False, 4.)                  # the last good one of many: the scale is doubled
+    assert guard.state_dict() == dict(scale=4., _growth_tracker=0)
+    assert step(math.nan) == (True, False, 2.) and step(math.inf) == (True, False, 1.)
+    assert step(math.nan) == (True, True, 1.)              # nothing was scaled up: a fault, the one that is allowed
+    assert step(1.) == (False, False, 1.) and guard.state_dict()['_growth_tracker'] == 1
+    assert step(1., loss=math.nan) == (True, True, 1.)     # a second one
+    assert step(1.) == (True, False, 1.) and guard.state_dict()['_growth_tracker'] == 1
+    moved = [not torch.equal(a[k], b[k]) for a, b in zip(weights, weights[1:]) for k in (0, 1)]
+    assert moved == [False] * 6 + [True] * 2 + [False] * 4 and all(w.isfinite().all() for both in weights for w in both)
+    averages = [state['state'][0]['average'] for state in saved]
+    assert torch.equal(averages[0], averages[3]) or averages[0] is averages[3]
+    assert Guard('cpu', torch.bfloat16, most=0).state_dict() == {}
+
+
+def test_told_late(flags, tmp_path, monkeypatch):
+    """A run that asks its device only now and then, as on a GPU, makes the same steps: the same weights, the same log; bad steps are left out, and one too many ends it
+    with the state before that step saved, though later ones were begun, and it goes on from there as if it had asked each time."""
+    forward, calls = Decoder.forward, []
+
+    def sometimes_bad(self, *args, **more):
+        logits, loss = forward(self, *args, **more)
+        if self.training:
+            calls.append(1)
+        return logits, loss * math.nan if self.training and len(calls) in bad else loss
+
+    def run(name, every, *more):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, 'forward', sometimes_bad)
+            patch.setattr(train, 'is_told', lambda step, s, device, stop: step % every == 0 or train.is_due(step, s))
+            train.main([*flags, f'--out_dir={tmp_path / name}', '--log_interval=6', '--eval_interval=6', *more])
+
+    bad = (2, 5)
+    for name, every in (('at_once', 1), ('late', 6)):
+        run(name, every, '--skip_bad_steps=2')
+    assert same(weights(tmp_path / 'at_once'), weights(tmp_path / 'late'))
+    for key in ('event', 'step', 'loss', 'gnorm', 'lr', 'em', 'problem'):
+        a, b = ([event.get(key) for event in read_log(tmp_path / name)] for name in ('at_once', 'late'))
+        assert sorted(map(str, a)) == sorted(map(str, b))
+    bad = (2, 4, 5)
+    for name, every in (('stopped_at_once', 1), ('stopped_late', 6)):
+        with pytest.raises(FloatingPointError, match='step 3: loss nan.*the state before this step is saved'):
+            run(name, every, '--skip_bad_steps=1')
+    a, b = (read_checkpoint(tmp_path / name, unfinished=True) for name in ('stopped_at_once', 'stopped_late'))
+    assert a['run']['step'] == b['run']['step'] == 3 and a['run']['bad_steps'] == b['run']['bad_steps'] == 1
+    assert a['run']['total'] == b['run']['total'] and a['run']['since'] == b['run']['since'] == 2
+    for part in ('model', 'ema'):
+        assert all(torch.equal(p, b['state'][part][key]) for key, p in a['state'][part].items())
+    bad = ()
+    for name in ('stopped_at_once', 'stopped_late'):
+        run(name, 1)
+    assert same(weights(tmp_path / 'stopped_at_once'), weights(tmp_path / 'stopped_late'))
 
 
 def test_captions_only(flags, tiny_shapes, tmp_path):
@@ -669,17 +727,21 @@ def test_better():
 
 
 def test_average():
-    """The average follows the weights, closely at first and with the decay `ema` in the end; AdamW and Muon move all of the model."""
+    """The average follows the weights, closely at first and with the decay `ema` in the end, and not at all at a step that moves nothing; AdamW and Muon move
+    all of the model."""
     torch.manual_seed(0)
     model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
     average, parameters = copy.deepcopy(model), list(model.parameters())
-    optimizers, scaler = train.make_optimizers([(1.0, model)], train.TrainConfig(learning_rate=1e-2)), torch.amp.GradScaler('cpu', enabled=False)
+    s = train.TrainConfig(learning_rate=1e-2, ema=.3)
+    optimizers, guard = train.make_optimizers([(1.0, model)], s), Guard('cpu', torch.float32, most=1)
     expected = [p.detach().clone() for p in parameters]
-    for step, kept in enumerate((1 / 10, 2 / 11, 3 / 12, .3, .3)):
+    for step, kept in enumerate((1 / 10, 2 / 11, 3 / 12, .3, .3, 1)):
         for p in parameters:
             p.grad = torch.randn_like(p)
-        train.update(parameters, optimizers, scaler, 1., 1.)
-        train.follow(average, model, step, .3)
+        train.set_learning_rate(optimizers, torch.tensor(1e-2))
+        loss = torch.tensor(math.nan if kept == 1 else 1.)
+        _, stays, _ = train.update(parameters, optimizers, guard, loss, 1.)
+        train.follow(average, model, train.new_share(step, s) * (1 - stays))
         expected = [kept * a + (1 - kept) * p.detach() for a, p in zip(expected, parameters)]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, average.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(average.parameters(), parameters))
