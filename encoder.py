@@ -362,7 +362,7 @@ class Encoder(nn.Module):
             return spectrum(data, *self.config.input_shape)                            # (bands, frames)
         if self.config.reads == 'sound':
             return spectrum_picture(data)
-        return open_picture(data)
+        return open_picture(data, side=self.config.image_px)
 
     def preprocess(self, picture):
         """A Pillow picture of any mode and size -> a normalised float tensor (3, S, S)."""
@@ -372,7 +372,7 @@ class Encoder(nn.Module):
         """A Pillow picture of any size and mode but floats -> uint8 (3, S, S), made square as `fit` says.
 
         Source: CLIPImageProcessorPil of transformers 5, and timm's own transforms for its networks, which
-        it equals bit by bit but for 'upright'.
+        it equals bit by bit but for 'upright', and for JPEGs that `open` decodes at half size or less.
         Raises: ValueError.
         """
         c = self.config

@@ -313,20 +313,6 @@ def train(s, sources, device, stop):
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=settings))
 
     # ---- a step
-    def batches_of_step(step):
-        """-> names of some of its samples, how many there are, and batches with what the device needs."""
-        names = []
-        n_rows = 0
-        batches = []
-        for micro in range(s.grad_accum):
-            chosen = questions['train'].rows_of_step(step * s.grad_accum + micro, s.batch_size, s.seed)
-            batch = questions['train'].batch(chosen)
-            batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
-            batches.append(pinned(tokens_of['train'].fetch(shard(batch)), device))
-            names += [rows['train'].sample_id[i] for i in chosen[:8]]
-            n_rows += len(chosen)
-        return names, n_rows, batches
-
     def learn(given, passes):
         """Forward, loss, backward, update: nothing in it waits for the device. given: the batches, and what
         the host says of the step, (3,): learning rate, how far the average moves, whether to stop
@@ -355,7 +341,9 @@ def train(s, sources, device, stop):
     # ---- the loop
     if uses_graphs(s, device):
         learn = Captured(learn, device)
-    ahead = Ahead(batches_of_step, s.max_steps)
+    make = partial(batches_of_step, questions=questions['train'], tokens_of=tokens_of['train'], s=s,
+                   device=device)
+    ahead = Ahead(make, s.max_steps)
     keep = partial(save, out_dir, checkpoint, run, parts)
     recent = []  # steps of which the device has not told yet
     mark = time.time()
@@ -437,6 +425,22 @@ def is_told(step, s, device, stop):
 def uses_graphs(s, device):
     """Whether steps are launched as CUDA graphs; several processes meet within a step, which none is for."""
     return s.graphs and device.startswith('cuda') and alone() and not s.compile
+
+
+def batches_of_step(step, questions, tokens_of, s, device):
+    """The batches of a step, with what the device needs of their files. -> names of some of its samples, how
+    many there are, and the batches, dicts"""
+    names = []
+    n_rows = 0
+    batches = []
+    for micro in range(s.grad_accum):
+        chosen = questions.rows_of_step(step * s.grad_accum + micro, s.batch_size, s.seed)
+        batch = questions.batch(chosen)
+        batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
+        batches.append(pinned(tokens_of.fetch(shard(batch)), device))
+        names += [questions.rows.sample_id[i] for i in chosen[:8]]
+        n_rows += len(chosen)
+    return names, n_rows, batches
 
 
 def passes_of_step(step, s):
@@ -627,7 +631,7 @@ def learning_rate(step, s):
 
 
 def set_learning_rate(optimizers, lr):
-    """Gives every group its share of the learning rate, a tensor on the device: () ."""
+    """Gives every group its share of the learning rate. Shapes: lr (), on the device"""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = lr * group['share']

@@ -122,19 +122,6 @@ def align(s, sources, device, stop):
     log = Log(out_dir / 'log.jsonl', run, s, dict(**about, parameters=counts, settings=asdict(s)))
 
     # ---- a step
-    def batches_of_step(step):
-        """-> names of some of its samples, how many there are, and batches with what the device needs."""
-        names = []
-        n_rows = 0
-        batches = []
-        for micro in range(s.grad_accum):
-            batch = data.batch('train', step * s.grad_accum + micro, batch_size, s.seed)
-            names += batch.pop('names')
-            n_rows += len(batch['caption'])
-            batch['counted'] = batch['left_out']  # the words that the cloze is a mean of
-            batches.append(pinned(data.fetch(shard(batch), 'train'), device))
-        return names, n_rows, batches
-
     def learn(given):
         """Forward, losses, backward, update. given: the batches, and what the host says of the step, (3,):
         learning rate, how far the average moves, whether to stop
@@ -160,7 +147,7 @@ def align(s, sources, device, stop):
         return torch.stack([*losses, asked, gnorm, bad])
 
     # ---- the loop
-    ahead = Ahead(batches_of_step, s.max_steps)
+    ahead = Ahead(partial(batches_of_step, data=data, batch_size=batch_size, s=s, device=device), s.max_steps)
     keep = partial(save, out_dir, checkpoint, run, parts)
     recent = []  # steps of which the device has not told yet
     mark = time.time()
@@ -220,6 +207,21 @@ def align(s, sources, device, stop):
 
 # ----------------------------------------------------------------------------
 # what the story leans on
+
+def batches_of_step(step, data, batch_size, s, device):
+    """The batches of a step, with what the device needs of their files. -> names of some of its samples, how
+    many there are, and the batches, dicts"""
+    names = []
+    n_rows = 0
+    batches = []
+    for micro in range(s.grad_accum):
+        batch = data.batch('train', step * s.grad_accum + micro, batch_size, s.seed)
+        names += batch.pop('names')
+        n_rows += len(batch['caption'])
+        batch['counted'] = batch['left_out']  # the words that the cloze is a mean of
+        batches.append(pinned(data.fetch(shard(batch), 'train'), device))
+    return names, n_rows, batches
+
 
 def parameter_counts(model, trunk):
     total = sum(p.numel() for p in model.parameters())

@@ -31,8 +31,10 @@ from lab.decoders import compare_decoders
 from lab.naive import naive_generate, naive_logits
 from model import ModelConfig, build_model, cross_entropy
 from plumbing.console import run_script, table
+from plumbing.graphs import Captured
 from plumbing.machine import (
     autocast_to,
+    compile_layers,
     fast_dtypes,
     flops_of,
     keep_freed_memory,
@@ -40,7 +42,6 @@ from plumbing.machine import (
     pick_device,
     seconds,
 )
-from plumbing.pictures import open_picture
 from plumbing.steps import Guard
 from train import TrainConfig, follow, make_optimizers, set_learning_rate, update
 
@@ -64,7 +65,7 @@ class BenchConfig:
     # the timing
     repeats: int = 3         # rounds of timing; every figure is the fastest of them
     peak_size: int = 4096    # side of the matrices whose product shows the peak of the machine
-    compile: bool = False    # time a compiled training step too (torch.compile; with CUDA graphs on a GPU)
+    compile: bool = False    # time a compiled step too, with CUDA graphs on a GPU; scale=main: it alone
     device: str = 'auto'     # auto (a GPU if there is one), cpu, cuda, ...
     # something else instead
     scale: str | None = None  # main: a training step of config/trm.py, its parts and costliest operations
@@ -262,6 +263,8 @@ def main_job(b, steps=30, most=12):
     question, answer, targets = tokens.split((14, 2, 2), dim=1)        # (B, 14), (B, 2) and (B, 2)
     vision = torch.randn(s.batch_size, 16, 128, device=b.device)
     losses = []
+    if b.compile:
+        compile_layers(decoder, b.device)
 
     def forward():
         with autocast_to(dtype, b.device):
@@ -275,10 +278,11 @@ def main_job(b, steps=30, most=12):
         _, stays, _ = update(parameters, optimizers, guard, losses[0].detach(), s.grad_clip)
         follow(average, decoder, (1 - s.ema) * (1 - stays))
 
-    def step():
+    def step(given=None):
         forward()
         backward()
         optimize()
+        return losses[0].detach()
 
     parts = dict(forward=forward, backward=backward, optimizers=optimize)
     times = {name: [] for name in parts}
@@ -295,6 +299,12 @@ def main_job(b, steps=30, most=12):
     print(f'{flops / 1e9:.1f} GFLOP, {flops / min(whole) / peak:.0%} of the {name_of(dtype)} peak, '
           f'{peak / 1e9:.0f} GFLOP/s: at peak {1e3 * flops / peak:.1f} ms')
     print(costliest(step, b.device, most))
+    if b.device.startswith('cuda'):
+        print(f'its first step took {times["forward"][0] + times["backward"][0]:.1f} s; as a CUDA graph:')
+        graph = Captured(step, b.device)
+        took = [seconds(partial(graph, []), b.device) for _ in range(steps)]
+        print(f'{1e3 * min(took):.1f} ms at best, {1e3 * median(took):.1f} in the middle of {steps}, '
+              f'{took[1]:.1f} s to record it')
 
 
 def show_memory(b, steps=(1, 2, 4, 8, 16)):
@@ -352,7 +362,7 @@ def bench_encoder(encoder, n, device):
     files = noise_photographs(n)
 
     def decode(data):
-        return encoder.pixels(open_picture(data))                      # (3, S, S)
+        return encoder.pixels(encoder.open(data))                        # (3, S, S)
 
     def decode_all():
         with ThreadPoolExecutor() as pool:

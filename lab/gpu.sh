@@ -23,11 +23,12 @@ part() {  # NAME SECONDS COMMAND
 }
 
 part machine 20 bash -c 'nvidia-smi; python -c "import torch; print(torch.__version__, torch.version.cuda)"; git log --oneline -1'
-part main 120 python train.py config/trm.py --fresh=true "--out_dir=$OUT/trm" "${few[@]}"             # aim: 40 s, 4 ms a training step
+part main 100 python train.py config/trm.py --fresh=true "--out_dir=$OUT/trm" "${few[@]}"             # aim: 40 s, 4 ms a training step
 part step 40 python -m lab.bench --scale=main ${SMALL:+--repeats=1}                                # and where its time goes
-part tests 120 python -m pytest -q tests/test_gpu.py -k "not compil"                                   # resumed, deterministic, float16
-part encoder 60 python -m lab.bench --encoder=random "--pictures=$pictures" ${SMALL:+--repeats=1}     # aim: 1,000 photographs a second
+part compiled 60 python -m lab.bench --scale=main --compile=true ${SMALL:+--repeats=1}               # or torch.compile, its first step too
+part tests 100 python -m pytest -q tests/test_gpu.py -k "not compil"                                   # resumed, deterministic, float16
+part encoder 50 python -m lab.bench --encoder=random "--pictures=$pictures" ${SMALL:+--repeats=1}     # aim: 1,000 photographs a second
 part wide 40 python -m lab.bench --n_embd=1024 --n_head=16 "${peak[@]}"                               # aim: half of the peak
 part processes 40 torchrun --standalone --nproc_per_node=1 train.py config/trm.py --fresh=true "${hundred[@]}" "--out_dir=$OUT/processes"
-part photographs 100 bash lab/pixmo_timing.sh $photographs                                            # the recipe of the photographs
+part photographs 90 bash lab/pixmo_timing.sh $photographs                                            # the recipe of the photographs
 if [ -z "${LIST:-}" ]; then tr '\r' '\n' < "$OUT/main.txt" | tail -n 20; fi

@@ -49,6 +49,7 @@ def decode(encoder, data, digest):
 
 
 AHEAD_BYTES = 2**27  # of picture files that wait to be decoded
+DECODING = 2         # how files become pixels; raised when that changes: then they are encoded anew
 
 
 def decode_ahead(encoder, pictures, files, most, pool):
@@ -181,7 +182,7 @@ def cached_features(encoder, pictures, cache_dir, device='cpu', dim=None, part_b
     with torch.no_grad():
         shape = encoder(torch.zeros(1, *encoder.config.input_shape, device=device)).shape[1:-1] + (dim,)
     per_part = max(1, part_bytes // (2 * math.prod(shape)))
-    maker = f'{encoder.fingerprint()} {dim} {dtype}'.encode()
+    maker = f'{encoder.fingerprint()} {dim} {dtype} {DECODING}'.encode()
     parts = []
     for start in range(0, len(pictures), per_part):
         digests = pictures.digests[start:start + per_part]

@@ -36,9 +36,13 @@ def rgb_picture(data):
     return as_seen(open_picture(data))
 
 
-def open_picture(data, most_pixels=2 ** 26):
+def open_picture(data, most_pixels=2 ** 26, side=None):
     """Decodes a picture file completely. Raises: ValueError where it is no picture, is cut off, moves, or is
-    gigantic: its kind, a colon, the details."""
+    gigantic: its kind, a colon, the details.
+
+    side: of the square that it becomes, in pixels; None: not known. A JPEG of four times that side is decoded
+    at half its size, a larger one at a quarter or an eighth: twice the side is left, and after squaring few
+    levels are off, by 1 or 2 of 255; it takes a third of the time, or a sixth."""
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > most_pixels:
@@ -46,6 +50,8 @@ def open_picture(data, most_pixels=2 ** 26):
         # the second picture of an MPO is a preview
         if getattr(picture, 'is_animated', False) and picture.format != 'MPO':
             raise ValueError(f'animated: {picture.n_frames} frames')
+        if side is not None:
+            picture.draft(None, (2 * side, 2 * side))  # of other formats this does nothing
         picture.load()
         if picture.format == 'PNG' and 'transparency' in picture.info:
             picture.info['transparency'] = in_eight_bits(picture, depth=data[24])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import ExifTags, Image
 
 import encoder as encoder_module
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
@@ -270,6 +270,32 @@ def test_cache_needs_room(tmp_path, monkeypatch):
     monkeypatch.setattr(features.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=100))
     with pytest.raises(ValueError, match='are needed.*--vision_dim.*--cache=false'):
         cached_features(small(), Files([png()]), tmp_path)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_large_jpegs(mode, tmp_path):
+    """A JPEG of four times the side of the square, or eight, is decoded at a half or a quarter of its size, turned as its EXIF says, and is off by a few levels
+    at most; smaller ones, and other formats, are decoded as they are; one that is cut off is refused all the same."""
+    waves = sum(np.sin(np.outer(np.arange(600) / a, np.ones(700)) + np.arange(700) / b) for a, b in ((9, 17), (40, 23), (90, -61)))
+    levels = np.stack([(waves - waves.min()) / np.ptp(waves) * 255, np.full((600, 700), 90.), waves * 20 + 90], -1).astype(np.uint8)
+    encoder = Encoder(EncoderConfig(width=32, n_layer=1, n_latents=4, image_px=64))
+
+    def saved(width, format, **more):
+        buffer = io.BytesIO()
+        Image.fromarray(levels).convert(mode).resize((width, width * 6 // 7)).save(buffer, format, **more)
+        return buffer.getvalue()
+
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for width, size in ((700, (175, 150)), (350, (175, 150)), (290, (290, 248))):  # 600 is more than 8 * 64, 300 more than 4 * 64, 248 is less
+        data = saved(width, 'JPEG', quality=95, exif=turned)
+        assert encoder.open(data).size == size
+        off = (encoder.pixels(encoder.open(data)).int() - encoder.pixels(open_picture(data)).int()).abs()
+        assert off.max() <= 4 and off.float().mean() < .5 and (off.any() == (width > 290))
+        with pytest.raises(ValueError, match='can be decoded'):
+            encoder.open(data[:len(data) // 2])
+    if mode != 'CMYK':
+        assert encoder.open(saved(700, 'PNG')).size == (700, 600)
 
 
 def test_bad_pictures_are_named(tmp_path):

@@ -44,6 +44,18 @@ def test_trains_on_the_gpu(dtype, more, flags, tmp_path):
     evaluation.main([f"--out_dir={tmp_path / 'gpu'}"])
 
 
+@pytest.mark.parametrize('more', [[], ['--min_inner_steps=1'], ['--optimizer=adamw', '--grad_accum=2', '--train_encoder=true'], ['--recursion=add', '--ema=0'],
+                                  ['--kind=plain', '--cache=false'], ['--checkpoint_recursion=true']], ids=' '.join)
+def test_graphs_change_nothing(more, flags, tmp_path, capsys):
+    """Steps that are launched as CUDA graphs learn what the same steps learn one kernel at a time."""
+    for graphs in ('true', 'false'):
+        train.main([*flags, *more, '--dtype=float32', f'--graphs={graphs}', f'--out_dir={tmp_path / graphs}'])
+    a, b = (read_checkpoint(tmp_path / graphs)['state']['model'] for graphs in ('true', 'false'))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-3)
+    assert losses(tmp_path / 'true') == pytest.approx(losses(tmp_path / 'false'), abs=1e-3)
+
+
 def test_deterministic_and_killed(flags, tmp_path):
     """With deterministic=true a run that is killed after its first checkpoint ends with the bits of one that is left alone."""
     command = lambda name: [sys.executable, str(ROOT / 'train.py'), *flags, '--deterministic=true', f'--out_dir={tmp_path / name}']

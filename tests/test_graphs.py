@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import train
+from configurator import configure
 from plumbing.graphs import Captured
 from plumbing.run import read_checkpoint, read_log
 
@@ -308,6 +309,16 @@ def test_training_as_graphs(more, tiny_shapes, tiny_encoder, tmp_path, monkeypat
     assert a['run']['bad_steps'] == b['run']['bad_steps'] == ('--train_encoder=true' not in more)
     assert all(same(a['state'][part].values(), b['state'][part].values()) for part in ('model', 'ema'))
     assert log_of(tmp_path / 'graphs') == log_of(tmp_path / 'plain')
+
+
+def test_where_graphs_are_used(monkeypatch):
+    """On one GPU, unless a flag says no, or steps are compiled."""
+    def uses(*flags, device='cuda:1'):
+        return train.uses_graphs(configure(train.TrainConfig, [*flags])[0], device)
+    assert uses() and uses(device='cuda')
+    assert not uses(device='cpu') and not uses('--graphs=false') and not uses('--compile=true')
+    monkeypatch.setattr(train, 'alone', lambda: False)
+    assert not uses()
 
 
 def log_of(out_dir):
