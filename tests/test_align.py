@@ -343,12 +343,12 @@ def killed_and_resumed(argv, last, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(optimizers, step, s, rate=align_main.set_learning_rate):
+    def killed(step, s, rate=align_main.learning_rate):
         if step == last:
             raise Killed
-        return rate(optimizers, step, s)
+        return rate(step, s)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(align_main, 'set_learning_rate', killed)
+        patch.setattr(align_main, 'learning_rate', killed)
         align_main.main(argv)
     align_main.main(argv)
 
