@@ -429,7 +429,7 @@ class Questions:
                 yield bucket[i:i + size]
 
     def batch(self, rows):
-        """Some rows as tensors, as short as they can be, or of few different shapes, which suits a compiler.
+        """Some rows as tensors, as short as they can be, or of few different shapes, for compiler and graphs.
 
         Shapes: -> question (B, Q) padded on the right, answer (B, A) that starts with <bos>, targets (B, A)
             that end with <eos> (but for answers that were cut) and have -100 as padding, picture and sound
@@ -439,7 +439,7 @@ class Questions:
         questions, answers = zip(*(self.tokens[i] for i in rows))
         Q = max(map(len, questions))
         A = max(map(len, answers))
-        # torch.compile compiles every shape that it meets; a few of padding cost less
+        # every new shape is compiled, or captured as a graph, anew; a few of padding cost less
         if self.few_shapes:
             Q = -(-Q // 8) * 8  # the next multiple of 8
             A = power_of_two(A)

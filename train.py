@@ -34,7 +34,7 @@ from plumbing.files import locked
 from plumbing.graphs import Captured
 from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype, pinned
 from plumbing.novelty import what_was_seen
-from plumbing.ranks import all_reduce, alone, in_turn, processes, rank_and_world, shard
+from plumbing.ranks import all_reduce, alone, in_turn, processes, rank_and_world
 from plumbing.results import already_finished, result_table, write_results
 from plumbing.run import (
     FORMAT,
@@ -43,8 +43,8 @@ from plumbing.run import (
     Stop,
     begin,
     end_early,
-    hear,
     put_back,
+    read_results,
     read_start,
     save,
     saved_run,
@@ -53,7 +53,7 @@ from plumbing.run import (
     unchanged,
     validation_curve,
 )
-from plumbing.steps import Ahead, Guard
+from plumbing.steps import Ahead, Guard, batches_of_step
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_shapes
@@ -250,7 +250,7 @@ def train(s, sources, device, stop):
     check_rows(rows, s)
     start = read_start(s.init_from) if s.init_from and not saved else None
     tokenizer = open_tokenizer(tokenizer_state(rows['train'], s, saved, start))
-    few_shapes = s.compile or uses_graphs(s, device)
+    few_shapes = s.compile or uses_graphs(s, device)  # every new one is compiled or captured anew
     questions = {split: tokenized(of_split, tokenizer, s, s.truncate, few_shapes)
                  for split, of_split in rows.items()}
     encoders = {name: encoder_of_run(name, settings, saved).to(device) for name in encoder_names(settings)}
@@ -296,11 +296,11 @@ def train(s, sources, device, stop):
 
     # ---- go on where a stopped run stood
     # the whole state: batches and passes follow from step and seed, and nothing in the model is random
-    parts = dict(model=model, ema=average, scaler=guard)
+    parts = dict(model=model, ema=average, scaler=guard)  # by the names that checkpoints have
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
         run = put_back(saved, parts, run.started)
-        guard.left -= run.bad_steps
+        guard.allow(s.skip_bad_steps - run.bad_steps)
         say_where(s, saved, learning_rate)
     frozen_eye = s.use_vision and not s.train_encoder
     fixed_tokens = partial(tokens_of['train'].of, 'encoder') if frozen_eye else None
@@ -314,12 +314,12 @@ def train(s, sources, device, stop):
 
     # ---- a step
     def learn(given, passes):
-        """Forward, loss, backward, update: nothing in it waits for the device. given: the batches, and what
-        the host says of the step, (3,): learning rate, how far the average moves, whether to stop
-        Shapes: -> (4,): loss, whether any process is to stop, norm of the gradient, whether the step was bad
-        """
-        batches, pace = on_device(given, device)
-        lr, share, asked = pace                                        # () each
+        """Forward, loss, backward, update: nothing in it waits for the device. given: [the batches, (3,):
+        learning rate, rate of the average, 1.0 where this process was asked to stop]
+        Shapes: -> (4,): loss, whether any process was asked to stop, norm of the gradient, whether the step
+            was bad"""
+        batches, numbers = on_device(given, device)
+        lr, rate, asked = numbers                                      # () each
         loss = 0
         for batch in batches:
             with autocast:
@@ -334,18 +334,17 @@ def train(s, sources, device, stop):
         # here the processes meet: one gradient, and they stop at the same step
         loss, asked = all_reduce(parameters, torch.stack([loss, asked]))
         set_learning_rate(optimizers, lr)
-        gnorm, stays, bad = update(parameters, optimizers, guard, loss, s.grad_clip)
-        follow(average, model, share * (1 - stays))
+        gnorm, skip, bad = update(parameters, optimizers, guard, loss, s.grad_clip)
+        follow(average, model, rate * (1 - skip))
         return torch.stack([loss, asked, gnorm, bad])
 
     # ---- the loop
     if uses_graphs(s, device):
         learn = Captured(learn, device)
-    make = partial(batches_of_step, questions=questions['train'], tokens_of=tokens_of['train'], s=s,
-                   device=device)
-    ahead = Ahead(make, s.max_steps)
-    keep = partial(save, out_dir, checkpoint, run, parts)
-    recent = []  # steps of which the device has not told yet
+    batches_ahead = Ahead(partial(batches_of_step, draw=partial(draw, questions=questions['train'], s=s),
+                                  fetch=tokens_of['train'].fetch, s=s, device=device), s.max_steps)
+    save_now = partial(save, out_dir, checkpoint, run, parts)
+    done = []  # steps whose results have not been read
     mark = time.time()
     warned = False
     stopping = False
@@ -359,22 +358,21 @@ def train(s, sources, device, stop):
                 weights = {name: copy.deepcopy(part.state_dict()) for name, part in average.items()}
                 run.best = dict(step=run.step, scores=scores, **weights)
             run.validated = run.step
-            keep()
+            save_now()
             mark = time.time()  # the clock of the log lines stands still while evaluating
         if stopping:
             end_early(run, s)
         if run.step >= s.max_steps:
             break
 
-        names, n_rows, batches = ahead(run.step)
+        batches, names, n_rows = batches_ahead(run.step)
         lr = learning_rate(run.step, s)
-        pace = torch.tensor([lr, new_share(run.step, s), stop.asked])  # (3,)
-        values = learn([batches, pinned(pace, device)], passes_of_step(run.step, s))   # (4,)
-        recent.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, values=values))
+        numbers = torch.tensor([lr, ema_rate(run.step, s), stop.asked])        # (3,)
+        results = learn([batches, pinned(numbers, device)], passes_of_step(run.step, s))   # (4,)
+        done.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, results=results))
         run.step += 1
-        if is_told(run.step, s, device, stop):
-            asked, gnorm = hear(recent, ['answer'], run, log, s.skip_bad_steps, keep)
-            stopping = asked or stop.asked and alone()
+        if reads_results(run.step, s, device, stop):  # always so where a log line is due
+            stopping, gnorm = read_results(done, ['answer'], run, log, s.skip_bad_steps, save_now)
         run.since_s += time.time() - mark
         mark = time.time()
 
@@ -386,7 +384,7 @@ def train(s, sources, device, stop):
 
         # saved before validating too: a crash there loses no step
         if stopping or is_due(run.step, s):
-            keep()
+            save_now()
     stop.waits = False
     if stop.asked:
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; '
@@ -415,32 +413,25 @@ def is_due(step, s):
     return step % s.eval_interval == 0 or step == s.max_steps
 
 
-def is_told(step, s, device, stop):
-    """Whether the host asks the device how the steps went, for which it waits: after each one on a CPU, where
-    that costs nothing; else at log lines, before saving, and where it alone is to stop."""
+def reads_results(step, s, device, stop):
+    """Whether the host now waits for the results of its steps: on a CPU always, where that costs nothing; on
+    a GPU at log lines, before saving, and when a lone process is to stop."""
     on_gpu = device.startswith('cuda')
-    return not on_gpu or step % s.log_interval == 0 or is_due(step, s) or stop.asked and alone()
+    return not on_gpu or step % s.log_interval == 0 or is_due(step, s) or (stop.asked and alone())
 
 
 def uses_graphs(s, device):
-    """Whether steps are launched as CUDA graphs; several processes meet within a step, which none is for."""
+    """Whether steps are CUDA graphs: on one GPU; here a graph holds no exchange between processes, and
+    nothing compiled."""
     return s.graphs and device.startswith('cuda') and alone() and not s.compile
 
 
-def batches_of_step(step, questions, tokens_of, s, device):
-    """The batches of a step, with what the device needs of their files. -> names of some of its samples, how
-    many there are, and the batches, dicts"""
-    names = []
-    n_rows = 0
-    batches = []
-    for micro in range(s.grad_accum):
-        chosen = questions.rows_of_step(step * s.grad_accum + micro, s.batch_size, s.seed)
-        batch = questions.batch(chosen)
-        batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
-        batches.append(pinned(tokens_of.fetch(shard(batch)), device))
-        names += [questions.rows.sample_id[i] for i in chosen[:8]]
-        n_rows += len(chosen)
-    return names, n_rows, batches
+def draw(k, questions, s):
+    """-> the k-th batch of a run, and names of some of its rows."""
+    chosen = questions.rows_of_step(k, s.batch_size, s.seed)
+    batch = questions.batch(chosen)
+    batch['counted'] = batch['targets'] >= 0  # by which `shard` weighs the processes
+    return batch, [questions.rows.sample_id[i] for i in chosen[:8]]
 
 
 def passes_of_step(step, s):
@@ -662,7 +653,7 @@ def make_optimizers(parts, s, dtype=torch.float32):
         groups.append(dict(params=decayed, weight_decay=s.weight_decay, share=share))
         groups.append(dict(params=plain, weight_decay=0.0, share=share))
         matrices.append(dict(params=[p for p in trained if p in muon], share=share))
-    # fused: it takes half the time, and leaves out a step without asking the host; so a graph can have it
+    # fused: takes half the time, and skips a step where the device says so; capturable: by a graph
     adamw = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=True, capturable=True)
     if not muon:
         return [adamw]
@@ -672,23 +663,23 @@ def make_optimizers(parts, s, dtype=torch.float32):
 def update(parameters, optimizers, guard, loss, grad_clip):
     """A step of all optimizers with the clipped gradient, on the device alone.
 
-    Shapes: loss () -> () each: the gradient's norm; 1.0 where no weight moves, for loss or gradient are not
-        finite; 1.0 where that is no mere overflow of float16
+    Shapes: loss () -> () each: the gradient's norm; 1.0 where the step is skipped, as it is not finite or too
+        many before were not; 1.0 where it is bad
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     guard.unscale(grads)  # before clipping, or the limit would hold for the scaled gradient
     gnorm = torch.zeros_like(loss)
-    if grads:
+    if grads:  # no row may have trained anything: then clip_grad_norm_ would answer on the CPU
         gnorm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    stays, bad = guard.judge(loss, gnorm)
+    skip, bad = guard.judge(loss, gnorm)
     for optimizer in optimizers:
-        optimizer.found_inf = stays  # torch's AdamW takes it from here, as GradScaler gives it
+        optimizer.found_inf = skip  # AdamW takes it from here, as GradScaler gives it
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return gnorm, stays, bad
+    return gnorm, skip, bad
 
 
-def new_share(step, s):
+def ema_rate(step, s):
     """How far the average moves towards the weights; early on more, so that it never lags far."""
     return 1 - min(s.ema, (1 + step) / (10 + step))
 
@@ -716,7 +707,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum, weight_decay, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
-        self.found_inf = torch.zeros(())  # 1.0: no weight may move
+        self.found_inf = torch.zeros(())  # 1.0: the step is skipped
 
     @torch.no_grad()
     def step(self):
@@ -730,16 +721,17 @@ class Muon(torch.optim.Optimizer):
 
     def move(self, params, lr, momentum, weight_decay, side):
         """A step of matrices of one shape, whose longer side is `side`. lr: (), on the device."""
-        free = 1 - self.found_inf                                      # (): 0.0 where nothing may move
+        skip = self.found_inf                                          # (): 1.0, or 0.0
         grads = torch.stack([p.grad for p in params])                  # (n, rows, columns)
-        grads = grads.masked_fill(free == 0, 0.)  # even 0 * nan would be nan
+        grads = grads.masked_fill(skip > 0, 0.)  # even 0 * nan would be nan
         averages = [self.average_of(p) for p in params]
-        average = torch.stack(averages).lerp(grads, (1 - momentum) * free)     # (n, rows, columns)
+        average = torch.stack(averages).lerp(grads, (1 - momentum) * (1 - skip))     # (n, rows, columns)
         torch._foreach_copy_(averages, average.unbind())
         ahead = grads.lerp(average, momentum)  # Nesterov: one step ahead
-        rate = -lr * free * .2 * side ** .5  # RMS of the step: .2 lr, about AdamW's
+        lr = lr * (1 - skip)
+        rate = -.2 * lr * side ** .5  # RMS of the step: .2 lr, about AdamW's
         moves = rate * orthogonal(ahead, self.dtype)                   # (n, rows, columns)
-        torch._foreach_mul_(params, 1 - lr * free * weight_decay)
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, moves.unbind())
 
     def average_of(self, p):

@@ -32,7 +32,7 @@ from plumbing.console import GOES_ON, clock, run_script, say_if_few
 from plumbing.files import locked, write_whole
 from plumbing.machine import autocast_to, compile_layers, most_memory, on_device, pick_dtype, pinned
 from plumbing.plots import draw_curves
-from plumbing.ranks import all_reduce, alone, in_turn, processes, rank_and_world, shard
+from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world
 from plumbing.run import (
     FORMAT,
     Log,
@@ -40,22 +40,22 @@ from plumbing.run import (
     Stop,
     begin,
     end_early,
-    hear,
     put_back,
+    read_results,
     save,
     saved_run,
     say_where,
     unchanged,
 )
-from plumbing.steps import Ahead, Guard
+from plumbing.steps import Ahead, Guard, batches_of_step
 from train import (
     FREE,
+    ema_rate,
     follow,
     is_due,
-    is_told,
     learning_rate,
     make_optimizers,
-    new_share,
+    reads_results,
     set_learning_rate,
     update,
 )
@@ -109,11 +109,11 @@ def align(s, sources, device, stop):
           f'expected loss at the start {sum(chance.values()):.2f}')
 
     # ---- go on where a stopped run stood
-    parts = dict(model=model, ema=average, scaler=guard)  # the whole state
+    parts = dict(model=model, ema=average, scaler=guard)  # by the names that checkpoints have
     parts |= {f'optimizer {k}': optimizer for k, optimizer in enumerate(optimizers)}
     if saved:
         run = put_back(saved, parts, run.started)
-        guard.left -= run.bad_steps
+        guard.allow(s.skip_bad_steps - run.bad_steps)
         say_where(s, saved, learning_rate)
     checkpoint = dict(format=FORMAT, stage='align', settings=asdict(s), environment=about,
                       encoder_config=asdict(model.encoder.config), tokenizer=data.tokenizer.state,
@@ -123,12 +123,12 @@ def align(s, sources, device, stop):
 
     # ---- a step
     def learn(given):
-        """Forward, losses, backward, update. given: the batches, and what the host says of the step, (3,):
-        learning rate, how far the average moves, whether to stop
-        Shapes: -> (losses + 3,): every loss, whether any process is to stop, norm of the gradient, whether
-            the step was bad"""
-        batches, pace = on_device(given, device)
-        lr, share, asked = pace                                        # () each
+        """Forward, losses, backward, update. given: [the batches, (3,): learning rate, rate of the average,
+        1.0 where this process was asked to stop]
+        Shapes: -> (losses + 3,): every loss, whether any process was asked to stop, norm of the gradient,
+            whether the step was bad"""
+        batches, numbers = on_device(given, device)
+        lr, rate, asked = numbers                                      # () each
         losses = {name: 0 for name in chance}
         for batch in batches:
             with autocast:
@@ -140,16 +140,17 @@ def align(s, sources, device, stop):
             guard.scaled(sum(terms.values()) / s.grad_accum).backward()
             for name, term in terms.items():
                 losses[name] = losses[name] + term.detach() / s.grad_accum
-        *losses, asked = all_reduce(parameters, torch.stack([*losses.values(), asked]))
+        *means, asked = all_reduce(parameters, torch.stack([*losses.values(), asked]))
         set_learning_rate(optimizers, lr)
-        gnorm, stays, bad = update(parameters, optimizers, guard, sum(losses), s.grad_clip)
-        follow(average, model, share * (1 - stays))
-        return torch.stack([*losses, asked, gnorm, bad])
+        gnorm, skip, bad = update(parameters, optimizers, guard, sum(means), s.grad_clip)
+        follow(average, model, rate * (1 - skip))
+        return torch.stack([*means, asked, gnorm, bad])
 
     # ---- the loop
-    ahead = Ahead(partial(batches_of_step, data=data, batch_size=batch_size, s=s, device=device), s.max_steps)
-    keep = partial(save, out_dir, checkpoint, run, parts)
-    recent = []  # steps of which the device has not told yet
+    batches_ahead = Ahead(partial(batches_of_step, draw=partial(draw, data=data, batch_size=batch_size, s=s),
+                                  fetch=data.fetch, s=s, device=device), s.max_steps)
+    save_now = partial(save, out_dir, checkpoint, run, parts)
+    done = []  # steps whose results have not been read
     mark = time.time()
     warned = False
     stopping = False
@@ -161,22 +162,21 @@ def align(s, sources, device, stop):
             if run.best is None or scores['loss'] <= run.best['scores']['loss']:
                 run.best = dict(step=run.step, scores=scores, model=copy.deepcopy(average.state_dict()))
             run.validated = run.step
-            keep()
+            save_now()
             mark = time.time()  # the clock of the log lines stands still while evaluating
         if stopping:
             end_early(run, s)
         if run.step >= s.max_steps:
             break
 
-        names, n_rows, batches = ahead(run.step)
+        batches, names, n_rows = batches_ahead(run.step)
         lr = learning_rate(run.step, s)
-        pace = torch.tensor([lr, new_share(run.step, s), stop.asked])  # (3,)
-        values = learn([batches, pinned(pace, device)])                # (losses + 3,)
-        recent.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, values=values))
+        numbers = torch.tensor([lr, ema_rate(run.step, s), stop.asked])        # (3,)
+        results = learn([batches, pinned(numbers, device)])            # (losses + 3,)
+        done.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, results=results))
         run.step += 1
-        if is_told(run.step, s, device, stop):
-            asked, gnorm = hear(recent, chance, run, log, s.skip_bad_steps, keep)
-            stopping = asked or stop.asked and alone()
+        if reads_results(run.step, s, device, stop):
+            stopping, gnorm = read_results(done, chance.keys(), run, log, s.skip_bad_steps, save_now)
         run.since_s += time.time() - mark
         mark = time.time()
 
@@ -189,7 +189,7 @@ def align(s, sources, device, stop):
 
         # before validating too: whatever ends that costs no step
         if stopping or is_due(run.step, s):
-            keep()
+            save_now()
     stop.waits = False
     if stop.asked:
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; '
@@ -208,19 +208,11 @@ def align(s, sources, device, stop):
 # ----------------------------------------------------------------------------
 # what the story leans on
 
-def batches_of_step(step, data, batch_size, s, device):
-    """The batches of a step, with what the device needs of their files. -> names of some of its samples, how
-    many there are, and the batches, dicts"""
-    names = []
-    n_rows = 0
-    batches = []
-    for micro in range(s.grad_accum):
-        batch = data.batch('train', step * s.grad_accum + micro, batch_size, s.seed)
-        names += batch.pop('names')
-        n_rows += len(batch['caption'])
-        batch['counted'] = batch['left_out']  # the words that the cloze is a mean of
-        batches.append(pinned(data.fetch(shard(batch), 'train'), device))
-    return names, n_rows, batches
+def draw(k, data, batch_size, s):
+    """-> the k-th batch of a run, and names of some of its rows."""
+    batch = data.batch('train', k, batch_size, s.seed)
+    batch['counted'] = batch['left_out']  # the words that the cloze is a mean of
+    return batch, batch.pop('names')
 
 
 def parameter_counts(model, trunk):

@@ -316,7 +316,7 @@ class AlignData:
         """What the encoder makes of the pictures of a batch. Shapes: -> (B, N, D)"""
         return self.encode(encoder, on_device(self.fetch(batch, split), self.device), split)
 
-    def fetch(self, batch, split):
+    def fetch(self, batch, split='train'):
         """A batch with what the device needs of its files in place of their numbers."""
         if self.drawn:
             return batch

@@ -257,7 +257,7 @@ def main_job(b, steps=30, most=12):
     average = copy.deepcopy(decoder)
     parameters = list(decoder.parameters())
     optimizers = make_optimizers([(1.0, decoder)], s, dtype)
-    guard = Guard(b.device, dtype, most=0)
+    guard = Guard(b.device, dtype, allowed=0)
     lr = torch.tensor(1e-3, device=b.device)
     tokens = torch.randint(3, s.vocab_size, (s.batch_size, 18), device=b.device)
     question, answer, targets = tokens.split((14, 2, 2), dim=1)        # (B, 14), (B, 2) and (B, 2)
@@ -275,8 +275,8 @@ def main_job(b, steps=30, most=12):
 
     def optimize():
         set_learning_rate(optimizers, lr)
-        _, stays, _ = update(parameters, optimizers, guard, losses[0].detach(), s.grad_clip)
-        follow(average, decoder, (1 - s.ema) * (1 - stays))
+        _, skip, _ = update(parameters, optimizers, guard, losses[0].detach(), s.grad_clip)
+        follow(average, decoder, (1 - s.ema) * (1 - skip))
 
     def step(given=None):
         forward()

@@ -312,7 +312,7 @@ class FileTokens:
         self.dim = dim
         self.trained = trained
         self.features = None
-        self.resident = None
+        self.resident = None  # all tokens, on a GPU, where they fit
         if not cache:
             self.pixels = PixelReader(encoder, pictures)
         elif trained:  # its tokens change with every step, the pixels do not
@@ -340,10 +340,9 @@ class FileTokens:
 
     def encode(self, encoder, fetched):
         """Shapes: what `fetch` gave, on the device -> (B, N, dim)"""
-        if self.resident is not None:
-            return self.resident[fetched].float()                                      # (B, N, dim)
         if self.features is not None:
-            return fetched.float()                                                     # (B, N, dim)
+            tokens = fetched if self.resident is None else self.resident[fetched]
+            return tokens.float()                                                      # (B, N, dim)
         images = encoder.normalise(fetched)                                            # (B, 3, S, S)
         if self.trained and torch.is_grad_enabled():
             tokens = encoder(images)                                                   # (B, N, D)

@@ -32,16 +32,16 @@ class Captured:
 
     tensors: nested lists and dicts of tensors, on the device or not, None where one is missing. Pinned memory
     may be read after the call still, and must not be overwritten. settings: what Python branches on.
-    most: recordings that are kept; steps with further keys run as they are. recorder: as `OnGpu`.
+    max_graphs: recordings that are kept; steps with further keys run as they are. recorder: as `OnGpu`.
 
     Shapes: -> as the step's result. Raises: RuntimeError in the second call of a step that waits for the
     device, by .item() say.
     """
 
-    def __init__(self, step, device, most=32, recorder=None):
+    def __init__(self, step, device, max_graphs=32, recorder=None):
         self.step = step
         self.device = device
-        self.most = most
+        self.max_graphs = max_graphs
         self.recorder = recorder or OnGpu(device)
         self.known = set()    # keys that have had their first call
         self.recorded = {}    # key: (the inputs that are read, what replays, the result that is overwritten)
@@ -67,11 +67,11 @@ class Captured:
         return result.detach().clone()
 
     def has_room(self):
-        if len(self.recorded) == self.most and not self.is_full:
+        if len(self.recorded) == self.max_graphs and not self.is_full:
             self.is_full = True
-            print(f'{self.most} CUDA graphs are recorded, steps of further shapes run without one, slower: '
-                  'fewer shapes of batches would help')
-        return len(self.recorded) < self.most
+            print(f'{self.max_graphs} CUDA graphs are recorded, steps of further shapes run without one, '
+                  'slower: fewer shapes of batches would help')
+        return len(self.recorded) < self.max_graphs
 
 
 class OnGpu:

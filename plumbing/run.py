@@ -263,34 +263,34 @@ def end_early(run, settings):
                             f'the same command{fresh} goes on from there')
 
 
-def hear(recent, losses, run, log, most, keep):
-    """Waits for the device, counts the steps that it tells of and leaves the bad ones out.
+def read_results(done, loss_names, run, log, allowed, save_now):
+    """Waits for the device, and counts the steps that were done since the last time, or says that they were
+    bad and skipped.
 
-    recent: the steps since the last time, dicts with step, lr, n_rows, names of some samples and values, (n,)
-        on the device: the losses, whose names are `losses`, whether to stop, norm of the gradient, whether
-        the step was bad, and so moved nothing; emptied. keep: saves the run
+    done: of every step a dict of step, lr, n_rows, names of some rows, and results, (n,) on the device: the
+        losses, whether to stop, norm of the gradient, whether the step was bad; emptied
     -> whether any process was asked to stop, and the norm of the last gradient
-    Raises: FloatingPointError after more than `most` bad steps, with the state before the last one saved.
+    Raises: FloatingPointError after more than `allowed` bad steps, with the state before the last one saved.
     """
-    all_values = torch.stack([tried.pop('values') for tried in recent]).tolist()
-    for tried, (*of_losses, asked, gnorm, bad) in zip(recent, all_values):
+    results = torch.stack([of_step.pop('results') for of_step in done]).tolist()
+    for of_step, (*losses, asked, gnorm, bad) in zip(done, results):
         if not bad:
-            run.count(dict(zip(losses, of_losses)), tried['n_rows'])
+            run.count(dict(zip(loss_names, losses)), of_step['n_rows'])
             continue
-        values = f"loss {sum(of_losses)}, gradient norm {gnorm}, lr {tried['lr']:.2e}"
-        names = ', '.join(tried['names'])
-        problem = printable(f"step {tried['step']}: {values}: not finite; samples {names}, ...")
-        if run.bad_steps >= most:
-            run.step = tried['step']  # the device has moved nothing since
-            keep()
+        values = f"loss {sum(losses)}, gradient norm {gnorm}, lr {of_step['lr']:.2e}"
+        names = ', '.join(of_step['names'])
+        problem = printable(f"step {of_step['step']}: {values}: not finite; samples {names}, ...")
+        if run.bad_steps >= allowed:
+            run.step = of_step['step']  # the device has moved nothing since
+            save_now()
             raise FloatingPointError(f'{problem}; the state before this step is saved; '
                                      f'a lower --learning_rate with --fresh=true is the usual remedy, '
                                      f'--skip_bad_steps={run.bad_steps + 10} leaves such steps out')
         run.bad_steps += 1
         print(f'{problem}; left out')
-        log.write(dict(event='bad step', step=tried['step'] + 1, problem=problem))
-    recent.clear()
-    return asked > 0, gnorm
+        log.write(dict(event='bad step', step=of_step['step'] + 1, problem=problem))
+    done.clear()
+    return asked > 0, gnorm  # asked is a mean over the processes: one is enough
 
 
 # ----------------------------------------------------------------------------

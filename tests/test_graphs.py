@@ -233,7 +233,7 @@ def test_replayed_as_recorded():
 
 
 def test_keys(capsys):
-    """A None, another dtype, structure or setting is another recording. At most `most` are kept, which is said once; steps of further keys run as they are."""
+    """A None, another dtype, structure or setting is another recording. At most `max_graphs` are kept, which is said once; steps of further keys run as they are."""
     ones = torch.ones(2)
     calls = []
 
@@ -244,7 +244,7 @@ def test_keys(capsys):
             total = total + (100. if tensor is None else tensor.sum())
         return total * (settings[0] if settings else 1)
 
-    captured = Captured(step, 'cpu', most=7, recorder=OnTape())
+    captured = Captured(step, 'cpu', max_graphs=7, recorder=OnTape())
     keys = [([ones], ()), ([None], ()), ([ones, None], ()), ([None, ones], ()), ([ones.long()], ()), ([ones], (2,)), ([ones], (3,)), ([ones[:1]], ()), ([ones[:0]], ())]
     for round in range(4):
         for x, settings in keys:
@@ -280,7 +280,7 @@ def test_training_as_graphs(more, tiny_shapes, tiny_encoder, tmp_path, monkeypat
     """Training whose steps are recorded and replayed ends with the weights of the same training without it, and left the same bad step out."""
     monkeypatch.setattr(train, 'judge_test_split', lambda *args: None)
     monkeypatch.setattr(train, 'uses_graphs', lambda s, device: s.graphs)  # on a CPU too
-    monkeypatch.setattr(train, 'is_told', lambda step, s, device, stop: train.is_due(step, s))
+    monkeypatch.setattr(train, 'reads_results', lambda step, s, device, stop: train.is_due(step, s))
     fetch, fetched, replayed = train.ContextTokens.fetch, [], []
 
     def bad_once(self, batch):

@@ -26,7 +26,7 @@ def test_ahead():
             raise ValueError('a bad file')
         return 10 * step
 
-    ahead = Ahead(make, most=5)
+    ahead = Ahead(make, max_steps=5)
     assert ahead(0) == 0 and second.wait(10)       # begun though nobody asked for it
     assert ahead(1) == 10 and ahead(2) == 20
     with pytest.raises(ValueError, match='a bad file'):
@@ -34,7 +34,7 @@ def test_ahead():
     assert ahead(4) == 40
     ahead.thread.shutdown()
     assert begun == [(k, False) for k in range(5)]
-    assert Ahead(make, most=9)(7) == 70            # a run that goes on begins there
+    assert Ahead(make, max_steps=9)(7) == 70            # a run that goes on begins there
 
 
 @pytest.mark.parametrize('form, dtype', [('on disk', torch.float16), ('resident', torch.int64), ('anew', torch.uint8), ('trained', torch.uint8)])
