@@ -365,8 +365,9 @@ class Encoder(nn.Module):
         return open_picture(data, side=self.config.image_px)
 
     def preprocess(self, picture):
-        """A Pillow picture of any mode and size -> a normalised float tensor (3, S, S)."""
-        return self.normalise(self.pixels(picture))
+        """A Pillow picture of any mode and size -> a normalised float tensor (3, S, S), on the encoder's
+        device."""
+        return self.normalise(self.pixels(picture).to(self.mean.device))
 
     def pixels(self, picture):
         """A Pillow picture of any size and mode but floats -> uint8 (3, S, S), made square as `fit` says.

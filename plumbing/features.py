@@ -157,10 +157,10 @@ class Features:
         return torch.from_numpy(tokens)
 
     def on(self, device):
-        """All of them on the device, or None where they would take more than a quarter of its free memory,
+        """All of them on the device, or None where they would take more than an eighth of its free memory,
         and for a CPU, which reads them from where they are. Shapes: -> (n, N, D) float16"""
         parts = [np.load(file, mmap_mode='r') for file in self.files]                  # (a part's n, N, D)
-        if not parts or 4 * sum(part.nbytes for part in parts) > room_on(device):
+        if not parts or 8 * sum(part.nbytes for part in parts) > room_on(device):
             return None
         tokens = torch.empty(self.n, *parts[0].shape[1:], dtype=torch.float16, device=device)
         for into, part in zip(tokens.split(self.per_part), parts):

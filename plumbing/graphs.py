@@ -57,7 +57,7 @@ class Captured:
                 replay()
             elif key in self.known and self.has_room():
                 inputs = on_device(tensors, self.device, copy=True)
-                replay, result = self.recorder.record(partial(self.step, inputs, *settings))
+                replay, result = self.record(partial(self.step, inputs, *settings))
                 self.recorded[key] = inputs, replay, result
                 replay()  # to record is not to execute
             else:
@@ -65,6 +65,13 @@ class Captured:
                 result = self.step(on_device(tensors, self.device), *settings)
         # the next replay overwrites the result
         return result.detach().clone()
+
+    def record(self, run):
+        try:
+            return self.recorder.record(run)
+        except RuntimeError as e:  # out of memory, too
+            raise RuntimeError(f'a training step could not be recorded as a CUDA graph, {e}; '
+                               '--graphs=false goes without graphs, slower and with less memory') from e
 
     def has_room(self):
         if len(self.recorded) == self.max_graphs and not self.is_full:

@@ -298,6 +298,12 @@ def test_large_jpegs(mode, tmp_path):
         assert encoder.open(saved(700, 'PNG')).size == (700, 600)
 
 
+def test_preprocess_elsewhere():
+    """A picture is made ready where the encoder is, on a GPU too."""
+    ready = small().to('meta').preprocess(Image.new('RGB', (70, 80)))
+    assert ready.is_meta and ready.shape == (3, 64, 64)
+
+
 def test_bad_pictures_are_named(tmp_path):
     """Pictures that cannot be decoded are counted and named, all of them, and no part with one of them is kept."""
     bad = Files([png(), b'<html>not found</html>', png()[:60], png((1, 2, 3))])

@@ -42,7 +42,7 @@ def test_fetch_and_encode(form, dtype, tiny_shapes, tiny_encoder, tmp_path, monk
     """What is fetched ahead and encoded on the device is what a call gives, in every form; it is as small as can be. Where rows have no picture it is None."""
     rows, encoder = read_rows(tiny_shapes, 'val'), load_encoder(tiny_encoder)
     nbytes = 20 * 4 * 16 * 2  # of all tokens
-    monkeypatch.setattr('plumbing.features.room_on', lambda device: 4 * nbytes if form == 'resident' else 4 * nbytes - 1)
+    monkeypatch.setattr('plumbing.features.room_on', lambda device: 8 * nbytes if form == 'resident' else 8 * nbytes - 1)
     settings = dict(vision_dim=None, cache_dir=tmp_path, cache=form != 'anew', train_encoder=form == 'trained')
     encoder.requires_grad_(form == 'trained')
     tokens_of = ContextTokens(settings, dict(encoder=encoder), rows, 'cpu')
