@@ -398,9 +398,11 @@ class Encoder(nn.Module):
 
     @property
     def at_once(self):
-        """How many pictures to encode at a time: a layer's attention then takes 0.25 GB at most."""
-        # n_head maps of P x P numbers, four bytes each
-        return max(1, min(64, 2 ** 26 // (self.config.n_head * self.config.n_patches ** 2)))
+        """How many pictures to encode at a time: a layer's attention then takes 0.25 GB at most, on a GPU,
+        which few pictures would not fill, 1 GB."""
+        numbers = 2 ** 28 if self.mean.is_cuda else 2 ** 26  # of four bytes each
+        # n_head maps of P x P
+        return max(1, min(64, numbers // (self.config.n_head * self.config.n_patches ** 2)))
 
     def fingerprint(self):
         """A short hash of the config and the weights: what its tokens depend on."""

@@ -389,6 +389,7 @@ def train(s, sources, device, stop):
     if stop.asked:
         raise KeyboardInterrupt('stopped before the evaluation, training is saved; '
                                 'the same command goes on from there')
+    del learn  # and the memory of its graphs
 
     # ---- the result on the test split, opened only now, with the weights that validation found best
     for name, part in average.items():

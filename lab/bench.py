@@ -371,11 +371,11 @@ def bench_encoder(encoder, n, device):
     print(f'decoding, all cores: {n / seconds(decode_all, device):.1f} pictures/s')
     pixels = decode(files[0])
     for dtype in (torch.float32, torch.bfloat16):
-        images = encoder.normalise(torch.stack([pixels] * min(n, 32)).to(device))      # (B, 3, S, S)
+        images = encoder.normalise(torch.stack([pixels] * min(n, 64)).to(device))      # (B, 3, S, S)
         with autocast_to(dtype, device):
             tokens = encoder.encode_images(images[:1])                 # (1, N, D); and it warms up
             took = min(seconds(partial(encoder.encode_images, images), device) for _ in range(2))
-        print(f'encoding, {name_of(dtype)}: {len(images) / took:.2f} pictures/s, {len(images)} at once')
+        print(f'encoding, {name_of(dtype)}: {len(images) / took:.2f} pictures/s, {min(len(images), encoder.at_once)} at once')
     cached = 2e-6 * tokens.numel()  # two bytes a number
     used = most_memory(device) / 1e9
     print(f'at most {used:.1f} GB of memory; a picture takes {cached:.2f} MB of the cache')
