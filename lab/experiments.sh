@@ -128,13 +128,14 @@ for k in "sounds" "sounds_blind --use_vision=false" "sounds_deaf --use_sound=fal
     set -- $k; add sounds $1 config/sounds.py "${@:2}"
 done
 
-# pretrained: SmolLM2 on mosaics, some forty minutes of a core each; needs data/mosaics_few, which is data/mosaics with --n_val=60 --n_test=200, and the weights by
+# pretrained: SmolLM2 and a TRM on mosaics, an hour of a core each, the blind one less; needs data/mosaics_few, which is data/mosaics with --n_val=60 --n_test=200, and the weights by
 # their name on the hub or, with DECODER=FOLDER, in a folder; left out unless asked for
 few="--decoder=${DECODER:-HuggingFaceTB/SmolLM2-135M-Instruct} --dataset=data/mosaics_few --batch_size=16"
-for k in "smollm2 smollm2 --max_steps=470 --eval_interval=235" "smollm2_projection smollm2 --train_decoder=projection --max_steps=706 --eval_interval=353" \
-         "smollm2_trm smollm2_trm --max_steps=444 --eval_interval=222" "smollm2_blind smollm2 --use_vision=false --max_steps=470 --eval_interval=235"; do
+for k in "smollm2 smollm2 --max_steps=706 --eval_interval=353" "smollm2_projection smollm2 --train_decoder=projection --max_steps=1059 --eval_interval=353" \
+         "smollm2_trm smollm2_trm --max_steps=666 --eval_interval=333" "smollm2_blind smollm2 --use_vision=false --max_steps=470 --eval_interval=235"; do
     set -- $k; add pretrained $1 config/$2.py $few "${@:3}"
 done
+add pretrained mosaics_hour config/mosaics.py --dataset=data/mosaics_few --max_steps=19000 --eval_interval=1900
 
 # gpu: Edge-Glass' experiments at its own scale, bash lab/experiments_gpu.sh; left out, as wide and five are, unless asked for
 for n in 1 2 4 6 8; do add gpu pixmo_n$n config/trm_pixmo.py --inner_steps=$n; done
