@@ -375,7 +375,8 @@ def bench_encoder(encoder, n, device):
         with autocast_to(dtype, device):
             tokens = encoder.encode_images(images[:1])                 # (1, N, D); and it warms up
             took = min(seconds(partial(encoder.encode_images, images), device) for _ in range(2))
-        print(f'encoding, {name_of(dtype)}: {len(images) / took:.2f} pictures/s, {min(len(images), encoder.at_once)} at once')
+        print(f'encoding, {name_of(dtype)}: {len(images) / took:.2f} pictures/s, '
+              f'{min(len(images), encoder.at_once)} at once')
     cached = 2e-6 * tokens.numel()  # two bytes a number
     used = most_memory(device) / 1e9
     print(f'at most {used:.1f} GB of memory; a picture takes {cached:.2f} MB of the cache')
