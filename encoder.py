@@ -584,7 +584,7 @@ def main(argv):
     n_parameters = sum(p.numel() for p in encoder.parameters())
     print(f'{args.encoder} | {n_parameters:,} parameters | fingerprint {encoder.fingerprint()}')
     for file in args.pictures:
-        images = picture_from(file, encoder)[None].to(device)                          # (1, 3, S, S)
+        images = picture_from(file, encoder)[None]                                     # (1, 3, S, S)
         start = time.time()
         tokens = encoder.encode_images(images).cpu()                                   # (1, N, D)
         ms = 1e3 * (time.time() - start)

@@ -355,7 +355,7 @@ def ids_of(question, tokenizer, most=None):
     return ids
 
 
-def look_at(flag, path, encoder, device):
+def look_at(flag, path, encoder):
     """The tokens of a picture or sound file; None without a file, or where the run takes none in.
     Shapes: -> (1, N, D). Raises: FileNotFoundError, ValueError."""
     if path is None:
@@ -364,7 +364,7 @@ def look_at(flag, path, encoder, device):
         raise FileNotFoundError(f'--{flag}={path}: no such file')
     if not encoder:
         return None
-    image = picture_from(path, encoder)[None].to(device)                                   # (1, 3, S, S)
+    image = picture_from(path, encoder)[None]                                              # (1, 3, S, S)
     return encoder.encode_images(image)                                                    # (1, N, D)
 
 
@@ -448,8 +448,8 @@ def judge(s, device):
         if s.sound and 'sound_encoder' not in encoders:
             raise ValueError(f'--sound: {s.out_dir} is of a run that hears nothing; it was trained without '
                              '--use_sound=true')
-        vision = look_at('image', s.image, encoders.get('encoder'), device)
-        sound = look_at('sound', s.sound, encoders.get('sound_encoder'), device)
+        vision = look_at('image', s.image, encoders.get('encoder'))
+        sound = look_at('sound', s.sound, encoders.get('sound_encoder'))
         answer = partial(answer_one, vision=vision, sound=sound, decoder=decoder, tokenizer=tokenizer,
                          settings=settings, seen=checkpoint.get('seen', {}), halt=s.halt, **sampling)
         if s.question:

@@ -717,11 +717,11 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 if p.grad is not None:
                     same_shape.setdefault(p.shape, []).append(p)
-            for shape, params in same_shape.items():
-                self.move(params, group['lr'], group['momentum'], group['weight_decay'], max(shape))
+            for params in same_shape.values():
+                self.move(params, group['lr'], group['momentum'], group['weight_decay'])
 
-    def move(self, params, lr, momentum, weight_decay, side):
-        """A step of matrices of one shape, whose longer side is `side`. lr: (), on the device."""
+    def move(self, params, lr, momentum, weight_decay):
+        """A step of matrices of one shape. lr: (), on the device."""
         skip = self.found_inf                                          # (): 1.0, or 0.0
         grads = torch.stack([p.grad for p in params])                  # (n, rows, columns)
         grads = grads.masked_fill(skip > 0, 0.)  # even 0 * nan would be nan
@@ -730,7 +730,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(averages, average.unbind())
         ahead = grads.lerp(average, momentum)  # Nesterov: one step ahead
         lr = lr * (1 - skip)
-        rate = -.2 * lr * side ** .5  # RMS of the step: .2 lr, about AdamW's
+        rate = -.2 * lr * max(grads.shape[1:]) ** .5  # RMS of the step: .2 lr, about AdamW's
         moves = rate * orthogonal(ahead, self.dtype)                   # (n, rows, columns)
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, moves.unbind())

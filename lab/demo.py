@@ -124,7 +124,7 @@ class LoadedRun:
             vision[..., prefix:] = 0
             notes.append(f'it sees {prefix} of the {self.trained.vision_dim} dimensions it was trained with')
         asked = torch.tensor([ids], device=self.device)                # (1, Q)
-        sound = sound_tokens(known.sound, self.encoders, self.device)  # (1, M, D)
+        sound = sound_tokens(known.sound, self.encoders)               # (1, M, D)
         thought = passes_of(self.decoder, vision, asked, self.tokenizer, sound)
         written = self.decoder.generate(vision, asked, self.settings['max_answer_tokens'], sound=sound)
         answer = self.tokenizer.decode(written[0].tolist())

@@ -90,7 +90,7 @@ def encode_and_share(encoder, picture, device):
 
     Shapes: -> tokens (1, N, D), shares (N, P)
     """
-    image = encoder.preprocess(picture)[None].to(device)               # (1, 3, S, S)
+    image = encoder.preprocess(picture)[None]                          # (1, 3, S, S)
     patches = encoder.adapter(encoder.patches(image))                  # (1, P, W)
     if not encoder.config.n_latents:
         return encoder.projection(patches), torch.eye(patches.size(1), device=device)
@@ -260,7 +260,7 @@ def main(argv=None):
         questions = questions_to_judge(run, s.dataset, s.split, tokenizer)
         rows = questions.rows
         shown = [show(picture_of(rows, i), rows.question[i], questions.tokens[i][0], rows.references[i],
-                      sound_tokens(rows.sound_of(i), encoders, device)) for i in chosen_rows(rows)]
+                      sound_tokens(rows.sound_of(i), encoders)) for i in chosen_rows(rows)]
     tiles, colors = zip(*shown)
     path = Path(s.out_dir) / 'passes.png'
     sheet = picture_sheet(tiles, columns=2, scale=1, colors=colors)

@@ -20,21 +20,21 @@ from plumbing.ranks import in_turn
 
 
 def picture_from(file, encoder):
-    """A picture or sound file, ready for its encoder. Shapes: -> (3, S, S), or (bands, frames) for Whisper.
-    Raises: FileNotFoundError, ValueError naming the file."""
+    """A picture or sound file, ready for its encoder, on its device. Shapes: -> (3, S, S), or (bands, frames)
+    for Whisper. Raises: FileNotFoundError, ValueError naming the file."""
     try:
         return encoder.preprocess(encoder.open(Path(file).read_bytes()))
     except ValueError as e:
         raise ValueError(f'{file}: {e}') from None
 
 
-def sound_tokens(data, encoders, device):
+def sound_tokens(data, encoders):
     """What a run hears of a sound file; None where it hears nothing, or there is none. `encoders`: as
     `ContextTokens`. Shapes: -> (1, M, D)"""
     if data is None or 'sound_encoder' not in encoders:
         return None
     encoder = encoders['sound_encoder']
-    spectrum = encoder.preprocess(encoder.open(data))[None].to(device)                 # (1, 3, S, S)
+    spectrum = encoder.preprocess(encoder.open(data))[None]                            # (1, 3, S, S)
     return encoder.encode_images(spectrum)                                             # (1, M, D)
 
 

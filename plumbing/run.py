@@ -180,8 +180,9 @@ def unchanged(settings, saved, key, fingerprint):
 
 def put_back(saved, parts, started):
     """Gives every part the state that it had. -> the Run, as far as it was"""
+    defaults = parts['optimizer 0'].defaults
     for group in saved['state']['optimizer 0']['param_groups']:  # older code may have begun the run
-        group |= dict(fused=True, capturable=True)
+        group |= {key: defaults[key] for key in ('fused', 'capturable')}
     for name, part in parts.items():
         part.load_state_dict(saved['state'][name])
     return Run(**saved['run'] | dict(started=started - saved['run']['wall_s']))
