@@ -31,6 +31,7 @@ from model import Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script, typed_lines
 from plumbing.features import ContextTokens, picture_from
 from plumbing.files import locked
+from plumbing.graphs import writer_of
 from plumbing.machine import on_device
 from plumbing.novelty import doubts
 from plumbing.ranks import from_all, processes, rank_and_world
@@ -61,6 +62,7 @@ class EvalConfig:
     seed: int = 1337                # of the drawing
     batch_size: int | None = None   # rows at a time; None: as in training, 256 at most
     device: str = 'auto'            # auto (a GPU if there is one), cpu, cuda, ...
+    graphs: bool = True             # on a GPU: launch the kernels of a token in one go
 
     def __post_init__(self):
         if self.split not in ('train', 'val', 'test'):
@@ -402,11 +404,11 @@ def rows_to_judge(dataset, split):
     return rows
 
 
-def questions_to_judge(settings, dataset, split, tokenizer):
+def questions_to_judge(settings, dataset, split, tokenizer, few_shapes=False):
     """A split as tokens, of the `dataset` folder or, without one, of the run's own. settings: of the run."""
     rows = rows_to_judge(dataset or settings['dataset'], split)
     most = settings['max_question_tokens'], settings['max_answer_tokens']
-    return Questions(rows, tokenizer, *most, truncate=True)
+    return Questions(rows, tokenizer, *most, truncate=True, few_shapes=few_shapes)
 
 
 def set_depth(decoder, out_dir, inner_steps, outer_steps, halt=None):
@@ -458,7 +460,9 @@ def judge(s, device):
             answer_all(answer)
         return
 
-    questions = questions_to_judge(settings, s.dataset, s.split, tokenizer)
+    # with halting, the host has to know when a token has settled
+    writer = writer_of(decoder, device) if s.graphs and not s.halt else None
+    questions = questions_to_judge(settings, s.dataset, s.split, tokenizer, few_shapes=writer is not None)
     rows = questions.rows
     tokens_of = ContextTokens(settings, encoders, rows, device)
     if s.wrong_pictures:
@@ -466,12 +470,13 @@ def judge(s, device):
             raise ValueError(f'--wrong_pictures: the {s.split} split has no other picture')
         tokens_of = partial(of_another, tokens_of, len(rows.pictures))
     batch_size = s.batch_size or min(256, settings['batch_size'])
-    metrics, predictions = evaluate(decoder, questions, tokens_of, device, batch_size, s.halt, **sampling)
+    metrics, predictions = evaluate(decoder, questions, tokens_of, device, batch_size, s.halt, writer=writer,
+                                    **sampling)
     print(result_table(metrics))
     before = Path(s.out_dir) / 'metrics.json'
     known = json.loads(before.read_text()) if before.is_file() else {}
-    usual = EvalConfig(out_dir=s.out_dir, batch_size=s.batch_size, device=s.device, encoder=s.encoder,
-                       sound_encoder=s.sound_encoder)
+    usual = EvalConfig(out_dir=s.out_dir, batch_size=s.batch_size, device=s.device, graphs=s.graphs,
+                       encoder=s.encoder, sound_encoder=s.sound_encoder)
     if rows.sum.hexdigest() == known.get('dataset_fingerprint', {}).get('test'):  # wherever they lie now
         usual.dataset = s.dataset
     if s != usual:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import expect
-from plumbing.caches import Cache, Halting
+from plumbing.caches import Cache, Halting, NoCache
 from pretrained.decoders import read_decoder
 
 # how a pass changes y and z; a new way is a name here and a branch in Decoder.answer_states
@@ -366,15 +366,15 @@ class Decoder(nn.Module):
 
         The states of position t see all of x and the states of positions up to t: y and z of each with
         'concat', the one sum that goes through F with 'add'. So the mask goes by position, not by place.
-        Shapes: answer (B, A); with `cache` (B, 1), the position after those in it -> y (B, A, C) at the end
+        Shapes: answer (B, A); with a `cache` (B, 1), the position after those in it -> y (B, A, C) at the end
             of each supervised cycle, a list; the last ones answer, all are trained on
         Source: 'add' is the form of Jolicoeur-Martineau 2025, arXiv 2510.04871, made causal.
         """
         c = self.config
         A = answer.size(1)
-        start = 0 if cache is None else cache.positions
-        e = self.written(answer, context, start, cache)                # (B, A, C)
-        rope, mask = self.rope_and_mask(context, A, start, c.streams)
+        cache = NoCache() if cache is None else cache
+        e = self.written(answer, context, cache)                       # (B, A, C)
+        rope, mask = self.rope_and_mask(context, A, cache, c.streams)
         network = partial(self.network, rope=rope, mask=mask, context=context, cache=cache)    # one pass
         if c.checkpoint_recursion and torch.is_grad_enabled():
             network = partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False)
@@ -391,7 +391,7 @@ class Decoder(nn.Module):
             trained = c.deep_supervision or cycle == c.outer_steps - 1
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
                 for _ in range(inner_steps or c.inner_steps):
-                    if cache is not None and cache.settled():  # all rows rest, of which only Halting knows
+                    if cache.settled():  # all rows rest, of which only Halting knows
                         break
                     if c.recursion == 'concat':
                         both = torch.cat(self.pass_input(y, z, e), dim=1)        # (B, 2 A, C)
@@ -406,11 +406,10 @@ class Decoder(nn.Module):
                     y = network(self.bounded(y + z))
             if trained:
                 supervised.append(y)
-        if cache is not None:
-            cache.end_position(A)
+        cache.end_position(A)
         return supervised
 
-    def rope_and_mask(self, context, A, start, streams):
+    def rope_and_mask(self, context, A, cache, streams):
         """Where the states of A answer positions stand, and what they see of the context, of earlier states
         and of each other: y_t and z_t are both at time t, they see each other, and neither sees t + 1.
 
@@ -418,33 +417,33 @@ class Decoder(nn.Module):
         """
         c = self.config
         time = torch.arange(A, device=context.length.device).repeat(streams)   # (T,): of y, then of z again
-        hidden = self.unseen(time, start, streams)                     # (T, P + T)
+        hidden = cache.hide_empty(self.unseen(time, cache.room, streams))      # (T, P + T)
         of_context = context.mask.expand(-1, -1, len(time), -1)        # (B, 1, T, S)
         mask = hide(hidden, of_context.dtype).expand(len(of_context), 1, -1, -1)   # (B, 1, T, P + T)
         mask = torch.cat([of_context, mask], dim=-1)                   # (B, 1, T, S + P + T)
         # counted from the last real token of x: the padding of a batch moves no answer
-        return rotations(context.length[:, None] + start + time, c.head_size, self.rope_freqs), mask
+        positions = context.length[:, None] + cache.positions + time   # (B, T)
+        return rotations(positions, c.head_size, self.rope_freqs), mask
 
-    def unseen(self, time, start, streams):
-        """Which states each one does not see: those of later positions. All earlier ones are seen.
-        Shapes: time (T,) -> bool (T, P + T)"""
-        return F.pad(time[:, None] < time, (streams * start, 0))       # (T, P + T)
+    def unseen(self, time, room, streams):
+        """Which states each one does not see: those of later positions. All earlier ones are seen, of `room`
+        positions. Shapes: time (T,) -> bool (T, P + T)"""
+        return F.pad(time[:, None] < time, (streams * room, 0))        # (T, P + T)
 
     def network(self, states, rope, mask, context, cache):
         """F: one pass of the states. Shapes: (B, T, C) -> (B, T, C)."""
         c = self.config
         layers = range(c.n_layer - c.recur_layers, c.n_layer)  # all, unless blocks are pretrained
         states = self.bounded(self.run_blocks(layers, states, rope, mask, context, cache))
-        return states if cache is None else cache.after_pass(states)   # Halting puts back rows that rest
+        return cache.after_pass(states)  # Halting puts back rows that rest
 
     def run_blocks(self, layers, states, rope, mask, context, cache):
         """The states through some blocks, given by their numbers; for a cache this is one more pass.
         Shapes: (B, T, C) -> (B, T, C)."""
-        past = context.layers if cache is None else cache.next_pass(context)
+        past = cache.next_pass(context, states.size(1))
         for i in layers:
             states, kept = self.blocks[i](states, rope, mask, past[i])
-            if cache is not None:
-                past[i] = kept
+            cache.keep(i, kept)
         return states
 
     # a PretrainedDecoder has its own way with each of these, with `unseen` and with `put_before`
@@ -454,7 +453,7 @@ class Decoder(nn.Module):
         scale. Shapes: (B, T, C) -> (B, T, C)"""
         return norm(x)
 
-    def written(self, answer, context, start, cache):
+    def written(self, answer, context, cache):
         """e: the tokens of the answer so far, embedded. Shapes: (B, A) -> (B, A, C)"""
         return self.embedded(self.embed(answer))
 
@@ -475,13 +474,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None,
-                 cache=None, sound=None):
+                 cache=None, sound=None, writer=None):
         """Answers token by token, the likeliest at temperature 0, else drawn from the top_k likeliest.
 
         A token costs one position in each pass: the keys and values of those before it are kept. At
         temperature 0, without Halting, it is the likeliest one of `forward`'s logits, but for rounding.
-        Shapes: as `forward`; cache, empty: a Cache, which is the default, or Halting -> (B, max_new_tokens),
-            every answer up to and with eos_id, pad_id after it
+        Shapes: as `forward`; cache, empty: a Cache, which is the default, or Halting; writer: instead of one,
+            a plumbing.graphs.Writer -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after
         Raises: ValueError, for Halting where no pass makes all states anew.
         """
         c = self.config
@@ -492,13 +491,15 @@ class Decoder(nn.Module):
         if isinstance(cache, Halting) and c.recur_layers < c.n_layer:
             raise ValueError(f'Halting: with recur_layers={c.recur_layers} no pass goes through all blocks')
         cache = Cache() if cache is None else cache
+        next_logits = partial(self.next_logits, context, cache)
+        if writer is not None:
+            next_logits = writer.begin(context, max_new_tokens)
         # padding from the start: after an early stop the rest is right
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
         answer[:, 0] = c.bos_id
         done = torch.zeros(B, dtype=torch.bool, device=question.device)
         for t in range(max_new_tokens):
-            y = self.answer_states(context, answer[:, t:t + 1], cache)[-1]     # (B, 1, C)
-            logits = self.head(y)[:, 0].float()                        # (B, V)
+            logits = next_logits(answer[:, t:t + 1])                   # (B, V)
             if temperature == 0:
                 token = logits.argmax(-1)                              # (B,)
             else:
@@ -514,6 +515,12 @@ class Decoder(nn.Module):
             if done.all():
                 break
         return answer[:, 1:]
+
+    def next_logits(self, context, cache, token):
+        """Of the token after this one and those in the cache, where this one's states go.
+        Shapes: token (B, 1) -> float32 (B, V)"""
+        y = self.answer_states(context, token, cache)[-1]              # (B, 1, C)
+        return self.head(y)[:, 0].float()                              # (B, V)
 
     def projections(self):
         """The ways from image and sound tokens into the context, by name, those that there are."""
@@ -589,26 +596,26 @@ class PretrainedDecoder(Decoder):
         """Of the size of words, whatever the encoder's scale."""
         return super().put_before(x, norm(tokens.type_as(x)), proj)
 
-    def written(self, answer, context, start, cache):
+    def written(self, answer, context, cache):
         """e comes out of the first blocks where the last recur_layers alone are passed again."""
         e = self.embed(answer)                                         # (B, A, C)
         first = range(self.config.n_layer - self.config.recur_layers)
         if not first:
             return e
-        rope, mask = self.rope_and_mask(context, answer.size(1), start, streams=1)
+        rope, mask = self.rope_and_mask(context, answer.size(1), cache, streams=1)
         return self.run_blocks(first, e, rope, mask, context, cache)   # (B, A, C)
 
     def first_y(self, e):
         """Nothing, where gates let it in: no pass has made anything yet."""
         return torch.zeros_like(e) if self.config.has_gates else e
 
-    def unseen(self, time, start, streams):
+    def unseen(self, time, room, streams):
         """Nor does a y see any z: it gets z through a gate."""
-        hidden = super().unseen(time, start, streams)                  # (T, P + T)
+        hidden = super().unseen(time, room, streams)                   # (T, P + T)
         if streams == 2:
             # columns: P earlier states, made one by one, y z y z ...; then all y of now, then all z
             A = len(time) // 2
-            hidden[:A, 1:2 * start:2] = True
+            hidden[:A, 1:2 * room:2] = True
             hidden[:A, -A:] = True
         return hidden
 

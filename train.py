@@ -31,7 +31,7 @@ from model import Decoder, ModelConfig, build_model
 from plumbing.console import GOES_ON, clock, run_script, say_if_few
 from plumbing.features import ContextTokens, is_trained
 from plumbing.files import locked
-from plumbing.graphs import Captured
+from plumbing.graphs import Captured, writer_of
 from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype, pinned
 from plumbing.novelty import what_was_seen
 from plumbing.ranks import all_reduce, alone, in_turn, processes, rank_and_world
@@ -84,7 +84,7 @@ class TrainConfig:
     dtype: str = 'auto'                       # float32, bfloat16, float16, or auto: bfloat16 where it is fast
     deterministic: bool = False               # the same bits every time, on a GPU too; slower there
     compile: bool = False                     # torch.compile: takes minutes, which a long run earns back
-    graphs: bool = True                       # on one GPU: launch the kernels of a step in one go
+    graphs: bool = True                       # on a GPU: launch the kernels of a step in one go
     log_interval: int = 50                    # steps between log lines
     eval_interval: int = 300                  # steps between validations, each followed by a checkpoint
     wandb: bool = False                       # log to Weights & Biases too (pip install wandb)
@@ -601,10 +601,13 @@ def flops_per_row(model, tokens_of, questions, s, n=16):
 def judge_test_split(decoder, encoders, tokenizer, s, device, facts):
     """Evaluates the test split and writes the results."""
     rows = read_rows(s.dataset, 'test')
-    questions = tokenized(rows, tokenizer, s, truncate=True)  # too late to refuse what is too long
+    writer = writer_of(decoder, device) if s.graphs else None
+    # too late to refuse what is too long
+    questions = tokenized(rows, tokenizer, s, truncate=True, few_shapes=writer is not None)
     tokens_of = ContextTokens(asdict(s), encoders, rows, device)
     batch_size = min(256, s.batch_size)  # training had the memory for it
-    metrics, predictions = evaluation.evaluate(decoder, questions, tokens_of, device, batch_size)
+    metrics, predictions = evaluation.evaluate(decoder, questions, tokens_of, device, batch_size,
+                                               writer=writer)
     metrics['dataset_fingerprint'] = facts['dataset_fingerprint'] | dict(test=rows.sum.hexdigest())
     print(result_table(metrics))
     write_results(s.out_dir, facts | metrics, rows, predictions)

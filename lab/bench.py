@@ -31,7 +31,7 @@ from lab.decoders import compare_decoders
 from lab.naive import naive_generate, naive_logits
 from model import ModelConfig, build_model, cross_entropy
 from plumbing.console import run_script, table
-from plumbing.graphs import Captured
+from plumbing.graphs import Captured, writer_of
 from plumbing.machine import (
     autocast_to,
     compile_layers,
@@ -305,6 +305,19 @@ def main_job(b, steps=30, most=12):
         took = [seconds(partial(graph, []), b.device) for _ in range(steps)]
         print(f'{1e3 * min(took):.1f} ms at best, {1e3 * median(took):.1f} in the middle of {steps}, '
               f'{took[1]:.1f} s to record it')
+    time_writing(b, decoder, vision, question)
+
+
+def time_writing(b, decoder, vision, question, n=32):
+    """Prints what a token of a batch of answers takes, on a GPU as a CUDA graph too."""
+    decoder.config = replace(decoder.config, eos_id=-1)  # all answers get their whole length
+    writers = {'': None}
+    if b.device.startswith('cuda'):
+        writers = {'': None, ' as CUDA graphs': writer_of(decoder, b.device)}
+    for name, writer in writers.items():
+        write = partial(decoder.generate, vision, question, n, writer=writer)
+        took = min(seconds(write, b.device) for _ in range(4))
+        print(f'{len(question)} answers of {n} tokens{name}: {1e3 * took / n:.2f} ms a token')
 
 
 def show_memory(b, steps=(1, 2, 4, 8, 16)):

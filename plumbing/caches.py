@@ -1,28 +1,27 @@
 """What generation keeps, so that nothing is computed twice; and halting, which ends passes early."""
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 
 
-class Cache:
-    """What generation keeps: for every pass the keys and values of each block, those of the context first.
+class NoCache:
+    """Of answers that go through the passes as a whole, as in training: nothing is kept."""
 
-    None of it ever has to be computed again: what position t computes in a pass depends on positions up to t
-    alone, and those do not change.
-    """
+    positions = 0  # answer positions that are in it
+    room = 0       # and those that there is room for
 
-    def __init__(self):
-        self.positions = 0  # answer positions that are in it
-        self.passes = []    # a list of keys and values for each pass, made when the first token gets there
-        self.begun = 0      # passes of the present positions that have begun
-        self.done = None    # rows whose answer has ended (B,)
+    def next_pass(self, context, T):
+        """Keys and values that T states look at beside their own in the pass that begins, a list by block."""
+        return context.layers
 
-    def next_pass(self, context):
-        """Keys and values for the pass that begins, a list by block, which gets those that the pass makes."""
-        if self.begun == len(self.passes):
-            self.passes.append(list(context.layers))
-        # counted as they come, so that a recursion with other passes needs nothing here
-        self.begun += 1
-        return self.passes[self.begun - 1]
+    def keep(self, layer, kept):
+        """What a block has, (B, kv, S + P + T, hs) both: what `next_pass` gave, and that of the states."""
+
+    def hide_empty(self, hidden):
+        """Hides room that no state has taken yet. Shapes: (T, P + T) -> (T, P + T)"""
+        return hidden
 
     def after_pass(self, states):
         """What a pass hands on. Shapes: (B, T, C) -> (B, T, C)."""
@@ -34,8 +33,84 @@ class Cache:
 
     def end_position(self, n):
         """After the last pass over n positions: those that follow begin with the first pass again."""
+
+
+class Cache(NoCache):
+    """What generation keeps: for every pass the keys and values of each block, those of the context first.
+
+    None of it ever has to be computed again: what position t computes in a pass depends on positions up to t
+    alone, and those do not change.
+    """
+
+    def __init__(self):
+        self.positions = 0
+        self.passes = []    # a list of keys and values for each pass, made when the first token gets there
+        self.begun = 0      # passes of the present positions that have begun
+        self.done = None    # rows whose answer has ended (B,)
+
+    @property
+    def room(self):
+        return self.positions  # it grows with every token
+
+    def next_pass(self, context, T):
+        if self.begun == len(self.passes):
+            self.passes.append(list(context.layers))
+        # counted as they come, so that a recursion with other passes needs nothing here
+        self.begun += 1
+        return self.passes[self.begun - 1]
+
+    def keep(self, layer, kept):
+        self.passes[self.begun - 1][layer] = kept
+
+    def end_position(self, n):
         self.positions += n
         self.begun = 0
+
+
+class FixedCache(Cache):
+    """A cache with room for all positions from the start. Every token finds the same shapes on the same
+    memory, and the number of positions is a tensor there: what one does can be recorded and replayed.
+
+    context: the first one that is answered about; the others have its shapes.
+    """
+
+    room = None  # as it is given; a Cache's grows
+
+    def __init__(self, context, room):
+        super().__init__()
+        self.room = room
+        self.context = replace(context, mask=context.mask.clone(), length=context.length.clone())
+        self.positions = torch.zeros_like(context.length[0])           # ()
+
+    def begin(self, context):
+        """Takes a context, and forgets the answer to the one before."""
+        S = context.mask.size(-1)
+        self.context.mask.copy_(context.mask)
+        self.context.length.copy_(context.length)
+        self.positions.zero_()
+        for layers in self.passes:
+            for pair, new in zip(layers, context.layers):
+                for kept, of_context in zip(pair, new):                # (B, kv, S + P, hs), (B, kv, S, hs)
+                    kept[:, :, :S] = of_context
+                    kept[:, :, S:] = 0  # not only hidden: even 0 * nan would be nan
+
+    def next_pass(self, context, T):
+        if self.begun == len(self.passes):
+            more = 0, 0, 0, T * self.room
+            self.passes.append([(F.pad(k, more), F.pad(v, more)) for k, v in context.layers])
+        return super().next_pass(context, T)
+
+    def keep(self, layer, kept):
+        for mine, all in zip(self.passes[self.begun - 1][layer], kept):    # (B, kv, S + P, hs), and T more
+            T = all.size(2) - mine.size(2)
+            S = mine.size(2) - T * self.room
+            place = S + T * self.positions + torch.arange(T, device=all.device)    # (T,)
+            mine.index_copy_(2, place, all[:, :, -T:])
+
+    def hide_empty(self, hidden):
+        T = len(hidden)
+        empty = torch.arange(T * self.room, device=hidden.device) >= T * self.positions    # (P,)
+        return hidden | F.pad(empty, (0, T))                           # (T, P + T)
 
 
 class Halting(Cache):
@@ -52,7 +127,7 @@ class Halting(Cache):
         self.moving = None  # rows whose present token goes on (B,)
         self.states = None  # what the pass before handed on (B, T, C)
 
-    def next_pass(self, context):
+    def next_pass(self, context, T):
         if self.begun == 0:  # a new token
             self.taken.append(torch.zeros_like(context.length))                    # (B,)
             everyone = torch.ones_like(context.length, dtype=torch.bool)           # (B,)
@@ -62,7 +137,7 @@ class Halting(Cache):
                 self.passes.append(list(context.layers))
             both = zip(self.passes[self.begun], self.passes[self.begun - 1])
             self.passes[self.begun] = [tuple(map(self.filled, now, before)) for now, before in both]
-        return super().next_pass(context)
+        return super().next_pass(context, T)
 
     def filled(self, now, before):
         """Keys, or values, of a pass: tokens that did not get there have those of the pass before.

@@ -1,11 +1,12 @@
-"""A training step recorded once for each shape of its batches, and replayed: on a GPU a small model waits
-not for the work of its step but for the launching of some 1,600 kernels."""
+"""A training step, or a token of answers, recorded once for each shape and replayed: on a GPU a small model
+waits not for the work of its step but for the launching of some 1,600 kernels."""
 
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
+from plumbing.caches import FixedCache
 from plumbing.machine import mapped, on_device
 
 
@@ -70,7 +71,7 @@ class Captured:
         try:
             return self.recorder.record(run)
         except RuntimeError as e:  # out of memory, too
-            raise RuntimeError(f'a training step could not be recorded as a CUDA graph, {e}; '
+            raise RuntimeError(f'a step could not be recorded as a CUDA graph, {e}; '
                                '--graphs=false goes without graphs, slower and with less memory') from e
 
     def has_room(self):
@@ -79,6 +80,40 @@ class Captured:
             print(f'{self.max_graphs} CUDA graphs are recorded, steps of further shapes run without one, '
                   'slower: fewer shapes of batches would help')
         return len(self.recorded) < self.max_graphs
+
+
+class Writer:
+    """Writes answers with one recording for each shape of the contexts, which is replayed for every token.
+
+    next_logits: as `Decoder.next_logits`. most: shapes that are kept, with the memory of a cache each; a
+    further one takes the place of the oldest. recorder: as of `Captured`.
+    """
+
+    def __init__(self, next_logits, device, most=4, recorder=None):
+        self.next_logits = next_logits
+        self.device = device
+        self.most = most
+        self.recorder = recorder
+        self.kept = {}  # by shape: a cache, and what is recorded with it
+
+    def begin(self, context, room):
+        """-> what tells the next token's logits, float32 (B, V), by the last one, (B, 1), which is kept.
+        room: tokens, at most"""
+        shape = context.layers[0][0].shape, room
+        if shape not in self.kept:
+            if len(self.kept) == self.most:
+                del self.kept[next(iter(self.kept))]
+            cache = FixedCache(context, room)
+            step = partial(self.next_logits, cache.context, cache)
+            self.kept[shape] = cache, Captured(step, self.device, recorder=self.recorder)
+        cache, recorded = self.kept[shape]
+        cache.begin(context)
+        return recorded
+
+
+def writer_of(decoder, device):
+    """For `Decoder.generate`; None for a CPU, where launching costs nothing."""
+    return Writer(decoder.next_logits, device) if device.startswith('cuda') else None
 
 
 class OnGpu:

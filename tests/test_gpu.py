@@ -14,8 +14,9 @@ import train
 from data import read_rows
 from encoder import load_encoder
 from lab import bench
-from model import RECURSIONS
+from model import RECURSIONS, ModelConfig, build_model
 from plumbing.features import cached_features
+from plumbing.graphs import writer_of
 from plumbing.run import read_checkpoint, read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
@@ -54,6 +55,18 @@ def test_graphs_change_nothing(more, flags, tmp_path, capsys):
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-3)
     assert losses(tmp_path / 'true') == pytest.approx(losses(tmp_path / 'false'), abs=1e-3)
+
+
+@torch.no_grad()
+def test_answers_as_graphs():
+    """Tokens that CUDA graphs write are those that kernels write one by one."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=40, n_embd=64, n_head=4, vision_dim=8)).cuda().eval()
+    torch.nn.init.normal_(decoder.embed.weight)
+    writer = writer_of(decoder, 'cuda')
+    for k in range(4):
+        vision, question = torch.randn(16, 4, 8, device='cuda'), torch.randint(3, 40, (16, 5 + k % 2), device='cuda')
+        assert torch.equal(decoder.generate(vision, question, 12, writer=writer), decoder.generate(vision, question, 12))
 
 
 def test_deterministic_and_killed(flags, tmp_path):

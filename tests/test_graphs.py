@@ -1,7 +1,9 @@
 """A recorded step: as the plain one to the last digit, on a tape that is as strict as a CUDA graph."""
 
 import copy
+import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from tape import OnTape, Tape
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import eval as evaluation
 import train
 from configurator import configure
-from plumbing.graphs import Captured
+from model import ModelConfig, build_model
+from plumbing.graphs import Captured, Writer
 from plumbing.run import read_checkpoint, read_log
 
 LEARNING_RATES = [.01 / (1 + k) for k in range(12)]
@@ -309,6 +313,107 @@ def test_training_as_graphs(more, tiny_shapes, tiny_encoder, tmp_path, monkeypat
     assert a['run']['bad_steps'] == b['run']['bad_steps'] == ('--train_encoder=true' not in more)
     assert all(same(a['state'][part].values(), b['state'][part].values()) for part in ('model', 'ema'))
     assert log_of(tmp_path / 'graphs') == log_of(tmp_path / 'plain')
+
+
+RMS = dict(norm='rms', n_layer=3, n_kv_head=2, tied_head=False)
+WRITERS = [dict(kind='plain'), dict(inner_steps=3), dict(inner_steps=2, outer_steps=2, norm='pre', prefix_lm=False), dict(recursion='add', inner_steps=2), dict(recursion='loop', recall=False),
+           RMS | dict(kind='plain'), RMS | dict(inner_steps=2), RMS | dict(inner_steps=2, recur_layers=2), RMS | dict(recursion='loop', inner_steps=3, recur_layers=1)]
+
+
+def written_about(k, B=3, Q=5):
+    """The k-th pictures and questions, padded."""
+    generator = torch.Generator().manual_seed(k)
+    vision = torch.randn(B, 4, 8, generator=generator, dtype=torch.float64)
+    question = torch.randint(3, 40, (B, Q), generator=generator)
+    question[0, 2 + k % 3:] = 0
+    return vision, question
+
+
+@pytest.mark.parametrize('settings', WRITERS, ids=lambda s: '-'.join(map(str, s.values())))
+@torch.no_grad()
+def test_written_as_graphs(settings):
+    """Tokens that a recording writes are those of plain generation, and so are their logits, for batches of two shapes in turn, the last of them not whole; Python runs in two tokens of a shape."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=40, n_head=4, n_embd=16, vision_dim=8, eos_id=-1, **settings)).double()
+    for p in decoder.parameters():  # large, so that rows differ, and passes too
+        nn.init.normal_(p, std=.5)
+    calls, logits = [], []
+
+    def counted(context, cache, token):
+        calls.append(tuple(token.shape))
+        return decoder.next_logits(context, cache, token)
+
+    def watched(next_logits, token):
+        logits.append(next_logits(token))
+        return logits[-1]
+
+    writer = Writer(counted, 'cpu', recorder=OnTape())
+    begin = writer.begin
+    writer.begin = lambda *args: partial(watched, begin(*args))
+    said = set()
+    for k, (B, Q) in enumerate([(3, 5), (3, 5), (2, 7), (3, 5), (2, 7)]):
+        about = written_about(k, B, Q)
+        expected = decoder.generate(*about, 6)
+        logits.clear()
+        assert torch.equal(decoder.generate(*about, 6, writer=writer), expected)
+        whole, _ = decoder(*about, F.pad(expected[:, :-1], (1, 0), value=1))
+        assert torch.allclose(torch.stack(logits, dim=1), whole.float(), atol=1e-5)
+        said.update(map(tuple, expected.tolist()))
+    assert calls == [(3, 1)] * 2 + [(2, 1)] * 2
+    assert len(said) > 6  # pictures and questions matter
+
+
+def test_judged_as_graphs(tiny_shapes, tiny_encoder, tmp_path, monkeypatch):
+    """What a run says of the test split is the same with recordings, after training and by eval.py; a flag goes without."""
+    made = []
+
+    def writer_of(decoder, device):
+        made.append(Writer(decoder.next_logits, device, recorder=OnTape()))
+        return made[-1]
+
+    def talkative(*args, new=train.new_decoder):  # else all answers of so short a training are the same
+        decoder = new(*args)
+        for p in decoder.parameters():
+            nn.init.normal_(p, std=.5)
+        return decoder
+
+    monkeypatch.setattr(train, 'new_decoder', talkative)
+    flags = [f'--dataset={tiny_shapes}', f'--encoder={tiny_encoder}', f'--cache_dir={tmp_path}/cache', '--device=cpu', '--n_embd=16', '--n_head=2', '--max_steps=1', '--learning_rate=1e-9', '--truncate=true', '--max_answer_tokens=6',
+             '--batch_size=8', '--max_question_tokens=40']
+    train.main([*flags, f'--out_dir={tmp_path}/plain'])
+    monkeypatch.setattr(train, 'writer_of', writer_of)
+    monkeypatch.setattr(evaluation, 'writer_of', writer_of)
+    train.main([*flags, f'--out_dir={tmp_path}/run'])
+    expected = answers_of(tmp_path / 'plain')
+    assert answers_of(tmp_path / 'run') == expected and len(set(expected)) > 9 and len(made) == 1
+    for n, more in ((2, []), (2, ['--graphs=false']), (2, ['--halt=.01', '--split=val'])):
+        evaluation.main([f'--out_dir={tmp_path}/run', '--device=cpu', *more])
+        assert answers_of(tmp_path / 'run') == expected and len(made) == n
+    assert all(writer.kept for writer in made)
+
+
+def answers_of(out_dir):
+    return [json.loads(line)['prediction'] for line in (out_dir / 'predictions.jsonl').read_text().splitlines()]
+
+
+@torch.no_grad()
+def test_shapes_that_are_kept():
+    """The oldest shape makes room for a new one, and comes back; another length of answers is a shape of its own; sampling draws the same; what was not finite stays behind."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=40, n_embd=16, vision_dim=8)).double()
+    nn.init.normal_(decoder.embed.weight)
+    writer = Writer(decoder.next_logits, 'cpu', most=2, recorder=OnTape())
+    for k, Q in enumerate((3, 4, 5, 3, 3)):
+        about = written_about(k, Q=Q)
+        assert torch.equal(decoder.generate(*about, 4, writer=writer), decoder.generate(*about, 4))
+        assert len(writer.kept) <= 2
+    vision, question = written_about(1, Q=3)
+    decoder.generate(vision * math.nan, question, 4, writer=writer)
+    for length in (4, 1, 9):
+        expected = decoder.generate(vision, question, length)
+        assert torch.equal(decoder.generate(vision, question, length, writer=writer), expected)
+    drawn = [decoder.generate(vision, question, 9, 1., 5, torch.Generator().manual_seed(3), writer=way) for way in (None, writer)]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], expected)
 
 
 def test_where_graphs_are_used(monkeypatch):
