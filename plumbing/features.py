@@ -15,7 +15,7 @@ import torch
 
 from plumbing.console import first_three, progress
 from plumbing.files import locked
-from plumbing.machine import autocast_to, fast_dtypes, room_on
+from plumbing.machine import autocast_to, fast_dtypes, on_device, pinned, room_on
 from plumbing.ranks import in_turn
 
 
@@ -68,15 +68,12 @@ def decode_ahead(encoder, pictures, files, most, pool):
         yield i, future
 
 
-def decode_all(encoder, pictures, wanted, batch_size):
+def decode_all(encoder, pictures, wanted, batch_size, bad):
     """Decodes with all cores, a batch ahead: yields [(index, pixels, or None where there are none), ...] for
-    the pictures whose index is in `wanted`, a set or range.
-
-    Raises: ValueError at the end, counting and naming those that cannot be decoded.
-    """
+    the pictures whose index is in `wanted`, a set or range. `bad`, a list, gets a sentence on each without;
+    after the last one `check_none_bad` should see it."""
     if not wanted:
         return
-    bad = []
     batch = []
     files = ((i, data) for i, data in enumerate(pictures) if i in wanted)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
@@ -91,6 +88,10 @@ def decode_all(encoder, pictures, wanted, batch_size):
                 batch = []
     if batch:
         yield batch
+
+
+def check_none_bad(encoder, pictures, bad):
+    """Raises: ValueError counting and naming those that cannot be decoded."""
     if bad:
         raise ValueError(f'{len(bad)} of {len(pictures)} {encoder.config.reads}s cannot be used: '
                          f'{first_three(bad)}: remove or repair them')
@@ -102,9 +103,11 @@ def pixel_array(encoder, pictures):
     if not len(pictures):
         return None  # and none is ever asked for
     pixels = []
-    for batch in decode_all(encoder, pictures, range(len(pictures)), 256):
+    bad = []
+    for batch in decode_all(encoder, pictures, range(len(pictures)), 256, bad):
         # Whisper's are floats: as halves they take half the memory
         pixels += [p.half() if p is not None and p.is_floating_point() else p for _, p in batch]
+    check_none_bad(encoder, pictures, bad)
     return torch.stack(pixels)                                                         # (n, 3, S, S)
 
 
@@ -206,24 +209,45 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
     check_room(f'{n} {encoder.config.reads}s', parts.values(), cache_dir)
     done = 0
     start = time.time()
+    bad = []
     try:
         wanted = {i for i in range(len(pictures)) if i // per_part in parts}
-        for batch in decode_all(encoder, pictures, wanted, encoder.at_once):
-            for i, pixels in batch:
-                if pixels is None:  # a part with a hole is never whole
-                    parts[i // per_part].drop()
-            batch = [(i, pixels) for i, pixels in batch if not parts[i // per_part].dropped]
-            if batch:
-                images = torch.stack([pixels for _, pixels in batch])                  # (B, 3, S, S)
-                tokens = encode_halves(encoder, images.to(device), dim, dtype)         # (B, N, dim)
-                for (i, _), of_picture in zip(batch, tokens):
+        batches = without_holes(decode_all(encoder, pictures, wanted, encoder.at_once, bad), parts, per_part)
+        for batch, tokens in one_behind(partial(encode_batch, encoder, device, dim, dtype), batches):
+            for (i, _), of_picture in zip(batch, tokens):
+                if not parts[i // per_part].dropped:  # meanwhile
                     parts[i // per_part].write(of_picture)
             done += len(batch)
             progress(f'encoding {encoder.config.reads}s', done, n, start)
+        check_none_bad(encoder, pictures, bad)
     finally:
         for part in parts.values():
             part.drop()
     print(f'| took {time.time() - start:.0f} s')
+
+
+def without_holes(batches, parts, per_part):
+    """The batches of `decode_all` without pictures of a part that has a hole: it is never whole."""
+    for batch in batches:
+        for i, pixels in batch:
+            if pixels is None:
+                parts[i // per_part].drop()
+        batch = [(i, pixels) for i, pixels in batch if not parts[i // per_part].dropped]
+        if batch:
+            yield batch
+
+
+def one_behind(encode, batches):
+    """Yields (batch, encode(batch), NumPy's). While a GPU is at a batch, what it made of the one before is
+    taken care of, and the one after is read."""
+    last = None
+    for batch in batches:
+        before = last and (last[0], halves(last[1]))  # first, or it would wait for the next one too
+        last = batch, encode(batch)
+        if before:
+            yield before
+    if last:
+        yield last[0], halves(last[1])
 
 
 def check_room(what, parts, cache_dir):
@@ -237,15 +261,23 @@ def check_room(what, parts, cache_dir):
                          'encode in every step')
 
 
-def encode_halves(encoder, images, dim, dtype):
-    """Shapes: uint8 (B, 3, S, S) on the encoder's device -> float16 (B, N, dim), NumPy's."""
-    with autocast_to(dtype, images.device.type):
+def encode_batch(encoder, device, dim, dtype, batch):
+    """[(index, pixels), ...] -> tokens, for which nobody has waited. Shapes: uint8 (3, S, S) each -> float16
+    (B, N, dim), on the device."""
+    images = torch.stack([pixels for _, pixels in batch])                              # (B, 3, S, S)
+    images = on_device(pinned(images, device), device)
+    with autocast_to(dtype, device):
         tokens = encoder.encode_images(encoder.normalise(images))                      # (B, N, D)
-        halves = tokens[..., :dim].half().cpu()                                        # (B, N, dim)
-    if not halves.isfinite().all():
+    return tokens[..., :dim].half()
+
+
+def halves(tokens):
+    """On the host. Shapes: float16 (B, N, dim) -> the same, NumPy's. Raises: ValueError."""
+    tokens = tokens.cpu()
+    if not tokens.isfinite().all():
         raise ValueError('the encoder makes tokens that are no finite numbers in half precision: its weights '
                          'are damaged, or of another kind of network')
-    return halves.numpy()
+    return tokens.numpy()
 
 
 class Part:
