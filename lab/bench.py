@@ -42,8 +42,9 @@ from plumbing.machine import (
     pick_device,
     seconds,
 )
+from plumbing.optimizers import follow, make_optimizers, set_learning_rate, update
 from plumbing.steps import Guard
-from train import TrainConfig, follow, make_optimizers, set_learning_rate, update
+from train import TrainConfig
 
 SCALE = ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')
 

@@ -27,6 +27,7 @@ from data import Questions, train_bpe
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from lab.compare import compare
 from model import Decoder
+from plumbing.optimizers import Muon, orthogonal
 from plumbing.plots import draw_curves
 from plumbing.results import picture_of
 from plumbing.run import FORMAT, read_checkpoint, read_log
@@ -441,7 +442,7 @@ def test_guard_float16():
     """A gradient that is not finite moves no weight of any optimizer; in float16 it lowers the loss scale, which is no fault, down to 1; the scale
     rises again after many good steps. After more faults than are allowed nothing moves any more, the scale neither."""
     one, other = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
-    optimizers, guard = [torch.optim.AdamW([one], .1, fused=True), train.Muon([other], .1, .9, 0.)], Guard('cpu', torch.float16, allowed=1)
+    optimizers, guard = [torch.optim.AdamW([one], .1, fused=True), Muon([other], .1, .9, 0.)], Guard('cpu', torch.float16, allowed=1)
     guard.load_state_dict(dict(scale=2., _growth_tracker=Guard.DOUBLED_AFTER - 1))
     weights = []
 
@@ -566,8 +567,8 @@ def test_learning_rate():
     assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
 
 
-def orthogonal(matrix):
-    return train.orthogonal(matrix[None], torch.float32)[0]
+def alone(matrix):
+    return orthogonal(matrix[None], torch.float32)[0]
 
 
 def test_muon():
@@ -576,21 +577,21 @@ def test_muon():
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(32, 48), full_matrices=False)
     for g in (u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v, v.T @ torch.diag(torch.logspace(0, -1.5, 32)) @ u.T):
-        x = orthogonal(g)
+        x = alone(g)
         assert x.shape == g.shape and ((.6 < torch.linalg.svdvals(x)) & (torch.linalg.svdvals(x) < 1.3)).all()
-        assert torch.allclose(orthogonal(1e3 * g), x, atol=1e-4)
-    back = u.T @ orthogonal(u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v) @ v.T
+        assert torch.allclose(alone(1e3 * g), x, atol=1e-4)
+    back = u.T @ alone(u @ torch.diag(torch.logspace(0, -1.5, 32)) @ v) @ v.T
     assert torch.allclose(back, back.diag().diag(), atol=1e-4)
 
     p = torch.nn.Parameter(torch.randn(48, 32))
     start, p.grad = p.detach().clone(), 100 * torch.randn(48, 32)
-    train.Muon([p], lr=.01, momentum=.95, weight_decay=0.).step()
+    Muon([p], lr=.01, momentum=.95, weight_decay=0.).step()
     assert .15 < (p - start).pow(2).mean().sqrt() / .01 < .25
 
     # matrices of one shape go through together, and each as if it were alone; in bfloat16 nearly so
     stack = torch.randn(3, 48, 32)
-    assert torch.allclose(train.orthogonal(stack, torch.float32), torch.stack([orthogonal(g) for g in stack]), atol=1e-5)
-    assert (train.orthogonal(stack, torch.bfloat16) - train.orthogonal(stack, torch.float32)).abs().max() < .05
+    assert torch.allclose(orthogonal(stack, torch.float32), torch.stack([alone(g) for g in stack]), atol=1e-5)
+    assert (orthogonal(stack, torch.bfloat16) - orthogonal(stack, torch.float32)).abs().max() < .05
 
     model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8))
     adamw, muon = train.make_optimizers([(1.0, model)], train.TrainConfig())
@@ -800,7 +801,7 @@ def test_optimizers_step_by_hand():
     assert [group['weight_decay'] for group in muon.param_groups] == [.05]
     p = torch.nn.Parameter(torch.randn(6, 4))
     start, (first, second) = p.detach().clone(), torch.randn(2, 6, 4)
-    optimizer = train.Muon([p], lr=.01, momentum=.9, weight_decay=.5)
+    optimizer = Muon([p], lr=.01, momentum=.9, weight_decay=.5)
     p.grad = torch.zeros(6, 4)
     optimizer.step()
     assert torch.allclose(p, start * (1 - .01 * .5))
@@ -810,5 +811,5 @@ def test_optimizers_step_by_hand():
         p.grad, before = g.clone(), p.detach().clone()
         optimizer.step()
         average = .9 * average + .1 * g
-        direction = orthogonal(.9 * average + .1 * g)
+        direction = alone(.9 * average + .1 * g)
         assert torch.allclose(p, before * (1 - .005) - .01 * .2 * 6 ** .5 * direction, atol=1e-6)
