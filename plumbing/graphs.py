@@ -93,7 +93,7 @@ class Writer:
         self.next_logits = next_logits
         self.device = device
         self.most = most
-        self.recorder = recorder
+        self.recorder = recorder or OnGpu(device)
         self.kept = {}  # by shape: a cache, and what is recorded with it
 
     def begin(self, context, room):
