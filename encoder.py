@@ -342,24 +342,22 @@ class Encoder(nn.Module):
         return self.resample(self.patches(images))
 
     def patches(self, images):
-        """The trunk's part, averaged pool x pool, Whisper's along time. Shapes: (B, 3, S, S) -> (B, P, W)."""
-        x = self.trunk(images)
-        if self.config.pool > 1 and self.config.trunk == 'whisper':
-            x = x.unflatten(1, (-1, self.config.pool)).mean(2)                         # (B, P, W)
-        elif self.config.pool > 1:
-            side = self.config.side
-            x = x.transpose(1, 2).unflatten(2, (side, side))                           # (B, W, side, side)
-            x = F.avg_pool2d(x, self.config.pool).flatten(2).transpose(1, 2)           # (B, P, W)
-        return x
+        """The trunk's part. Shapes: (B, 3, S, S) -> (B, P, W)."""
+        x = self.trunk(images)                                                         # (B, P, W)
+        return self.pooled(x) if self.config.pool > 1 else x
+
+    def pooled(self, x):
+        """Averaged pool x pool. Shapes: (B, side ** 2, W) -> (B, P, W)"""
+        side = self.config.side
+        x = x.transpose(1, 2).unflatten(2, (side, side))                               # (B, W, side, side)
+        return F.avg_pool2d(x, self.config.pool).flatten(2).transpose(1, 2)            # (B, P, W)
 
     def resample(self, patches):
         """What follows the trunk. Shapes: (B, P, W) -> (B, N, D)."""
         return self.projection(self.resampler(self.adapter(patches)))
 
     def open(self, data):
-        """A file -> what `pixels` takes: a Pillow picture, or Whisper's spectrum. Raises: ValueError."""
-        if self.config.trunk == 'whisper':
-            return spectrum(data, *self.config.input_shape)                            # (bands, frames)
+        """The bytes of a file -> a Pillow picture. Raises: ValueError."""
         if self.config.reads == 'sound':
             return spectrum_picture(data)
         return open_picture(data, side=self.config.image_px)
@@ -377,8 +375,6 @@ class Encoder(nn.Module):
         Raises: ValueError.
         """
         c = self.config
-        if c.trunk == 'whisper':  # its spectra stay as they are: in 8 bits its tokens would be off
-            return torch.from_numpy(picture)                                           # (bands, frames)
         picture = as_seen(picture, turn=c.upright)
         mean_color = tuple(round(255 * m) for m in c.mean)  # after `normalise` it is about 0
         picture = squared(picture, c.image_px, c.fit, border=mean_color, crop_pct=c.crop_pct,
@@ -387,8 +383,6 @@ class Encoder(nn.Module):
 
     def normalise(self, pixels):
         """Shapes: uint8 (..., 3, S, S), 0..255 -> float of that shape, about zero mean and unit spread."""
-        if self.config.trunk == 'whisper':
-            return pixels.float()
         return (pixels.float() / 255 - self.mean) / self.std
 
     @torch.no_grad()
@@ -416,6 +410,29 @@ class Encoder(nn.Module):
         for key, t in sorted(self.state_dict().items()):
             digest.update(key.encode() + t.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+class WhisperEncoder(Encoder):
+    """With Whisper's trunk. In place of a picture it has a spectrum, floats (bands, frames), as it is: in 8
+    bits its tokens would be off."""
+
+    def open(self, data):
+        return spectrum(data, *self.config.input_shape)                                # (bands, frames)
+
+    def pixels(self, spectrum):
+        return torch.from_numpy(spectrum)                                              # (bands, frames)
+
+    def normalise(self, pixels):
+        return pixels.float()
+
+    def pooled(self, x):
+        """Averaged along time."""
+        return x.unflatten(1, (-1, self.config.pool)).mean(2)                          # (B, P, W)
+
+
+def build_encoder(config):
+    """An encoder with random weights, drawn from torch's current seed."""
+    return WhisperEncoder(config) if config.trunk == 'whisper' else Encoder(config)
 
 
 # ----------------------------------------------------------------------------
@@ -475,7 +492,7 @@ def load_encoder(path, **changes):
             raise ValueError(f'{path}: image_px={config.image_px}: expected {2 * len(positions)} at most, '
                              'the frames that it has positions for')
         weights['trunk.positions'] = positions[:config.side]
-    encoder = Encoder(config)
+    encoder = build_encoder(config)
     encoder.source = source
     try:
         encoder.load_state_dict(weights)

@@ -373,12 +373,12 @@ def train(s, sources, device, stop):
         done.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, results=results))
         run.step += 1
         if reads_results(run.step, s, device, stop):  # always so where a log line is due
-            stopping, gnorm = read_results(done, ['answer'], run, log, s.skip_bad_steps, save_now)
+            stopping = read_results(done, ['answer'], run, log, s.skip_bad_steps, save_now)
         run.since_s += time.time() - mark
         mark = time.time()
 
         if run.since and (run.step % s.log_interval == 0 or run.step == s.max_steps):
-            parts_of_loss = log.step(run, lr, gnorm)
+            parts_of_loss = log.step(run, lr)
             if run.step >= 100 and not warned and parts_of_loss['answer'] > chance - .01:
                 warned = True
                 log.nothing_learnt(run.step, 'answer', parts_of_loss['answer'], chance)

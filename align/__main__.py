@@ -167,12 +167,12 @@ def align(s, sources, device, stop):
         done.append(dict(step=run.step, lr=lr, names=names, n_rows=n_rows, results=results))
         run.step += 1
         if reads_results(run.step, s, device, stop):
-            stopping, gnorm = read_results(done, chance.keys(), run, log, s.skip_bad_steps, save_now)
+            stopping = read_results(done, chance.keys(), run, log, s.skip_bad_steps, save_now)
         run.since_s += time.time() - mark
         mark = time.time()
 
         if run.since and (run.step % s.log_interval == 0 or run.step == s.max_steps):
-            means = log.step(run, lr, gnorm)
+            means = log.step(run, lr)
             for name, guess in chance.items():
                 if run.step >= 100 and not warned and means.get(name, 0) > guess - .01:
                     warned = True

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from encoder import (
     SOUND_CONFIG,
     Block,
-    Encoder,
     EncoderConfig,
     Reader,
+    build_encoder,
     check_reads,
     load_encoder,
     open_encoder,
@@ -174,7 +174,7 @@ def encoder_config(s, trunk):
 def build(s, vocab_size, trunk):
     """The model that the settings ask for. With a frozen trunk it has none of its own: what the trunk makes
     of the pictures is computed once, before training."""
-    encoder = Encoder(encoder_config(s, trunk))
+    encoder = build_encoder(encoder_config(s, trunk))
     model = AlignModel(encoder, vocab_size, s.text_width, s.text_layers)
     if trunk:
         model.encoder.trunk = nn.Identity()

@@ -39,13 +39,15 @@ class Run:
     since: int = 0             # how many these are
     since_s: float = 0.0       # and the seconds of training since then
     rows: int = 0              # and the rows
+    gnorm: float = 0.0         # norm of the last good gradient
     bad_steps: int = 0         # steps that were left out
 
-    def count(self, losses, rows):
-        """Adds a good step: its losses, a dict of floats, and how many rows it had."""
+    def count(self, losses, gnorm, rows):
+        """Adds a good step: its losses, a dict of floats, its gradient's norm, and how many rows it had."""
         self.total = {key: self.total.get(key, 0) + value for key, value in losses.items()}
         self.since += 1
         self.rows += rows
+        self.gnorm = gnorm
 
     def facts(self, device):
         """What metrics.json says of the run."""
@@ -270,13 +272,13 @@ def read_results(done, loss_names, run, log, allowed, save_now):
 
     done: of every step a dict of step, lr, n_rows, names of some rows, and results, (n,) on the device: the
         losses, whether to stop, norm of the gradient, whether the step was bad; emptied
-    -> whether any process was asked to stop, and the norm of the last gradient
+    -> whether any process was asked to stop
     Raises: FloatingPointError after more than `allowed` bad steps, with the state before the last one saved.
     """
     results = torch.stack([of_step.pop('results') for of_step in done]).tolist()
     for of_step, (*losses, asked, gnorm, bad) in zip(done, results):
         if not bad:
-            run.count(dict(zip(loss_names, losses)), of_step['n_rows'])
+            run.count(dict(zip(loss_names, losses)), gnorm, of_step['n_rows'])
             continue
         values = f"loss {sum(losses)}, gradient norm {gnorm}, lr {of_step['lr']:.2e}"
         names = ', '.join(of_step['names'])
@@ -291,7 +293,7 @@ def read_results(done, loss_names, run, log, allowed, save_now):
         print(f'{problem}; left out')
         log.write(dict(event='bad step', step=of_step['step'] + 1, problem=problem))
     done.clear()
-    return asked > 0, gnorm  # asked is a mean over the processes: one is enough
+    return asked > 0  # a mean over the processes: one is enough
 
 
 # ----------------------------------------------------------------------------
@@ -350,12 +352,12 @@ class Log:
         eta = (time.time() - self.started) / max(1, step - self.first) * (self.max_steps - step)
         print(' | '.join([f'{event} {step}/{self.max_steps}', *shown, f'eta {clock(eta)}']), flush=True)
 
-    def step(self, run, lr, gnorm):
+    def step(self, run, lr):
         """The line of the good steps since the last one. -> their mean losses, a dict"""
         run.train_s += run.since_s
         means = {key: value / run.since for key, value in run.total.items()}
         several = means if len(means) > 1 else {}
-        self.line(run.step, dict(loss=sum(means.values()), **several, lr=lr, gnorm=gnorm,
+        self.line(run.step, dict(loss=sum(means.values()), **several, lr=lr, gnorm=run.gnorm,
                                  ms=1e3 * run.since_s / run.since, examples_per_s=run.rows / run.since_s,
                                  train_s=run.train_s))
         run.total = {}

@@ -111,6 +111,8 @@ def describe_open_clip(config, openai):
 def describe_hugging_face(path, config, preprocessing):
     """-> dict. Of config.json and preprocessor_config.json, {} without them. Raises: ValueError."""
     known = {key: preprocessing[f'image_{key}'] for key in ('mean', 'std') if f'image_{key}' in preprocessing}
+    if not preprocessing.get('do_normalize', True):
+        known = dict(mean=(0., 0., 0.), std=(1., 1., 1.))
     if not config:
         return known
     vision = config.get('vision_config') or config  # files of old list only what differs from the defaults

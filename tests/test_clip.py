@@ -263,6 +263,9 @@ def test_mean_and_std(tmp_path, capsys):
         config = load_encoder(tmp_path).config
         assert config.mean == (.1, .2, .3) and config.std == (.4, .5, .6) and 'assumed' not in capsys.readouterr().out
         (tmp_path / name).unlink()
+    (tmp_path / name).write_text(json.dumps(values | dict(do_normalize=False)))
+    config = load_encoder(tmp_path).config
+    assert config.mean == (0, 0, 0) and config.std == (1, 1, 1)
 
 
 def test_from_clip_to_answers(tmp_path, tiny_shapes):

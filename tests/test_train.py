@@ -485,13 +485,14 @@ def test_results_read_late(flags, tmp_path, monkeypatch):
             patch.setattr(train, 'reads_results', lambda step, s, device, stop: step % every == 0 or train.is_due(step, s))
             train.main([*flags, f'--out_dir={tmp_path / name}', '--log_interval=6', '--eval_interval=6', *more])
 
-    bad = (2, 5)
+    bad = (2, 6)
     for name, every in (('at_once', 1), ('late', 6)):
         run(name, every, '--skip_bad_steps=2')
     assert same(weights(tmp_path / 'at_once'), weights(tmp_path / 'late'))
     for key in ('event', 'step', 'loss', 'gnorm', 'lr', 'em', 'problem'):
         a, b = ([event.get(key) for event in read_log(tmp_path / name)] for name in ('at_once', 'late'))
         assert sorted(map(str, a)) == sorted(map(str, b))
+    assert 'NaN' not in (tmp_path / 'late/log.jsonl').read_text()  # the sixth step is the last of its line
     bad = (2, 4, 5)
     for name, every in (('stopped_at_once', 1), ('stopped_late', 6)):
         with pytest.raises(FloatingPointError, match='step 3: loss nan.*the state before this step is saved'):

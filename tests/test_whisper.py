@@ -14,7 +14,15 @@ from test_sounds import tone, wav
 
 from align import __main__ as align_main
 from align import judge
-from encoder import Encoder, EncoderConfig, encoder_of_run, load_encoder, open_encoder, save_encoder
+from encoder import (
+    Encoder,
+    EncoderConfig,
+    build_encoder,
+    encoder_of_run,
+    load_encoder,
+    open_encoder,
+    save_encoder,
+)
 from plumbing.features import PixelReader, cached_features, picture_from, pixel_array
 from plumbing.tables import SOUND_SCHEMA, SPLITS, write_dataset
 
@@ -98,7 +106,7 @@ def test_positions():
     with torch.no_grad():
         theirs = transformers.WhisperModel(transformers.WhisperConfig(**SIZES)).encoder.embed_positions.weight
     config = EncoderConfig(trunk='whisper', reads='sound', image_px=100, patch_px=2, width=32, n_latents=0, projection='none', vision_dim=32, prefixes=(32,))
-    assert (Encoder(config).trunk.positions - theirs).abs().max() < 1e-5
+    assert (build_encoder(config).trunk.positions - theirs).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize('bands, seconds', [(80, 2.7), (80, 31.5), (128, 30)])
@@ -134,7 +142,7 @@ def test_pool_and_fewer_frames(folder):
 def test_a_resampler_follows(folder):
     """Stage 1 can take it as a trunk: its tokens go through an adapter, a Perceiver and a projection."""
     trunk = load_encoder(folder, pool=2)
-    e = Encoder(EncoderConfig(**vars(trunk.config) | dict(n_latents=4, adapter='linear', perceiver_width=16, perceiver_heads=2, projection='linear', vision_dim=8, prefixes=(4, 8))))
+    e = build_encoder(EncoderConfig(**vars(trunk.config) | dict(n_latents=4, adapter='linear', perceiver_width=16, perceiver_heads=2, projection='linear', vision_dim=8, prefixes=(4, 8))))
     e.trunk.load_state_dict(trunk.trunk.state_dict())
     spectra = torch.randn(2, 80, 100)
     with torch.no_grad():
