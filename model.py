@@ -440,7 +440,7 @@ class Decoder(nn.Module):
     def run_blocks(self, layers, states, rope, mask, context, cache):
         """The states through some blocks, given by their numbers; for a cache this is one more pass.
         Shapes: (B, T, C) -> (B, T, C)."""
-        past = cache.next_pass(context, states.size(1))
+        past = cache.next_pass(context, layers, states.size(1))
         for i in layers:
             states, kept = self.blocks[i](states, rope, mask, past[i])
             cache.keep(i, kept)
@@ -481,7 +481,7 @@ class Decoder(nn.Module):
         temperature 0, without Halting, it is the likeliest one of `forward`'s logits, but for rounding.
         Shapes: as `forward`; cache, empty: a Cache, which is the default, or Halting; writer: instead of one,
             a plumbing.graphs.Writer -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after
-        Raises: ValueError, for Halting where no pass makes all states anew.
+        Raises: ValueError, for Halting where no pass makes all states anew, or beside a writer.
         """
         c = self.config
         B = len(question)
@@ -490,6 +490,8 @@ class Decoder(nn.Module):
             raise ValueError(f'Halting: with recursion={c.recursion} a pass does not make all states anew')
         if isinstance(cache, Halting) and c.recur_layers < c.n_layer:
             raise ValueError(f'Halting: with recur_layers={c.recur_layers} no pass goes through all blocks')
+        if writer is not None and cache is not None:
+            raise ValueError('writer: it has a cache of its own, expected cache=None')
         cache = Cache() if cache is None else cache
         next_logits = partial(self.next_logits, context, cache)
         if writer is not None:

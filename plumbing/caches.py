@@ -12,8 +12,9 @@ class NoCache:
     positions = 0  # answer positions that are in it
     room = 0       # and those that there is room for
 
-    def next_pass(self, context, T):
-        """Keys and values that T states look at beside their own in the pass that begins, a list by block."""
+    def next_pass(self, context, layers, T):
+        """What T states look at beside their own in the pass that begins, through these blocks.
+        -> keys and values, (B, kv, S + P, hs) both, by block"""
         return context.layers
 
     def keep(self, layer, kept):
@@ -52,7 +53,7 @@ class Cache(NoCache):
     def room(self):
         return self.positions  # it grows with every token
 
-    def next_pass(self, context, T):
+    def next_pass(self, context, layers, T):
         if self.begun == len(self.passes):
             self.passes.append(list(context.layers))
         # counted as they come, so that a recursion with other passes needs nothing here
@@ -88,17 +89,17 @@ class FixedCache(Cache):
         self.context.mask.copy_(context.mask)
         self.context.length.copy_(context.length)
         self.positions.zero_()
-        for layers in self.passes:
-            for pair, new in zip(layers, context.layers):
-                for kept, of_context in zip(pair, new):                # (B, kv, S + P, hs), (B, kv, S, hs)
+        for of_pass in self.passes:
+            for i, pair in of_pass.items():
+                for kept, of_context in zip(pair, context.layers[i]):  # (B, kv, S + P, hs), (B, kv, S, hs)
                     kept[:, :, :S] = of_context
                     kept[:, :, S:] = 0  # not only hidden: even 0 * nan would be nan
 
-    def next_pass(self, context, T):
+    def next_pass(self, context, layers, T):
         if self.begun == len(self.passes):
-            more = 0, 0, 0, T * self.room
-            self.passes.append([(F.pad(k, more), F.pad(v, more)) for k, v in context.layers])
-        return super().next_pass(context, T)
+            more = 0, 0, 0, T * self.room  # of dimension 2, at its end
+            self.passes.append({i: [F.pad(kept, more) for kept in context.layers[i]] for i in layers})
+        return super().next_pass(context, layers, T)
 
     def keep(self, layer, kept):
         for mine, all in zip(self.passes[self.begun - 1][layer], kept):    # (B, kv, S + P, hs), and T more
@@ -106,6 +107,10 @@ class FixedCache(Cache):
             S = mine.size(2) - T * self.room
             place = S + T * self.positions + torch.arange(T, device=all.device)    # (T,)
             mine.index_copy_(2, place, all[:, :, -T:])
+
+    def end_position(self, n):
+        super().end_position(n)
+        self.context.layers = None  # every pass has them now
 
     def hide_empty(self, hidden):
         T = len(hidden)
@@ -127,7 +132,7 @@ class Halting(Cache):
         self.moving = None  # rows whose present token goes on (B,)
         self.states = None  # what the pass before handed on (B, T, C)
 
-    def next_pass(self, context, T):
+    def next_pass(self, context, layers, T):
         if self.begun == 0:  # a new token
             self.taken.append(torch.zeros_like(context.length))                    # (B,)
             everyone = torch.ones_like(context.length, dtype=torch.bool)           # (B,)
@@ -137,7 +142,7 @@ class Halting(Cache):
                 self.passes.append(list(context.layers))
             both = zip(self.passes[self.begun], self.passes[self.begun - 1])
             self.passes[self.begun] = [tuple(map(self.filled, now, before)) for now, before in both]
-        return super().next_pass(context, T)
+        return super().next_pass(context, layers, T)
 
     def filled(self, now, before):
         """Keys, or values, of a pass: tokens that did not get there have those of the pass before.

@@ -62,8 +62,8 @@ class Captured:
                 self.recorded[key] = inputs, replay, result
                 replay()  # to record is not to execute
             else:
-                self.known.add(key)
                 result = self.step(on_device(tensors, self.device), *settings)
+                self.known.add(key)  # not before: it may have been interrupted
         # the next replay overwrites the result
         return result.detach().clone()
 
@@ -85,21 +85,29 @@ class Captured:
 class Writer:
     """Writes answers with one recording for each shape of the contexts, which is replayed for every token.
 
-    next_logits: as `Decoder.next_logits`. most: shapes that are kept, with the memory of a cache each; a
-    further one takes the place of the oldest. recorder: as of `Captured`.
+    next_logits: as `Decoder.next_logits`, of a decoder whose config stays as it is. most: shapes that are
+    kept, with the memory of a cache each; a further one takes the place of the oldest. recorder: as of
+    `Captured`.
     """
 
     def __init__(self, next_logits, device, most=4, recorder=None):
         self.next_logits = next_logits
         self.device = device
         self.most = most
-        self.recorder = recorder or OnGpu(device)
+        self.recorder = recorder  # None: each shape has its own pool of memory, which goes with it
         self.kept = {}  # by shape: a cache, and what is recorded with it
 
     def begin(self, context, room):
         """-> what tells the next token's logits, float32 (B, V), by the last one, (B, 1), which is kept.
-        room: tokens, at most"""
+
+        room: tokens, at most
+        Raises: RuntimeError under autocast, whose copies of the weights do not last.
+        """
+        if torch.is_autocast_enabled(self.device.split(':')[0]):
+            raise RuntimeError('a Writer under autocast: expected none around `generate`')
         shape = context.layers[0][0].shape, room
+        if shape in self.kept and self.kept[shape][0].begun:  # its last token was interrupted
+            del self.kept[shape]
         if shape not in self.kept:
             if len(self.kept) == self.most:
                 del self.kept[next(iter(self.kept))]
@@ -134,9 +142,11 @@ class OnGpu:
         """On the side stream, which waits for what the current one has begun, as that does afterwards."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.wait_stream(self.stream)
 
     def record(self, run):
         """-> (what executes again all that run() did on the device, the memory of its result)"""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import eval as evaluation
 import train
 from configurator import configure
-from model import ModelConfig, build_model
+from model import Halting, ModelConfig, build_model
 from plumbing.graphs import Captured, Writer
 from plumbing.run import read_checkpoint, read_log
 
@@ -414,6 +414,37 @@ def test_shapes_that_are_kept():
         assert torch.equal(decoder.generate(vision, question, length, writer=writer), expected)
     drawn = [decoder.generate(vision, question, 9, 1., 5, torch.Generator().manual_seed(3), writer=way) for way in (None, writer)]
     assert torch.equal(*drawn) and not torch.equal(drawn[0], expected)
+
+
+@torch.no_grad()
+def test_interrupted_while_writing(monkeypatch):
+    """What was interrupted in the middle of a token, while it is recorded too, spoils no later answer; under autocast, or with another cache, nothing is written."""
+    torch.manual_seed(0)
+    decoder = build_model(ModelConfig(vocab_size=40, n_embd=16, vision_dim=8)).double()
+    nn.init.normal_(decoder.embed.weight)
+    forward, about = type(decoder.blocks[1]).forward, written_about(0)
+    expected = decoder.generate(*about, 6)
+    for at in range(24):  # two blocks, four passes, three tokens: the first, the recorded, the replayed
+        calls, writer = [], Writer(decoder.next_logits, 'cpu', recorder=OnTape())
+        decoder.read_context(*about)
+
+        def failing(*args, **more):
+            calls.append(1)
+            if len(calls) == at + 2:  # one call is for the context
+                raise KeyboardInterrupt
+            return forward(*args, **more)
+
+        monkeypatch.setattr(type(decoder.blocks[1]), 'forward', failing)
+        for _ in range(3):
+            try:
+                answer = decoder.generate(*about, 6, writer=writer)
+            except KeyboardInterrupt:
+                continue
+            assert torch.equal(answer, expected), at
+    with pytest.raises(RuntimeError, match='under autocast'), torch.autocast('cpu', torch.bfloat16):
+        decoder.float().generate(about[0].float(), about[1], 6, writer=writer)
+    with pytest.raises(ValueError, match='cache of its own'):
+        decoder.generate(*about, 6, writer=writer, cache=Halting(.1))
 
 
 def test_where_graphs_are_used(monkeypatch):
