@@ -446,6 +446,11 @@ class Decoder(nn.Module):
             cache.keep(i, kept)
         return states
 
+    def bounded(self, states):
+        """Norms what 'pre' blocks get and hand on, so that no number of passes makes it grow; 'post' blocks
+        norm it themselves."""
+        return norm(states) if self.config.norm == 'pre' else states
+
     # a PretrainedDecoder has its own way with each of these, with `unseen` and with `put_before`
 
     def embedded(self, x):
@@ -467,11 +472,6 @@ class Decoder(nn.Module):
         y = norm(y + e) if self.config.recall else y                   # (B, A, C)
         return [y] if z is None else [y, z]
 
-    def bounded(self, states):
-        """Norms what 'pre' blocks get and hand on, so that no number of passes makes it grow; 'post' blocks
-        norm it themselves."""
-        return norm(states) if self.config.norm == 'pre' else states
-
     @torch.no_grad()
     def generate(self, vision, question, max_new_tokens, temperature=0.0, top_k=None, generator=None,
                  cache=None, sound=None, writer=None):
@@ -479,8 +479,9 @@ class Decoder(nn.Module):
 
         A token costs one position in each pass: the keys and values of those before it are kept. At
         temperature 0, without Halting, it is the likeliest one of `forward`'s logits, but for rounding.
-        Shapes: as `forward`; cache, empty: a Cache, which is the default, or Halting; writer: instead of one,
-            a plumbing.graphs.Writer -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after
+        cache: empty, a Cache, which is the default, or Halting; writer: a plumbing.graphs.Writer, which has
+        caches of its own
+        Shapes: as `forward` -> (B, max_new_tokens), every answer up to and with eos_id, pad_id after it
         Raises: ValueError, for Halting where no pass makes all states anew, or beside a writer.
         """
         c = self.config
@@ -493,8 +494,9 @@ class Decoder(nn.Module):
         if writer is not None and cache is not None:
             raise ValueError('writer: it has a cache of its own, expected cache=None')
         cache = Cache() if cache is None else cache
-        next_logits = partial(self.next_logits, context, cache)
-        if writer is not None:
+        if writer is None:
+            next_logits = partial(self.next_logits, context, cache)
+        else:
             next_logits = writer.begin(context, max_new_tokens)
         # padding from the start: after an early stop the rest is right
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
@@ -513,14 +515,14 @@ class Decoder(nn.Module):
             # rows that are done go on beside the others: rows never meet
             answer[:, t + 1] = token.masked_fill(done, c.pad_id)
             done |= token == c.eos_id
-            cache.done = done
+            cache.done = done  # for Halting
             if done.all():
                 break
         return answer[:, 1:]
 
     def next_logits(self, context, cache, token):
-        """Of the token after this one and those in the cache, where this one's states go.
-        Shapes: token (B, 1) -> float32 (B, V)"""
+        """The logits of the token that follows this one. What this one leaves for later ones goes into the
+        cache. Shapes: token (B, 1) -> float32 (B, V)"""
         y = self.answer_states(context, token, cache)[-1]              # (B, 1, C)
         return self.head(y)[:, 0].float()                              # (B, V)
 

@@ -7,7 +7,7 @@ Training: a decoder learns to answer questions about pictures and sounds.
 
 The same command goes on where a stopped or killed run stood, to the same result. A run folder gets ckpt.pt,
 log.jsonl, metrics.json, predictions.jsonl and pictures. The encoder was trained before: config/align.py, then
-align_wild.py.
+align_wild.py. The optimizers are in plumbing/optimizers.py.
 """
 
 import copy
@@ -34,7 +34,7 @@ from plumbing.files import locked
 from plumbing.graphs import Captured, writer_of
 from plumbing.machine import autocast_to, compile_layers, flops_of, most_memory, on_device, pick_dtype, pinned
 from plumbing.novelty import what_was_seen
-from plumbing.optimizers import follow, make_optimizers, set_learning_rate, update
+from plumbing.optimizers import Guard, follow, make_optimizers, set_learning_rate, update
 from plumbing.ranks import all_reduce, alone, in_turn, processes, rank_and_world
 from plumbing.results import already_finished, result_table, write_results
 from plumbing.run import (
@@ -54,7 +54,7 @@ from plumbing.run import (
     unchanged,
     validation_curve,
 )
-from plumbing.steps import Ahead, Guard, batches_of_step
+from plumbing.steps import Ahead, batches_of_step
 from plumbing.tables import check_splits
 from prepare.shapes import Config as ShapesConfig
 from prepare.shapes import draw_shapes
@@ -303,8 +303,8 @@ def train(s, sources, device, stop):
         run = put_back(saved, parts, run.started)
         guard.allow(s.skip_bad_steps - run.bad_steps)
         say_where(s, saved, learning_rate)
-    frozen_eye = s.use_vision and not s.train_encoder
-    fixed_tokens = partial(tokens_of['train'].of, 'encoder') if frozen_eye else None
+    fixed_pictures = s.use_vision and not s.train_encoder
+    fixed_tokens = partial(tokens_of['train'].of, 'encoder') if fixed_pictures else None
     checkpoint = dict(format=FORMAT, stage='answer', settings=settings, environment=about,
                       model_config=asdict(config), dataset_fingerprint=rows_sum, tokenizer=tokenizer.state,
                       seen=what_was_seen(rows['train'], fixed_tokens))
@@ -378,10 +378,10 @@ def train(s, sources, device, stop):
         mark = time.time()
 
         if run.since and (run.step % s.log_interval == 0 or run.step == s.max_steps):
-            parts_of_loss = log.step(run, lr)
-            if run.step >= 100 and not warned and parts_of_loss['answer'] > chance - .01:
+            means = log.step(run, lr)
+            if run.step >= 100 and not warned and means['answer'] > chance - .01:
                 warned = True
-                log.nothing_learnt(run.step, 'answer', parts_of_loss['answer'], chance)
+                log.nothing_learnt(run.step, 'answer', means['answer'], chance)
 
         # saved before validating too: a crash there loses no step
         if stopping or is_due(run.step, s):

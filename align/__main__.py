@@ -31,7 +31,7 @@ from encoder import load_encoder, save_encoder
 from plumbing.console import GOES_ON, clock, run_script, say_if_few
 from plumbing.files import locked, write_whole
 from plumbing.machine import autocast_to, compile_layers, most_memory, on_device, pick_dtype, pinned
-from plumbing.optimizers import follow, make_optimizers, set_learning_rate, update
+from plumbing.optimizers import Guard, follow, make_optimizers, set_learning_rate, update
 from plumbing.plots import draw_curves
 from plumbing.ranks import all_reduce, in_turn, processes, rank_and_world
 from plumbing.run import (
@@ -48,7 +48,7 @@ from plumbing.run import (
     say_where,
     unchanged,
 )
-from plumbing.steps import Ahead, Guard, batches_of_step
+from plumbing.steps import Ahead, batches_of_step
 from train import FREE, ema_rate, is_due, learning_rate, reads_results
 
 

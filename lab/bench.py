@@ -42,8 +42,7 @@ from plumbing.machine import (
     pick_device,
     seconds,
 )
-from plumbing.optimizers import follow, make_optimizers, set_learning_rate, update
-from plumbing.steps import Guard
+from plumbing.optimizers import Guard, follow, make_optimizers, set_learning_rate, update
 from train import TrainConfig
 
 SCALE = ('n_layer', 'n_head', 'n_embd', 'inner_steps', 'outer_steps', 'vocab_size', 'vision_dim')
@@ -273,17 +272,18 @@ def main_job(b, steps=30, most=12):
 
     def backward():
         losses[0].backward()
+        losses[0] = losses[0].detach()  # or its graph would keep the stream of the first step
 
     def optimize():
         set_learning_rate(optimizers, lr)
-        _, skip, _ = update(parameters, optimizers, guard, losses[0].detach(), s.grad_clip)
+        _, skip, _ = update(parameters, optimizers, guard, losses[0], s.grad_clip)
         follow(average, decoder, (1 - s.ema) * (1 - skip))
 
     def step(given=None):
         forward()
         backward()
         optimize()
-        return losses[0].detach()
+        return losses[0]
 
     parts = dict(forward=forward, backward=backward, optimizers=optimize)
     times = {name: [] for name in parts}
@@ -300,7 +300,7 @@ def main_job(b, steps=30, most=12):
     print(f'{flops / 1e9:.1f} GFLOP, {flops / min(whole) / peak:.0%} of the {name_of(dtype)} peak, '
           f'{peak / 1e9:.0f} GFLOP/s: at peak {1e3 * flops / peak:.1f} ms')
     print(costliest(step, b.device, most))
-    if b.device.startswith('cuda'):
+    if b.device.startswith('cuda') and not b.compile:
         print(f'its first step took {times["forward"][0] + times["backward"][0]:.1f} s; as a CUDA graph:')
         graph = Captured(step, b.device)
         took = [seconds(partial(graph, []), b.device) for _ in range(steps)]

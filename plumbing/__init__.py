@@ -1,1 +1,1 @@
-"""Nothing about learning: files, processes, tables, pictures. A first reader skips it."""
+"""Files, processes, tables, pictures, optimizers, graphs: a first reader skips it."""

@@ -18,7 +18,8 @@ class NoCache:
         return context.layers
 
     def keep(self, layer, kept):
-        """What a block has, (B, kv, S + P + T, hs) both: what `next_pass` gave, and that of the states."""
+        """Takes what a block has looked at, (B, kv, S + P + T, hs) both: what `next_pass` gave, then keys and
+        values of the states themselves."""
 
     def hide_empty(self, hidden):
         """Hides room that no state has taken yet. Shapes: (T, P + T) -> (T, P + T)"""
@@ -64,18 +65,18 @@ class Cache(NoCache):
         self.passes[self.begun - 1][layer] = kept
 
     def end_position(self, n):
-        self.positions += n
+        self.positions += n  # in place, where it is a tensor: what is recorded counts on that
         self.begun = 0
 
 
 class FixedCache(Cache):
-    """A cache with room for all positions from the start. Every token finds the same shapes on the same
-    memory, and the number of positions is a tensor there: what one does can be recorded and replayed.
+    """A cache with room for all positions from the start, for recordings: every token finds the same shapes
+    on the same memory, and how many positions are taken is a tensor there. P is all the room.
 
-    context: the first one that is answered about; the others have its shapes.
+    context: one of those that are answered about; the others have its shapes.
     """
 
-    room = None  # as it is given; a Cache's grows
+    room = None  # in place of Cache's property, which cannot be set
 
     def __init__(self, context, room):
         super().__init__()
@@ -86,6 +87,7 @@ class FixedCache(Cache):
     def begin(self, context):
         """Takes a context, and forgets the answer to the one before."""
         S = context.mask.size(-1)
+        self.context.layers = context.layers  # what a pass that is not there yet begins with
         self.context.mask.copy_(context.mask)
         self.context.length.copy_(context.length)
         self.positions.zero_()
@@ -102,11 +104,11 @@ class FixedCache(Cache):
         return super().next_pass(context, layers, T)
 
     def keep(self, layer, kept):
-        for mine, all in zip(self.passes[self.begun - 1][layer], kept):    # (B, kv, S + P, hs), and T more
-            T = all.size(2) - mine.size(2)
+        for mine, given in zip(self.passes[self.begun - 1][layer], kept):  # (B, kv, S + P, hs), and T more
+            T = given.size(2) - mine.size(2)
             S = mine.size(2) - T * self.room
-            place = S + T * self.positions + torch.arange(T, device=all.device)    # (T,)
-            mine.index_copy_(2, place, all[:, :, -T:])
+            place = S + T * self.positions + torch.arange(T, device=given.device)  # (T,)
+            mine.index_copy_(2, place, given[:, :, -T:])
 
     def end_position(self, n):
         super().end_position(n)

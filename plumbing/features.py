@@ -214,8 +214,8 @@ def encode_parts(encoder, pictures, parts, per_part, cache_dir, device, dim, dty
         wanted = {i for i in range(len(pictures)) if i // per_part in parts}
         batches = without_holes(decode_all(encoder, pictures, wanted, encoder.at_once, bad), parts, per_part)
         for batch, tokens in one_behind(partial(encode_batch, encoder, device, dim, dtype), batches):
-            for (i, _), of_picture in zip(batch, tokens):
-                if not parts[i // per_part].dropped:  # meanwhile
+            for (i, _), of_picture in zip(batch, checked(tokens)):
+                if not parts[i // per_part].dropped:  # by a later picture, which is bad
                     parts[i // per_part].write(of_picture)
             done += len(batch)
             progress(f'encoding {encoder.config.reads}s', done, n, start)
@@ -238,16 +238,16 @@ def without_holes(batches, parts, per_part):
 
 
 def one_behind(encode, batches):
-    """Yields (batch, encode(batch), NumPy's). While a GPU is at a batch, what it made of the one before is
-    taken care of, and the one after is read."""
+    """Yields (batch, encode(batch), on the host). While a GPU encodes a batch, the caller has the one before,
+    and then the next one is read."""
     last = None
     for batch in batches:
-        before = last and (last[0], halves(last[1]))  # first, or it would wait for the next one too
+        before = last and (last[0], last[1].cpu())  # first, or it would wait for this batch too
         last = batch, encode(batch)
         if before:
             yield before
     if last:
-        yield last[0], halves(last[1])
+        yield last[0], last[1].cpu()
 
 
 def check_room(what, parts, cache_dir):
@@ -271,9 +271,8 @@ def encode_batch(encoder, device, dim, dtype, batch):
     return tokens[..., :dim].half()
 
 
-def halves(tokens):
-    """On the host. Shapes: float16 (B, N, dim) -> the same, NumPy's. Raises: ValueError."""
-    tokens = tokens.cpu()
+def checked(tokens):
+    """Tokens that are finite, for NumPy. Shapes: (B, N, dim) -> the same. Raises: ValueError."""
     if not tokens.isfinite().all():
         raise ValueError('the encoder makes tokens that are no finite numbers in half precision: its weights '
                          'are damaged, or of another kind of network')
@@ -354,14 +353,15 @@ class FileTokens:
             self.resident = self.features.on(device)
 
     def __call__(self, encoder, numbers):
-        """`encoder`: as it is now, or the average of its weights; the one before only opened the files.
+        """`encoder`: with the weights of now, or their average; the one given at first only opened the files.
         Shapes: numbers (B,) of the files -> (B, N, dim), or None where they are -1: the rows have none."""
         fetched = self.fetch(numbers.cpu())
         return None if fetched is None else self.encode(encoder, fetched.to(self.device))
 
     def fetch(self, numbers):
         """What the device needs of some files: tokens, pixels or, where the tokens of all files lie there,
-        the numbers themselves. Shapes: (B,) -> (B, N, dim) float16, (B, 3, S, S) uint8, or (B,)."""
+        the numbers themselves; None where the rows have none. Shapes: (B,) -> (B, N, dim) float16, pixels as
+        `pixel_array`'s, or (B,)."""
         if numbers[0] < 0:
             return None
         if self.resident is not None:
@@ -407,7 +407,7 @@ class ContextTokens:
     def __call__(self, batch):
         """Shapes: a batch -> image tokens (B, N, D) and sound tokens (B, M, D), each None where the rows or
         the run have none."""
-        return self.of('encoder', batch['picture']), self.of('sound_encoder', batch['sound'])
+        return [self.of(name, batch[column]) for name, column in COLUMNS.items()]
 
     def of(self, name, numbers):
         """What one of the encoders makes of pictures or sounds; None without it."""

@@ -1,5 +1,5 @@
 """A training step, or a token of answers, recorded once for each shape and replayed: on a GPU a small model
-waits not for the work of its step but for the launching of some 1,600 kernels."""
+waits not for the work of its step but for the launching of its kernels, a thousand and more."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -22,21 +22,21 @@ def shape_and_dtype(tensor):
 
 
 class Captured:
-    """step(tensors, *settings) -> tensor, which changes weights and optimizers, recorded for each key: the
-    structure, shapes and dtypes of `tensors`, and `settings`.
+    """step(tensors, *settings) -> tensor, recorded for each key: the structure, shapes and dtypes of
+    `tensors`, and `settings`. It may change weights, optimizers, a cache: memory that stays where it is.
 
     The first call with a key runs the step as it is, which makes what only a first step makes: states of
     optimizers, handles of libraries. The second records it, and from then on the recording is replayed.
     Every call is one step. A recording repeats the kernels, on the memory that they had, and none of the
     Python: a number that changes from step to step has to be a tensor among `tensors`, and no weight or state
-    may be replaced by another tensor.
+    may be replaced by another tensor. No graph of autograd from before the first call may be alive then: its
+    nodes would stay on the stream where they were made.
 
     tensors: nested lists and dicts of tensors, on the device or not, None where one is missing. Pinned memory
     may be read after the call still, and must not be overwritten. settings: what Python branches on.
     max_graphs: recordings that are kept; steps with further keys run as they are. recorder: as `OnGpu`.
 
-    Shapes: -> as the step's result. Raises: RuntimeError in the second call of a step that waits for the
-    device, by .item() say.
+    Raises: RuntimeError in the second call of a step that waits for the device, by .item() say.
     """
 
     def __init__(self, step, device, max_graphs=32, recorder=None):
@@ -46,7 +46,7 @@ class Captured:
         self.recorder = recorder or OnGpu(device)
         self.known = set()    # keys that have had their first call
         self.recorded = {}    # key: (the inputs that are read, what replays, the result that is overwritten)
-        self.is_full = False  # and that has been said
+        self.has_warned = False  # that there are too many keys
 
     def __call__(self, tensors, *settings):
         key = str(mapped(shape_and_dtype, tensors)), settings  # as text: a dict cannot be a key
@@ -75,8 +75,8 @@ class Captured:
                                '--graphs=false goes without graphs, slower and with less memory') from e
 
     def has_room(self):
-        if len(self.recorded) == self.max_graphs and not self.is_full:
-            self.is_full = True
+        if len(self.recorded) == self.max_graphs and not self.has_warned:
+            self.has_warned = True
             print(f'{self.max_graphs} CUDA graphs are recorded, steps of further shapes run without one, '
                   'slower: fewer shapes of batches would help')
         return len(self.recorded) < self.max_graphs
@@ -98,9 +98,10 @@ class Writer:
         self.kept = {}  # by shape: a cache, and what is recorded with it
 
     def begin(self, context, room):
-        """-> what tells the next token's logits, float32 (B, V), by the last one, (B, 1), which is kept.
+        """Takes a context. -> a function of the last token, (B, 1), that remembers it and gives the logits of
+        the next one, float32 (B, V).
 
-        room: tokens, at most
+        room: tokens of an answer, at most
         Raises: RuntimeError under autocast, whose copies of the weights do not last.
         """
         if torch.is_autocast_enabled(self.device.split(':')[0]):

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, Muon for matrices, and the average that follows."""
+"""What moves the weights: AdamW, Muon for matrices, the average that follows, and a guard over bad steps."""
 
 import math
 
@@ -12,12 +12,7 @@ def make_optimizers(parts, s, dtype=torch.float32):
     matrices and the kernels of convolutions; biases, norms, start states and scales have none. dtype: of
     Muon's products.
     """
-    layers = [module for _, part in parts for module in part.modules()]
-    words = {m.weight.shape for m in layers if isinstance(m, torch.nn.Embedding)}  # the head's shape too
-    linear = [m.weight for m in layers if isinstance(m, torch.nn.Linear)]
-    muon = {weight for weight in linear if weight.shape not in words}
-    if s.optimizer == 'adamw':
-        muon = set()
+    muon = set() if s.optimizer == 'adamw' else matrices_in(parts)
     groups = []
     matrices = []
     taken = set()
@@ -30,11 +25,25 @@ def make_optimizers(parts, s, dtype=torch.float32):
         groups.append(dict(params=decayed, weight_decay=s.weight_decay, share=share))
         groups.append(dict(params=plain, weight_decay=0.0, share=share))
         matrices.append(dict(params=[p for p in trained if p in muon], share=share))
-    # fused: takes half the time, and skips a step where the device says so; capturable: by a graph
+    # fused: takes half the time, and obeys found_inf; capturable: a CUDA graph may record it
     adamw = torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=True, capturable=True)
     if not muon:
         return [adamw]
     return [adamw, Muon(matrices, s.learning_rate, s.momentum, s.weight_decay, dtype)]
+
+
+def matrices_in(parts):
+    """The weights of linear layers, a set, but for heads over the words of an embedding."""
+    modules = [pair for _, part in parts for pair in part.named_modules()]
+    words = {m.weight.shape for _, m in modules if isinstance(m, torch.nn.Embedding)}
+    matrices = set()
+    for name, m in modules:
+        if isinstance(m, torch.nn.Linear):
+            # by its name too: a layer of an MLP may have the shape of an embedding
+            is_head = 'head' in name.split('.') and m.weight.shape in words
+            if not is_head:
+                matrices.add(m.weight)
+    return matrices
 
 
 def set_learning_rate(optimizers, lr):
@@ -51,9 +60,9 @@ def update(parameters, optimizers, guard, loss, grad_clip):
         many before were not; 1.0 where it is bad
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    guard.unscale(grads)  # before clipping, or the limit would hold for the scaled gradient
     gnorm = torch.zeros_like(loss)
-    if grads:  # no row may have trained anything: then clip_grad_norm_ would answer on the CPU
+    if grads:  # perhaps nothing is trained by these rows
+        guard.unscale(grads)  # before clipping, or the limit would hold for the scaled gradient
         gnorm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     skip, bad = guard.judge(loss, gnorm)
     for optimizer in optimizers:
@@ -61,6 +70,62 @@ def update(parameters, optimizers, guard, loss, grad_clip):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return gnorm, skip, bad
+
+
+class Guard:
+    """Decides on the device which steps may move the weights, so that nobody waits for it.
+
+    A step whose loss or gradient is not finite is bad and is skipped: nothing moves. After more of them than
+    are allowed every step is skipped: when the host hears of it, all is as it was before the last one.
+    In float16 small gradients would be 0, so the loss is scaled up. A gradient that is not finite while the
+    loss is, only shows that the scale was too high: the step is skipped and not bad, and the scale is halved,
+    down to 1.
+    Source: the course of the scale, torch.amp.GradScaler.
+    """
+
+    DOUBLED_AFTER = 2000  # steps without such a gradient
+
+    def __init__(self, device, dtype, allowed):
+        self.is_half = dtype == torch.float16
+        self.allowed = torch.full((), float(allowed), device=device)  # bad steps that may still come
+        self.scale = torch.full((), 2. ** 16 if self.is_half else 1., device=device)
+        self.since = torch.zeros((), device=device)  # steps since the scale was changed
+
+    def allow(self, n):
+        """From now on n bad steps may come; below 0 it counts as 0."""
+        self.allowed.fill_(max(0, n))
+
+    def scaled(self, loss):
+        return loss * self.scale if self.is_half else loss
+
+    def unscale(self, grads):
+        if self.is_half:
+            torch._foreach_mul_(grads, 1 / self.scale)
+
+    def judge(self, loss, gnorm):
+        """Shapes: () each -> 1.0 where the step is skipped, 1.0 where it is bad, else 0.0, () both."""
+        finite = torch.isfinite(loss + gnorm)
+        over = ~finite & torch.isfinite(loss) & (self.scale > 1)
+        bad = ~finite & ~over
+        self.allowed -= bad.float()
+        ended = self.allowed < 0
+        if self.is_half:
+            since = (self.since + 1) * finite
+            doubled = since == self.DOUBLED_AFTER
+            scale = self.scale * torch.where(doubled, 2., torch.where(over, .5, 1.))
+            self.scale.copy_(torch.where(ended, self.scale, scale))
+            self.since.copy_(torch.where(ended, self.since, since * ~doubled))
+        return (~finite | ended).float(), bad.float()
+
+    def state_dict(self):
+        if not self.is_half:
+            return {}
+        return dict(scale=self.scale.item(), _growth_tracker=int(self.since))  # named as GradScaler's
+
+    def load_state_dict(self, state):
+        if self.is_half:
+            self.scale.fill_(state['scale'])
+            self.since.fill_(state['_growth_tracker'])
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def shard(batch):
     `counted` targets gets a `weight`, with which the mean over the processes is the mean over the whole
     batch; a process for which no row is left takes the first one, with weight 0.
 
-    Shapes: counted (B,), how many targets a row has; B rows -> about B / world
+    Shapes: counted (B, ...) bool, the targets that the loss is a mean of; B rows -> about B / world
     """
     rank, world = rank_and_world()
     counted = batch.pop('counted')

@@ -409,6 +409,7 @@ def test_shapes_that_are_kept():
         assert len(writer.kept) <= 2
     vision, question = written_about(1, Q=3)
     decoder.generate(vision * math.nan, question, 4, writer=writer)
+    writer.begin(decoder.read_context(*written_about(2, Q=3)), 9)  # and nothing was asked
     for length in (4, 1, 9):
         expected = decoder.generate(vision, question, length)
         assert torch.equal(decoder.generate(vision, question, length, writer=writer), expected)

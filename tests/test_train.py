@@ -27,11 +27,10 @@ from data import Questions, train_bpe
 from encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from lab.compare import compare
 from model import Decoder
-from plumbing.optimizers import Muon, orthogonal
+from plumbing.optimizers import Guard, Muon, orthogonal
 from plumbing.plots import draw_curves
 from plumbing.results import picture_of
 from plumbing.run import FORMAT, read_checkpoint, read_log
-from plumbing.steps import Guard
 from plumbing.tables import SPLITS
 from prepare import shapes
 
@@ -464,6 +463,8 @@ def test_guard_float16():
     assert moved == [False] * 6 + [True] * 2 + [False] * 4 and all(w.isfinite().all() for both in weights for w in both)
     guard.allow(-3)                                        # a run that goes on with fewer allowed than it has had already
     assert step(1.) == (False, False, 1.) and step(1., loss=math.nan) == (True, True, 1.) and step(1.) == (True, False, 1.)
+    gnorm, skip, bad = train.update([one, other], optimizers, Guard('cpu', torch.float16, allowed=0), torch.tensor(1.), 1.)  # no row trains anything
+    assert not gnorm and not skip and not bad
     assert Guard('cpu', torch.bfloat16, allowed=0).state_dict() == {}
 
 
@@ -600,6 +601,10 @@ def test_muon():
     assert {names[p] for group in adamw.param_groups for p in group['params']} == {'embed.weight', 'vision_proj.bias', 'z_start'}
     assert len([p for group in muon.param_groups for p in group['params']]) == len(names) - 3
     assert len(train.make_optimizers([(1.0, model)], train.TrainConfig(optimizer='adamw'))) == 1
+    # which words there are changes nothing, though a layer of an MLP may have the embedding's shape
+    model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8, vocab_size=4 * 16))
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p] for group in train.make_optimizers([(1.0, model)], train.TrainConfig())[0].param_groups for p in group['params']} == {'embed.weight', 'vision_proj.bias', 'z_start'}
     model = train.build_model(train.ModelConfig(n_embd=16, vision_dim=8, tied_head=False))
     assert not any(p is model.head.weight for group in train.make_optimizers([(1.0, model)], train.TrainConfig())[1].param_groups for p in group['params'])
 
