@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from configurator import configure
 from data import Questions, open_tokenizer, read_rows
-from encoder import Encoder, EncoderConfig, encoder_names, encoder_of_run
+from encoder import EncoderConfig, build_encoder, encoder_names, encoder_of_run
 from model import Halting, ModelConfig, build_model
 from plumbing.console import printable, progress, run_script, typed_lines
 from plumbing.features import ContextTokens, picture_from
@@ -318,7 +318,7 @@ def load_run(checkpoint, device, encoder_path=None, sound_encoder_path=None):
     for name in encoder_names(settings):
         if name in best:  # trained along
             config = checkpoint[f'{name}_config']
-            encoders[name] = fitted(checkpoint, name, Encoder, EncoderConfig, config).to(device).eval()
+            encoders[name] = fitted(checkpoint, name, build_encoder, EncoderConfig, config).to(device).eval()
             continue
         encoders[name] = encoder_of_run(name, settings | moved, checkpoint).to(device).eval()
         if encoders[name].fingerprint() != checkpoint[f'{name}_fingerprint']:

@@ -486,13 +486,13 @@ class Decoder(nn.Module):
         """
         c = self.config
         B = len(question)
-        context = self.read_context(vision, question, sound)
         if isinstance(cache, Halting) and c.recursion not in ('concat', 'loop'):
             raise ValueError(f'Halting: with recursion={c.recursion} a pass does not make all states anew')
         if isinstance(cache, Halting) and c.recur_layers < c.n_layer:
             raise ValueError(f'Halting: with recur_layers={c.recur_layers} no pass goes through all blocks')
         if writer is not None and cache is not None:
             raise ValueError('writer: it has a cache of its own, expected cache=None')
+        context = self.read_context(vision, question, sound)
         cache = Cache() if cache is None else cache
         if writer is None:
             next_logits = partial(self.next_logits, context, cache)
@@ -502,6 +502,7 @@ class Decoder(nn.Module):
         answer = torch.full((B, max_new_tokens + 1), c.pad_id, device=question.device)
         answer[:, 0] = c.bos_id
         done = torch.zeros(B, dtype=torch.bool, device=question.device)
+        cache.done = done  # for Halting; changed in place below
         for t in range(max_new_tokens):
             logits = next_logits(answer[:, t:t + 1])                   # (B, V)
             if temperature == 0:
@@ -515,7 +516,6 @@ class Decoder(nn.Module):
             # rows that are done go on beside the others: rows never meet
             answer[:, t + 1] = token.masked_fill(done, c.pad_id)
             done |= token == c.eos_id
-            cache.done = done  # for Halting
             if done.all():
                 break
         return answer[:, 1:]

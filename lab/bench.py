@@ -314,7 +314,7 @@ def time_writing(b, decoder, vision, question, n=32):
     decoder.config = replace(decoder.config, eos_id=-1)  # all answers get their whole length
     writers = {'': None}
     if b.device.startswith('cuda'):
-        writers = {'': None, ' as CUDA graphs': writer_of(decoder, b.device)}
+        writers[' as CUDA graphs'] = writer_of(decoder, b.device)
     for name, writer in writers.items():
         write = partial(decoder.generate, vision, question, n, writer=writer)
         took = min(seconds(write, b.device) for _ in range(4))

@@ -81,7 +81,8 @@ class FixedCache(Cache):
     def __init__(self, context, room):
         super().__init__()
         self.room = room
-        self.context = replace(context, mask=context.mask.clone(), length=context.length.clone())
+        self.context = replace(context, mask=torch.empty_like(context.mask),
+                               length=torch.empty_like(context.length))    # which `begin` fills
         self.positions = torch.zeros_like(context.length[0])           # ()
 
     def begin(self, context):

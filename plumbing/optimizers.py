@@ -56,8 +56,8 @@ def set_learning_rate(optimizers, lr):
 def update(parameters, optimizers, guard, loss, grad_clip):
     """A step of all optimizers with the clipped gradient, on the device alone.
 
-    Shapes: loss () -> () each: the gradient's norm; 1.0 where the step is skipped, as it is not finite or too
-        many before were not; 1.0 where it is bad
+    Shapes: loss () -> () each: the norm of the gradient before clipping; 1.0 where the step is skipped; 1.0
+        where it is bad, both as `Guard.judge` says
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     gnorm = torch.zeros_like(loss)
